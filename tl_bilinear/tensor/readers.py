@@ -1,0 +1,79 @@
+"""Where factored tensors come from: a registry of readers.
+
+The tensor package knows no framework. A reader is a function that recognises one kind of module
+and returns its :class:`~tl_bilinear.BilinearTensor`; `tl_bilinear.models` registers readers for
+TransformerLens and for plain modules, and a user registers one for a class of their own:
+
+>>> from tl_bilinear import BilinearTensor, register_mlp_reader
+>>> def read_my_layer(module):
+...     if type(module).__name__ != "MyLayer":
+...         return None  # not mine: the next reader is asked
+...     return BilinearTensor(module.w, module.v, module.p)
+>>> register_mlp_reader("my-layer", read_my_layer)
+
+A reader returns None for a module that is not its kind, and raises ValueError for one that is its
+kind but not bilinear, saying what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_bilinear.tensor.bilinear import BilinearTensor
+
+MLPReader = Callable[[Any], "BilinearTensor | None"]
+ModelReader = Callable[[Any, "int | None"], "BilinearTensor | None"]
+
+_mlp_readers: dict[str, MLPReader] = {}
+_model_readers: dict[str, ModelReader] = {}
+
+
+def register_mlp_reader(name: str, reader: MLPReader) -> None:
+    """Let `BilinearTensor.from_mlp(module)` read another kind of module.
+
+    Raises ValueError if the name is taken.
+    """
+    _register(_mlp_readers, name, reader)
+
+
+def register_model_reader(name: str, reader: ModelReader) -> None:
+    """Let `BilinearTensor.from_model(model, layer)` read another kind of model.
+
+    The reader is called with the model and the layer number (None where the caller gave none).
+    Raises ValueError if the name is taken.
+    """
+    _register(_model_readers, name, reader)
+
+
+def read_mlp(module: Any) -> BilinearTensor:
+    for reader in _mlp_readers.values():
+        tensor = reader(module)
+        if tensor is not None:
+            return tensor
+    raise TypeError(_unknown("MLP", module, _mlp_readers, "register_mlp_reader"))
+
+
+def read_model(model: Any, layer: int | None) -> BilinearTensor:
+    for reader in _model_readers.values():
+        tensor = reader(model, layer)
+        if tensor is not None:
+            return tensor
+    raise TypeError(_unknown("model", model, _model_readers, "register_model_reader"))
+
+
+def _register(registry: dict[str, Any], name: str, reader: Any) -> None:
+    if name in registry:
+        raise ValueError(
+            f"a reader named {name!r} is registered already; names taken: {sorted(registry)}"
+        )
+    registry[name] = reader
+
+
+def _unknown(kind: str, value: Any, registry: dict[str, Any], register: str) -> str:
+    return (
+        f"no reader recognises this {kind}: {type(value).__module__}.{type(value).__qualname__}. "
+        f"Readers asked: {', '.join(sorted(registry)) or 'none'}. "
+        f"Build BilinearTensor(left, right, out) from its weights, or add a reader with {register}."
+    )
