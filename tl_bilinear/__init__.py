@@ -1,0 +1,67 @@
+"""Bilinear MLPs and weight-based interpretability for TransformerLens and SAELens.
+
+The whole public API. Data flows one way:
+
+    weights -> BilinearTensor -> fold / project -> InteractionMatrix -> Eigendecomposition -> plot
+
+Importing this package gives TransformerLens's class ``HookedTransformer.from_config(bilinear=True)``
+and imports neither TransformerLens nor SAELens: names that need them are loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_bilinear import models
+from tl_bilinear.tensor import (
+    BilinearParts,
+    BilinearTensor,
+    Eigendecomposition,
+    EigenProjector,
+    InteractionMatrix,
+    TopInteractions,
+    register_mlp_reader,
+    register_model_reader,
+)
+
+if TYPE_CHECKING:
+    from tl_bilinear.models import (
+        BilinearMLP,
+        BilinearTransformerConfig,
+        HookedBilinearTransformer,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilinearMLP",
+    "BilinearParts",
+    "BilinearTensor",
+    "BilinearTransformerConfig",
+    "EigenProjector",
+    "Eigendecomposition",
+    "HookedBilinearTransformer",
+    "InteractionMatrix",
+    "TopInteractions",
+    "register_mlp_reader",
+    "register_model_reader",
+]
+
+_LAZY = {
+    "BilinearMLP": "tl_bilinear.models",
+    "BilinearTransformerConfig": "tl_bilinear.models",
+    "HookedBilinearTransformer": "tl_bilinear.models",
+}
+
+models.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

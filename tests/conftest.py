@@ -1,0 +1,51 @@
+"""Every public tensor argument is checked against its jaxtyping annotation while the tests run."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+import tests.typecheck  # noqa: F401  the hook below names it
+
+jaxtyping.install_import_hook(
+    [
+        "tl_bilinear.tensor.bilinear",
+        "tl_bilinear.tensor.eigen",
+        "tl_bilinear.tensor.interaction",
+    ],
+    "tests.typecheck.check",
+)
+
+settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("default")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the annotation checks, as a user's program runs: for tests of the package's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data folder beside the repository; a test that asks for it skips where it is absent."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs real data that this machine does not have: {SHARED / 'data'}")
+    return SHARED / "data"

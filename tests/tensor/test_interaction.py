@@ -1,0 +1,284 @@
+"""InteractionMatrix and Eigendecomposition against the dense matrix."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from tests.tensor.reference import random_tensor, tensors
+from tl_bilinear import BilinearTensor, Eigendecomposition, TopInteractions
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+BATCHES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]
+seeds = st.integers(0, 2**16)
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def planted(values, d=None, seed=0):
+    """One matrix with these eigenvalues, as factors: left = right = its eigenvectors."""
+    d = d or len(values)
+    vectors = torch.linalg.qr(normal(seed, d, d)).Q[: len(values)]
+    out = torch.tensor([values], dtype=torch.float64)
+    return BilinearTensor(vectors, vectors, out).interaction()[0], vectors
+
+
+@given(tensors(), seeds, st.sampled_from(BATCHES))
+def test_products_and_numbers(t, seed, batch):
+    Q = t.interaction(normal(seed, *batch, t.d_out))
+    dense = torch.einsum("...a,aij->...ij", normal(seed, *batch, t.d_out), t.dense())
+    x, m = normal(seed, 4, t.d_in), normal(seed, *batch, t.d_in, 2)
+    assert Q.shape == dense.shape
+    assert Q.batch_shape == torch.Size(batch)
+    assert_close(Q.dense(), dense, **TOLERANCE)
+    assert torch.equal(Q.dense(), Q.dense().mT)
+    assert_close(Q @ x[0], dense @ x[0], **TOLERANCE)
+    assert_close(Q @ x.T, dense @ x.T, **TOLERANCE)
+    assert_close(Q @ m, dense @ m, **TOLERANCE)
+    quadratic = torch.einsum("ni,...ij,nj->n...", x, dense, x)
+    assert_close(Q.quadratic(x), quadratic, **TOLERANCE)
+    assert_close(Q.quadratic(x[0]), quadratic[0], **TOLERANCE)
+    assert_close(Q.trace(), dense.diagonal(dim1=-2, dim2=-1).sum(-1), **TOLERANCE)
+    assert_close(Q.frobenius_norm(), torch.linalg.matrix_norm(dense), **TOLERANCE)
+    d = normal(seed, 3, t.d_in)
+    assert_close(Q.fold(d).dense(), d @ dense @ d.T, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("d", "h", "count"), [(9, 4, 30), (4, 9, 1), (30, 3, 2)])
+def test_norms_agree_whichever_way_is_cheaper(d, h, count, monkeypatch):
+    Q = random_tensor(d, h, 5).interaction(normal(1, count, 5))
+    monkeypatch.setattr("tl_bilinear.tensor._grams.TILE_BYTES", 2 * h * 8)
+    monkeypatch.setattr("tl_bilinear.tensor.interaction._BLOCK_ELEMENTS", 2 * d)
+    assert_close(Q.frobenius_norm(), torch.linalg.matrix_norm(Q.dense()), **TOLERANCE)
+
+
+def test_output_of_a_direction_is_its_quadratic_form():
+    t = random_tensor(5, 6, 3, biases=True)
+    u, x = normal(0, 4, 3), normal(1, 7, 5)
+    assert_close(t.parts().interaction(x) @ u.T, t.interaction(u).quadratic(x), **TOLERANCE)
+    ones = torch.ones(7, 1, dtype=x.dtype)
+    whole = t.augmented().interaction(u).quadratic(torch.cat([x, ones], 1))
+    assert_close(t(x) @ u.T, whole, **TOLERANCE)
+
+
+def test_a_batch_indexes_like_a_tensor():
+    Q = random_tensor(5, 6, 3).interaction(normal(0, 4, 2, 3))
+    dense = Q.dense()
+    assert_close(Q[1].dense(), dense[1])
+    assert_close(Q[1, 0].dense(), dense[1, 0])
+    assert_close(Q[1:3].dense(), dense[1:3])
+    assert_close(Q[:, 0].dense(), dense[:, 0])
+    assert [one.shape for one in Q] == [torch.Size([2, 5, 5])] * 4
+    assert len(Q) == 4
+    with pytest.raises(IndexError, match="3 indices for 2 batch dimensions"):
+        Q[0, 0, 0]
+    with pytest.raises(TypeError, match="no length"):
+        len(Q[0, 0])
+
+
+# ---------------------------------------------------------------------------- eigenpairs
+
+
+@given(tensors(), seeds, st.sampled_from(BATCHES), st.sampled_from(["auto", "dense", "lowrank"]))
+def test_full_decomposition(t, seed, batch, method):
+    Q = t.interaction(normal(seed, *batch, t.d_out))
+    k = min(t.d_in, 2 * t.d_hidden) if method == "lowrank" else None
+    e = Q.eigh(k, method=method)
+    assert e.values.shape == (*batch, e.k)
+    assert e.vectors.shape == (*batch, e.k, t.d_in)
+    assert_close(e.dense(), Q.dense(), **TOLERANCE)
+    identity = torch.eye(e.k, dtype=torch.float64).expand(*batch, e.k, e.k)
+    assert_close(e.vectors @ e.vectors.mT, identity, **TOLERANCE)
+    assert (e.values.abs().diff(dim=-1) <= 1e-12).all()
+    assert (e.residuals <= 1e-9).all()
+    assert_close(e.values.sum(-1), Q.trace(), **TOLERANCE)
+    assert_close(e.values.square().sum(-1).sqrt(), Q.frobenius_norm(), **TOLERANCE)
+    largest = e.vectors.gather(-1, e.vectors.abs().argmax(-1, keepdim=True))
+    assert (largest > 0).all()
+    x = normal(seed, 3, t.d_in)
+    assert_close(e.quadratic(x), Q.quadratic(x), **TOLERANCE)
+    assert e.activations(x).shape == (3, *batch, e.k)
+    assert_close(e.activations(x).sum(-1), Q.quadratic(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("which", ["magnitude", "positive", "negative"])
+@pytest.mark.parametrize("method", ["dense", "lowrank"])
+def test_which_end_of_the_spectrum(which, method):
+    values = [5.0, -4.0, 3.0, -2.0, 1.0, -0.5]
+    Q, vectors = planted(values, d=20)
+    wanted = {
+        "magnitude": [5.0, -4.0, 3.0],
+        "positive": [5.0, 3.0, 1.0],
+        "negative": [-4.0, -2.0, -0.5],
+    }[which]
+    e = Q.eigh(3, which=which, method=method)
+    assert_close(e.values, torch.tensor(wanted, dtype=torch.float64), **TOLERANCE)
+    planted_vectors = vectors[[values.index(v) for v in wanted]]
+    assert_close((e.vectors * planted_vectors).sum(-1).abs(), torch.ones(3, dtype=torch.float64))
+    dropped = max(abs(v) for v in values if v not in wanted)
+    assert_close(e.bound, torch.tensor(dropped, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_negative_end_of_a_positive_matrix():
+    Q, _ = planted([3.0, 2.0, 1.0])
+    assert_close(Q.eigh(1, which="negative").values, torch.tensor([1.0], dtype=torch.float64))
+
+
+def test_auto_takes_the_cheap_way():
+    assert random_tensor(20, 4, 2).interaction().eigh(3).method == "lowrank"
+    assert random_tensor(20, 4, 2).interaction().eigh(9).method == "dense"
+    assert random_tensor(20, 40, 2).interaction().eigh(3).method == "dense"
+
+
+@given(tensors(biases=False, min_size=2), seeds, st.floats(0.1, 10))
+def test_truncation_and_its_certificate(t, seed, radius):
+    Q = t.interaction(normal(seed, 2, t.d_out))
+    full = Q.eigh()
+    x = normal(seed, 50, t.d_in)
+    x = radius * x / x.norm(dim=-1, keepdim=True)
+    for k in range(1, t.d_in + 1):
+        top = Q.eigh(k)
+        assert_close(top.values, full.values[:, :k], **TOLERANCE)
+        assert_close(full.truncate(k).quadratic(x), full.quadratic(x, k), **TOLERANCE)
+        for e in (top, full.truncate(k), full.top(k)):
+            error = (Q.quadratic(x) - e.quadratic(x)).abs()
+            assert (error <= e.certificate(radius) * (1 + 1e-9) + 1e-12).all()
+            norm = torch.linalg.matrix_norm(Q.dense() - e.dense(), ord=2)
+            assert_close(e.bound, norm, rtol=1e-6, atol=1e-9)
+    assert_close(full.certificate(radius, 1), full.truncate(1).certificate(radius))
+
+
+def test_the_certificate_is_attained():
+    Q, vectors = planted([5.0, -4.0, 3.0])
+    e = Q.eigh(2)
+    worst = 7 * vectors[2]
+    error = (Q.quadratic(worst) - e.quadratic(worst)).abs()
+    assert_close(error, e.certificate(7.0), rtol=1e-6, atol=0)
+
+
+def test_projectors_are_unique_where_eigenvectors_are_not():
+    values = [3.0, 3.0, -3.0, 1.0, 1.0, 1.0]
+    Q, vectors = planted(values)
+    groups = Q.eigh().projectors()
+    assert [(round(g.value, 9), g.rank) for g in groups] == [(3.0, 2), (-3.0, 1), (1.0, 3)]
+    for group, rows in zip(groups, ([0, 1], [2], [3, 4, 5]), strict=True):
+        assert_close(group.matrix, vectors[rows].T @ vectors[rows], **TOLERANCE)
+    whole = sum(g.value * g.matrix for g in groups)
+    assert_close(whole, Q.dense(), **TOLERANCE)
+    assert len(Q.eigh().projectors(rtol=3)) == 1
+    with pytest.raises(ValueError, match="batch of"):
+        random_tensor(3, 3, 2).interaction().eigh().projectors()
+
+
+def test_effective_rank():
+    assert_close(planted([2.0] * 3, d=8)[0].eigh().effective_rank().item(), 3.0)
+    assert_close(planted([2.0, 1e-9])[0].eigh().effective_rank().item(), 1.0)
+    zero = 0.0 * random_tensor(4, 3, 2)
+    assert zero.interaction().eigh().effective_rank().tolist() == [0, 0]
+
+
+def test_eigendecomposition_indexes_saves_and_lists(tmp_path):
+    e = random_tensor(5, 6, 3).interaction().eigh(2)
+    assert e[1].values.shape == (2,)
+    assert e[1:].vectors.shape == (2, 2, 5)
+    with pytest.raises(IndexError, match="no batch dimension"):
+        e[1][0]
+    e.save(tmp_path / "e.safetensors")
+    loaded = Eigendecomposition.load(tmp_path / "e.safetensors")
+    assert torch.equal(loaded.vectors, e.vectors)
+    assert (loaded.method, loaded.space) == ("dense", "inputs")
+    table = e.to_pandas()
+    assert table.columns.tolist() == ["matrix", "rank", "value", "residual"]
+    assert table["rank"].tolist() == [1, 2] * 3
+    assert table["value"].tolist() == e.values.flatten().tolist()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_requests_are_refused():
+    Q = random_tensor(5, 2, 3).interaction()
+    for k in (0, -1, 6):
+        with pytest.raises(ValueError, match=rf"k must lie between 1 and 5 \(d, .*got {k}"):
+            Q.eigh(k)
+    with pytest.raises(ValueError, match="finds at most 2 h = 4 eigenpairs, got k=5"):
+        Q.eigh(5, method="lowrank")
+    with pytest.raises(ValueError, match="k must lie between 1 and 2"):
+        Q.eigh(2).truncate(3)
+    with pytest.raises(ValueError, match="must not be negative"):
+        Q.eigh(2).certificate(-1.0)
+    with pytest.raises(
+        ValueError, match=r"Q @ x needs x of shape \[5\] or \[..., 5, m\], got \[4\]"
+    ):
+        Q @ torch.ones(4)
+    with pytest.raises(ValueError, match=r"x must have shape \[..., 5\] \(d, inputs\)"):
+        Q.eigh(2).activations(torch.ones(4))
+
+
+# ---------------------------------------------------------------------------- top interactions
+
+
+def brute_force_top(Q, k, kind):
+    entries = []
+    for i in range(Q.shape[0]):
+        for j in range(i, Q.shape[0]):
+            if kind == "all" or (kind == "self") == (i == j):
+                coefficient = Q[i, j].item() * (1 if i == j else 2)
+                entries.append((abs(coefficient), i, j, Q[i, j].item(), coefficient))
+    return sorted(entries, reverse=True)[:k]
+
+
+@pytest.mark.parametrize("block", [2**24, 7, 14])
+@pytest.mark.parametrize("kind", ["all", "self", "cross"])
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_top_interactions(kind, k, block, monkeypatch):
+    monkeypatch.setattr("tl_bilinear.tensor.interaction._BLOCK_ELEMENTS", block)
+    t = random_tensor(7, 5, 3)
+    top = t.interaction().top(k, kind=kind)
+    assert top.values.shape == (3, k)
+    for a, dense in enumerate(t.dense()):
+        expected = brute_force_top(dense, k, kind)
+        assert [(i, j) for _, i, j, _, _ in expected] == list(
+            zip(top.rows[a].tolist(), top.columns[a].tolist(), strict=True)
+        )
+        assert_close(top.values[a].tolist(), [e[3] for e in expected], **TOLERANCE)
+        assert_close(top.coefficients[a].tolist(), [e[4] for e in expected], **TOLERANCE)
+
+
+def test_all_interactions_make_the_output():
+    t = random_tensor(6, 4, 2)
+    top = t.interaction().top(6 * 7 // 2)
+    x = normal(0, 6)
+    total = (top.coefficients * x[top.rows] * x[top.columns]).sum(-1)
+    assert_close(total, t(x), **TOLERANCE)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_top_interactions_of_one_and_of_no_matrix(tmp_path):
+    t = random_tensor(4, 3, 2)
+    one = t.interaction()[0].top(3)
+    assert one.rows.shape == (3,)
+    assert t.interaction()[:0].top(3).values.shape == (0, 3)
+    table = t.interaction().top(3).to_pandas()
+    assert table.columns.tolist() == ["matrix", "i", "j", "kind", "value", "coefficient"]
+    assert table["matrix"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert set(table["kind"]) <= {"self", "cross"}
+    one.save(tmp_path / "top.safetensors")
+    assert torch.equal(TopInteractions.load(tmp_path / "top.safetensors").values, one.values)
+    assert one.top(2).rows.tolist() == one.rows[:2].tolist()
+    with pytest.raises(
+        ValueError, match=r"k must lie between 1 and 10 \(the all interactions of 4"
+    ):
+        t.interaction().top(11)
+    with pytest.raises(ValueError, match="kind must be"):
+        t.interaction().top(1, kind="diagonal")
+
+
+def test_degenerate_entries():
+    t = BilinearTensor(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 1))
+    e = t.interaction()[0].eigh()
+    assert_close(e.values, torch.tensor([2.0, 0.0]), rtol=0, atol=1e-6)
+    assert_close(e.vectors[0], torch.full((2,), math.sqrt(0.5)))

@@ -1,0 +1,84 @@
+"""Checks of what callers pass in; every error says what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_DENSE_BYTES = 2 * 2**30
+"""Largest array, in bytes, that `dense()` forms unless the caller raises `max_bytes`."""
+
+
+def shape(tensor: Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def require_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor(...)"
+        )
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} must have a floating-point dtype, got {value.dtype}; call .float() on it"
+        )
+    return value
+
+
+def require_finite(name: str, value: Tensor) -> None:
+    # A sum is NaN or infinite if an entry is, and needs no mask of the size of the weights.
+    if value.is_meta or value.numel() == 0 or bool(torch.isfinite(value.detach().sum())):
+        return
+    bad = ~torch.isfinite(value.detach())
+    count = int(bad.sum())
+    if count:
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} has {count} NaN or infinite of {value.numel()} entries, the first at index "
+            f"{first if len(first) > 1 else first[0]}; decompositions need finite weights"
+        )
+
+
+def require_same_device(tensors: dict[str, Tensor]) -> None:
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"tensors lie on different devices: {listed}; move them to one with .to()")
+
+
+def require_rows(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
+    """`value` as a tensor of `like`'s dtype whose last dimension has `width` entries."""
+    value = require_tensor(name, value)
+    if value.ndim == 0 or value.shape[-1] != width:
+        raise ValueError(f"{name} must have shape [..., {width}] ({meaning}), got {shape(value)}")
+    require_same_device({name: value, "the layer": like})
+    return value.to(like.dtype)
+
+
+def require_count(name: str, value: Any, most: int, meaning: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} must lie between 1 and {most} ({meaning}), got {value}")
+    return value
+
+
+def require_affordable(what: str, count: int, dtype: torch.dtype, limit: int, instead: str) -> None:
+    size = count * dtype.itemsize
+    if size > limit:
+        raise MemoryError(
+            f"{what} would take {size:,} bytes, more than max_bytes={limit:,}; {instead}, "
+            f"or raise max_bytes"
+        )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of computation and results: float32 for 16-bit input, the input's own otherwise."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def gram_dtype(tensor: Tensor) -> torch.dtype:
+    """Grams square the condition number, hence float64, except where the device has none."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,454 @@
+"""The factored bilinear tensor: a bilinear layer as a mathematical object.
+
+A bilinear layer ``f(x) = out ((left x) * (right x))`` is a third-order tensor, symmetric in its two
+input modes (Pearce et al. 2025, section 2),
+
+    ``B[a,i,j] = 1/2 sum_h out[a,h] (left[h,i] right[h,j] + left[h,j] right[h,i])``,
+    ``f(x)[a] = x^T B[a] x``.
+
+:class:`BilinearTensor` keeps the three factors and never forms B. A change of basis of a factored
+tensor is a factored tensor, so `fold` (input basis) and `project` (output basis) cost one matrix
+product each, and everything composes:
+
+>>> import torch
+>>> from tl_bilinear import BilinearTensor
+>>> left, right, out = torch.randn(64, 32), torch.randn(64, 32), torch.randn(10, 64)
+>>> tensor = BilinearTensor(left, right, out)              # [10, 32, 32], never formed
+>>> dictionary = torch.randn(200, 32)                      # rows: feature directions
+>>> features = tensor.fold(dictionary)                     # [10, 200, 200], never formed
+>>> features.interaction(torch.eye(10)[3]).top(5)          # strongest pairs for output 3
+
+**Biases.** ``f(x) = out ((left x + bias_left) * (right x + bias_right)) + bias_out`` is the sum of an
+interaction part (quadratic), a linear part and a constant (appendix J); `parts()` splits them exactly.
+`dense`, `interaction`, `norm`, `inner` and the decompositions speak of the interaction part B.
+`augmented()` makes the biases part of B by appending a coordinate that is always 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_bilinear.tensor import _checks, readers
+from tl_bilinear.tensor._grams import pair_gram_tiles
+from tl_bilinear.tensor.interaction import InteractionMatrix
+from tl_bilinear.tensor.storage import Storable
+
+_FACTORS = ("left", "right", "out", "bias_left", "bias_right", "bias_out")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BilinearTensor(Storable):
+    """A bilinear layer in factored form; an immutable value, not an nn.Module.
+
+    Parameters
+    ----------
+    left, right: [d_hidden, d_in]
+        In TransformerLens's layout ``W_gate.T`` and ``W_in.T``.
+    out: [d_out, d_hidden]
+        ``W_out.T``.
+    bias_left, bias_right: [d_hidden], bias_out: [d_out], optional
+        Added before the product (left, right) and after the output map.
+    input_space, output_space: str, optional
+        What the coordinates are ("pixels", "blocks.3.mlp.hook_in"). Kept for reading: results name
+        the space they live in.
+
+    16-bit factors are held, computed and returned in float32, float64 stays float64. The factors are
+    not copied; `from_model` and `from_mlp` take a detached copy, so that later training does not
+    change a tensor under its decompositions. Gradients flow through evaluation.
+
+    Raises TypeError for integer or non-tensor factors, ValueError for shapes that disagree (naming
+    both), NaN or infinite entries (saying where) and mixed devices.
+    """
+
+    left: Float[Tensor, "d_hidden d_in"]
+    right: Float[Tensor, "d_hidden d_in"]
+    out: Float[Tensor, "d_out d_hidden"]
+    bias_left: Float[Tensor, " d_hidden"] | None = None
+    bias_right: Float[Tensor, " d_hidden"] | None = None
+    bias_out: Float[Tensor, " d_out"] | None = None
+    input_space: str | None = field(default=None, kw_only=True)
+    output_space: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        given = {
+            name: _checks.require_tensor(name, getattr(self, name))
+            for name in _FACTORS
+            if getattr(self, name) is not None or name in _FACTORS[:3]
+        }
+        _check_shapes(given)
+        _checks.require_same_device(given)
+        dtype = torch.float32
+        for tensor in given.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        for name, tensor in given.items():
+            _checks.require_finite(name, tensor)
+            object.__setattr__(self, name, tensor.to(dtype))
+
+    # ------------------------------------------------------------------ where tensors come from
+
+    @classmethod
+    def from_model(cls, model: nn.Module, layer: int | None = None) -> BilinearTensor:
+        """The bilinear layer of a model, as a detached copy of its weights.
+
+        `model` is a bilinear HookedTransformer (or HookedSAETransformer), or any model with a
+        registered reader; `layer` counts from 0, negative from the end. The result's `input_space`
+        says where the layer reads: for a transformer the normalised MLP input, `mlp.hook_in`.
+
+        Raises IndexError for a layer that does not exist, ValueError for a layer that is not
+        bilinear (naming what was found), TypeError for a model that no reader recognises.
+        """
+        return readers.read_model(model, layer)
+
+    @classmethod
+    def from_mlp(cls, module: nn.Module) -> BilinearTensor:
+        """One bilinear layer given as a module (see `register_mlp_reader`); errors as `from_model`."""
+        return readers.read_mlp(module)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def d_in(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def d_hidden(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.out.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of B: (d_out, d_in, d_in)."""
+        return (self.d_out, self.d_in, self.d_in)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    @property
+    def has_biases(self) -> bool:
+        return any(b is not None for b in (self.bias_left, self.bias_right, self.bias_out))
+
+    def __repr__(self) -> str:
+        biases = [name for name in _FACTORS[3:] if getattr(self, name) is not None]
+        spaces = f"{self.input_space or '?'} -> {self.output_space or '?'}"
+        return (
+            f"BilinearTensor(d_out={self.d_out}, d_in={self.d_in}, d_hidden={self.d_hidden}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, "
+            f"biases={', '.join(biases) or 'none'}, {spaces})"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> BilinearTensor:
+        """Move to a device or dtype, as `torch.Tensor.to`; a 16-bit dtype is held as float32."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def detach(self) -> BilinearTensor:
+        """The same tensor outside the autograd graph."""
+        return self._map(Tensor.detach)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def __call__(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """The layer's output, biases included."""
+        x = _checks.require_rows("x", x, self.d_in, self._input_meaning(), self.left)
+        hidden = _affine(x, self.left, self.bias_left) * _affine(x, self.right, self.bias_right)
+        return _affine(hidden, self.out, self.bias_out)
+
+    # ------------------------------------------------------------------ change of basis
+
+    def fold(
+        self,
+        directions: Float[Tensor, "n d_in"],
+        offset: Float[Tensor, " d_in"] | None = None,
+        *,
+        space: str | None = None,
+    ) -> BilinearTensor:
+        """Change the input basis: ``t.fold(D, b)(z) == t(z @ D + b)``; rows of D are directions.
+
+        The result reads n coordinates, the coefficients of the rows (a dictionary's activations,
+        the pixels before an embedding). An `offset` (a decoder bias, say) enters the biases exactly.
+
+        Returns a tensor of shape [d_out, n, n]; raises ValueError for rows of another width.
+        """
+        directions = self._matrix("directions", directions, self.d_in, self._input_meaning())
+        bias_left, bias_right = self.bias_left, self.bias_right
+        if offset is not None:
+            offset = _checks.require_rows(
+                "offset", offset, self.d_in, self._input_meaning(), self.left
+            )
+            bias_left = _affine(offset, self.left, bias_left)
+            bias_right = _affine(offset, self.right, bias_right)
+        return BilinearTensor(
+            self.left @ directions.T,
+            self.right @ directions.T,
+            self.out,
+            bias_left,
+            bias_right,
+            self.bias_out,
+            input_space=space or _within("directions", self.input_space),
+            output_space=self.output_space,
+        )
+
+    def project(
+        self, directions: Float[Tensor, "n d_out"], *, space: str | None = None
+    ) -> BilinearTensor:
+        """Change the output basis: ``t.project(E)(x) == t(x) @ E.T``; bias_out is projected too.
+
+        Returns a tensor of shape [n, d_in, d_in]; raises ValueError for rows of another width.
+        """
+        directions = self._matrix("directions", directions, self.d_out, self._output_meaning())
+        return BilinearTensor(
+            self.left,
+            self.right,
+            directions @ self.out,
+            self.bias_left,
+            self.bias_right,
+            None if self.bias_out is None else directions @ self.bias_out,
+            input_space=self.input_space,
+            output_space=space or _within("directions", self.output_space),
+        )
+
+    # ------------------------------------------------------------------ biases
+
+    def parts(self) -> BilinearParts:
+        """The exact split into interaction, linear and constant parts (appendix J)."""
+        bare = self._with(bias_left=None, bias_right=None, bias_out=None)
+        left, right = self._bias("bias_left"), self._bias("bias_right")
+        linear = self.out @ (left[:, None] * self.right + right[:, None] * self.left)
+        constant = self.out @ (left * right) + self._bias("bias_out")
+        return BilinearParts(bare, linear, constant)
+
+    def augmented(self) -> BilinearTensor:
+        """The same function of ``[x, 1]``, with no biases: ``t.augmented()([x, 1]) == t(x)``.
+
+        The last input coordinate is the constant 1; bias_out takes one more hidden dimension. The
+        last row and column of an interaction matrix then hold the linear part (halved: it is met
+        twice), its last entry the constant.
+        """
+        left = torch.cat([self.left, self._bias("bias_left")[:, None]], 1)
+        right = torch.cat([self.right, self._bias("bias_right")[:, None]], 1)
+        out = self.out
+        if self.bias_out is not None:
+            one = torch.zeros(1, self.d_in + 1, dtype=self.dtype, device=self.device)
+            one[0, -1] = 1
+            left, right = torch.cat([left, one]), torch.cat([right, one])
+            out = torch.cat([out, self.bias_out[:, None]], 1)
+        return BilinearTensor(
+            left,
+            right,
+            out,
+            input_space=None if self.input_space is None else f"[{self.input_space}, 1]",
+            output_space=self.output_space,
+        )
+
+    # ------------------------------------------------------------------ interaction matrices
+
+    def interaction(
+        self, directions: Float[Tensor, "... d_out"] | None = None
+    ) -> InteractionMatrix:
+        """The interaction matrix ``Q_u = sum_a u[a] B[a]`` of an output direction, or of many.
+
+        ``u . f(x) = x^T Q_u x`` for a layer without biases; with biases Q_u is the interaction part
+        (`parts()` holds the rest, `augmented().interaction(u)` all of it). Leading dimensions of
+        `directions` become batch dimensions; None stands for every output, ``B`` itself.
+
+        Raises ValueError for a direction of the wrong width.
+        """
+        if directions is None:
+            weights = self.out
+        else:
+            directions = _checks.require_rows(
+                "directions", directions, self.d_out, self._output_meaning(), self.left
+            )
+            weights = directions @ self.out
+        return InteractionMatrix(self.left, self.right, weights, space=self.input_space)
+
+    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "d_out d_in d_in"]:
+        """B itself, symmetric in its input modes; the oracle of the tests, rarely what you want.
+
+        Raises MemoryError, with the size in bytes, above `max_bytes`.
+        """
+        return self.interaction().dense(max_bytes)
+
+    # ------------------------------------------------------------------ algebra
+
+    def __add__(self, other: BilinearTensor) -> BilinearTensor:
+        """The sum of two layers with the same inputs and outputs; hidden dimensions stack."""
+        if not isinstance(other, BilinearTensor):
+            return NotImplemented
+        self._require_same_shape(other, "added")
+
+        def stacked(name: str) -> Tensor | None:
+            if getattr(self, name) is None and getattr(other, name) is None:
+                return None
+            return torch.cat([self._bias(name), other._bias(name)])
+
+        bias_out = None
+        if self.bias_out is not None or other.bias_out is not None:
+            bias_out = self._bias("bias_out") + other._bias("bias_out")
+        return BilinearTensor(
+            torch.cat([self.left, other.left]),
+            torch.cat([self.right, other.right]),
+            torch.cat([self.out, other.out], 1),
+            stacked("bias_left"),
+            stacked("bias_right"),
+            bias_out,
+            input_space=self.input_space,
+            output_space=self.output_space,
+        )
+
+    def __mul__(self, factor: float) -> BilinearTensor:
+        """The layer with its output scaled by a number."""
+        if isinstance(factor, Tensor) and factor.ndim > 0:
+            raise ValueError(
+                f"a BilinearTensor is scaled by a number, got a tensor of shape "
+                f"{_checks.shape(factor)}; to scale outputs one by one use project(torch.diag(...))"
+            )
+        if not isinstance(factor, (int, float, Tensor)):
+            return NotImplemented
+        bias_out = None if self.bias_out is None else self.bias_out * factor
+        return self._with(out=self.out * factor, bias_out=bias_out)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> BilinearTensor:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> BilinearTensor:
+        return self * -1.0
+
+    def __sub__(self, other: BilinearTensor) -> BilinearTensor:
+        if not isinstance(other, BilinearTensor):
+            return NotImplemented
+        return self + (-other)
+
+    def inner(self, other: BilinearTensor) -> Float[Tensor, ""]:
+        """``<B1, B2> = sum_aij B1[a,i,j] B2[a,i,j]``, exact, from Grams of the factors in float64.
+
+        The hidden sizes may differ. Costs O(h1 h2 (d_in + d_out)), holds a few tiles of h1 x h2.
+        """
+        self._require_same_shape(other, "compared")
+        total = torch.zeros((), dtype=_checks.gram_dtype(self.left), device=self.device)
+        out = self.out.to(total.dtype)
+        for rows, tile in pair_gram_tiles(self.left, self.right, other.left, other.right):
+            total = total + ((out[:, rows].T @ other.out.to(total.dtype)) * tile).sum()
+        return total.to(self.dtype)
+
+    def norm(self) -> Float[Tensor, ""]:
+        """The Frobenius norm of B."""
+        return self.inner(self).clamp_min(0).sqrt()
+
+    def cosine_similarity(self, other: BilinearTensor) -> Float[Tensor, ""]:
+        """``<B1, B2> / (|B1| |B2|)``; 0 where either is zero."""
+        scale = self.norm() * other.norm()
+        return torch.where(scale > 0, self.inner(other) / scale.clamp_min(1e-300), 0.0)
+
+    # ------------------------------------------------------------------ inside
+
+    def _bias(self, name: str) -> Tensor:
+        bias = getattr(self, name)
+        size = self.d_out if name == "bias_out" else self.d_hidden
+        return torch.zeros(size, dtype=self.dtype, device=self.device) if bias is None else bias
+
+    def _with(self, **changes: Any) -> BilinearTensor:
+        fields = {name: getattr(self, name) for name in _FACTORS} | changes
+        return BilinearTensor(
+            **fields, input_space=self.input_space, output_space=self.output_space
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> BilinearTensor:
+        factors = {name: getattr(self, name) for name in _FACTORS}
+        return self._with(**{n: None if t is None else function(t) for n, t in factors.items()})
+
+    def _matrix(self, name: str, value: Tensor, width: int, meaning: str) -> Tensor:
+        value = _checks.require_rows(name, value, width, meaning, self.left)
+        if value.ndim != 2:
+            raise ValueError(
+                f"{name} must be a matrix [n, {width}], one direction a row, got "
+                f"{_checks.shape(value)}; for one direction pass u[None]"
+            )
+        return value
+
+    def _require_same_shape(self, other: BilinearTensor, verb: str) -> None:
+        if self.shape != other.shape:
+            raise ValueError(
+                f"tensors of shape {list(self.shape)} and {list(other.shape)} (d_out, d_in, d_in) "
+                f"cannot be {verb}; fold or project them into common bases first"
+            )
+        _checks.require_same_device({"the first": self.left, "the second": other.left})
+
+    def _input_meaning(self) -> str:
+        return "d_in" if self.input_space is None else f"d_in, {self.input_space}"
+
+    def _output_meaning(self) -> str:
+        return "d_out" if self.output_space is None else f"d_out, {self.output_space}"
+
+
+@dataclass(frozen=True, eq=False)
+class BilinearParts:
+    """A biased layer as ``f(x) = interaction(x) + linear x + constant`` (appendix J).
+
+    Attributes
+    ----------
+    interaction: BilinearTensor without biases
+    linear: [d_out, d_in], from each input bias met by the other side
+    constant: [d_out]
+    """
+
+    interaction: BilinearTensor
+    linear: Float[Tensor, "d_out d_in"]
+    constant: Float[Tensor, " d_out"]
+
+    def __call__(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... d_out"], Float[Tensor, "... d_out"], Float[Tensor, " d_out"]]:
+        """The three contributions to the layer's output on x; their sum is the layer."""
+        return self.interaction(x), x.to(self.linear.dtype) @ self.linear.T, self.constant
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _within(what: str, space: str | None) -> str | None:
+    return None if space is None else f"{what} in {space}"
+
+
+def _check_shapes(given: dict[str, Tensor]) -> None:
+    for name, tensor in given.items():
+        if tensor.ndim != (1 if name.startswith("bias") else 2):
+            raise ValueError(
+                f"{name} must have {'one dimension' if name.startswith('bias') else 'two dimensions'}"
+                f", got shape {_checks.shape(tensor)}"
+            )
+    left, right, out = given["left"], given["right"], given["out"]
+    if left.shape != right.shape:
+        raise ValueError(
+            f"left and right must both be [d_hidden, d_in], got left {_checks.shape(left)} and "
+            f"right {_checks.shape(right)}"
+        )
+    if out.shape[1] != left.shape[0]:
+        raise ValueError(
+            f"out must be [d_out, d_hidden] with d_hidden={left.shape[0]} as in left "
+            f"{_checks.shape(left)}, got out {_checks.shape(out)}"
+            + ("; transpose it" if out.shape[0] == left.shape[0] else "")
+        )
+    sizes = {"bias_left": left.shape[0], "bias_right": left.shape[0], "bias_out": out.shape[0]}
+    for name, size in sizes.items():
+        if name in given and given[name].shape[0] != size:
+            raise ValueError(
+                f"{name} must have {size} entries "
+                f"({'d_out' if name == 'bias_out' else 'd_hidden'}), got {_checks.shape(given[name])}"
+            )

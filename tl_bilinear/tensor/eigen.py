@@ -1,0 +1,180 @@
+"""Eigendecompositions of interaction matrices.
+
+``u . f(x) = x^T Q x = sum_i lambda_i (v_i . x)^2`` (Pearce et al. 2025, equations 2 and 3): each
+eigenvector is a direction that makes the output, quadratically and without cross terms. The pairs of
+largest absolute eigenvalue give the best approximation of Q of their rank.
+
+>>> spectrum = tensor.interaction(u).eigh(k=8)
+>>> spectrum.values, spectrum.vectors         # [8], [8, d]
+>>> spectrum.activations(x)                   # [..., 8], lambda_i (v_i . x)^2
+>>> spectrum.certificate(radius=d**0.5)       # |x| <= radius: how far 8 pairs are from u . f(x)
+
+**What is arbitrary.** An eigenvector's sign: here its coordinate of largest magnitude is positive.
+A basis of a degenerate group (equal eigenvalues): use `projectors`, which are unique.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_bilinear.tensor import _checks
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class EigenProjector(NamedTuple):
+    """A group of equal eigenvalues and the projector on its eigenspace."""
+
+    value: float
+    rank: int
+    matrix: Float[Tensor, "d d"]
+
+
+@dataclass(frozen=True, eq=False)
+class Eigendecomposition(Storable):
+    """Eigenpairs of interaction matrices, ordered by falling absolute eigenvalue.
+
+    Attributes
+    ----------
+    values: [..., k]
+    vectors: [..., k, d], one unit eigenvector a row, largest-magnitude coordinate positive
+    residuals: [..., k], ``||Q v - lambda v||`` for each pair
+    bound: [...], upper bound on the spectral norm of ``Q - sum_i lambda_i v_i v_i^T``, what these
+        pairs leave out; only rounding where all d pairs are held
+    method: how it was computed
+    space: what the d coordinates are
+    """
+
+    values: Float[Tensor, "*batch k"]
+    vectors: Float[Tensor, "*batch k d"]
+    residuals: Float[Tensor, "*batch k"]
+    bound: Float[Tensor, "*batch"]
+    method: str = "dense"
+    space: str | None = None
+
+    @property
+    def k(self) -> int:
+        return self.values.shape[-1]
+
+    @property
+    def d(self) -> int:
+        return self.vectors.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.values.shape[:-1]
+
+    def __getitem__(self, index: Any) -> Eigendecomposition:
+        """Index the batch dimensions."""
+        if not self.batch_shape:
+            raise IndexError(
+                "a single eigendecomposition has no batch dimension to index; its pairs are in "
+                "values [k] and vectors [k, d]"
+            )
+        tensors = {
+            name: getattr(self, name)[index] for name in ("values", "vectors", "residuals", "bound")
+        }
+        return replace(self, **tensors)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def activations(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+        """What each eigenvector contributes, ``lambda_i (v_i . x)^2``: [*x_batch, *batch, k]."""
+        meaning = "d" if self.space is None else f"d, {self.space}"
+        x = _checks.require_rows("x", x, self.d, meaning, self.vectors)
+        products = x @ self.vectors.reshape(self.values.numel(), self.d).T
+        return products.square().reshape(x.shape[:-1] + self.values.shape) * self.values
+
+    def quadratic(self, x: Float[Tensor, "... d"], k: int | None = None) -> Float[Tensor, "..."]:
+        """``sum_i lambda_i (v_i . x)^2`` over the first k pairs (all held): [*x_batch, *batch]."""
+        return (self if k is None else self.truncate(k)).activations(x).sum(-1)
+
+    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
+        """``sum_i lambda_i v_i v_i^T`` over the pairs held; Q itself where all are."""
+        count = self.batch_shape.numel() * self.d**2
+        _checks.require_affordable(
+            "dense()", count, self.values.dtype, max_bytes, "use quadratic or activations"
+        )
+        return (self.vectors.mT * self.values[..., None, :]) @ self.vectors
+
+    # ------------------------------------------------------------------ part of it
+
+    def truncate(self, k: int) -> Eigendecomposition:
+        """The first k pairs; `bound` then covers the pairs left out as well."""
+        _checks.require_count("k", k, self.k, "the pairs held")
+        bound = self.bound
+        if k < self.k:
+            # The dropped pairs and what was left out before are orthogonal up to the residuals.
+            slack = self.residuals.square().sum(-1).sqrt()
+            bound = torch.maximum(bound, self.values[..., k].abs()) + slack
+        return replace(
+            self,
+            values=self.values[..., :k],
+            vectors=self.vectors[..., :k, :],
+            residuals=self.residuals[..., :k],
+            bound=bound,
+        )
+
+    top = truncate
+
+    def certificate(self, radius: float, k: int | None = None) -> Float[Tensor, "*batch"]:
+        """Bound on ``|u . f(x) - quadratic(x, k)|`` over every x with ``||x|| <= radius``.
+
+        Behind RMSNorm or LayerNorm whose weight is folded into the layer, ``radius = sqrt(d)`` holds
+        for every input. The layer's biases, if it has any, are not part of Q.
+        """
+        if radius < 0:
+            raise ValueError(f"radius bounds a norm and must not be negative, got {radius}")
+        return (self if k is None else self.truncate(k)).bound * radius**2
+
+    def effective_rank(self) -> Float[Tensor, "*batch"]:
+        """``(L1 / L2)^2`` of the eigenvalues held (appendix D); 0 for a zero matrix."""
+        squares = self.values.square().sum(-1)
+        ratio = self.values.abs().sum(-1).square() / squares.clamp_min(
+            torch.finfo(squares.dtype).tiny
+        )
+        return torch.where(squares > 0, ratio, 0.0)
+
+    def projectors(self, rtol: float = 1e-6) -> list[EigenProjector]:
+        """Groups of eigenvalues within ``rtol * max|lambda|`` of each other, and their projectors.
+
+        Unique where an eigenvector is not. A truncation may cut through its last group. For one
+        matrix; index a batch first. Ordered by falling absolute eigenvalue.
+        """
+        if self.batch_shape:
+            raise ValueError(
+                f"projectors are of one matrix, this is a batch of {list(self.batch_shape)}; "
+                f"index it first"
+            )
+        order = self.values.argsort(descending=True)
+        values = self.values[order]
+        gap = rtol * values.abs().max()
+        starts = [0, *((values[:-1] - values[1:] > gap).nonzero()[:, 0] + 1).tolist(), self.k]
+        groups = []
+        for start, stop in itertools.pairwise(starts):
+            vectors = self.vectors[order[start:stop]]
+            value = float(values[start:stop].mean())
+            groups.append(EigenProjector(value, stop - start, vectors.T @ vectors))
+        return sorted(groups, key=lambda group: -abs(group.value))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair: matrix (of a flattened batch), rank, value, residual."""
+        import pandas as pd
+
+        count = self.batch_shape.numel()
+        return pd.DataFrame(
+            {
+                "matrix": torch.arange(count).repeat_interleave(self.k).numpy(),
+                "rank": torch.arange(1, self.k + 1).repeat(count).numpy(),
+                "value": self.values.detach().flatten().cpu().numpy(),
+                "residual": self.residuals.detach().flatten().cpu().numpy(),
+            }
+        )

@@ -1,0 +1,348 @@
+"""Interaction matrices: which pairs of inputs make an output direction, in factored form.
+
+For an output direction u of a bilinear layer, ``u . f(x) = x^T Q x`` with
+
+    ``Q = sum_h p[h] 1/2 (left[h] right[h]^T + right[h] left[h]^T)``,  ``p = out^T u``
+
+(Pearce et al. 2025, section 2 and 3.2). :class:`InteractionMatrix` keeps left, right and p; Q is
+symmetric by construction and is formed only by `dense()`. Many directions over the same layer are
+one object whose weights have leading dimensions:
+
+>>> Q = tensor.interaction(torch.eye(10))     # ten directions: Q.shape == (10, d, d)
+>>> Q.frobenius_norm()                        # [10], no eigendecomposition, no matrix
+>>> Q[3].eigh(k=5).vectors                    # [5, d]
+
+**Self and cross.** ``x^T Q x = sum_i Q[i,i] x_i^2 + sum_{i<j} 2 Q[i,j] x_i x_j``: an off-diagonal entry
+is met twice. Wherever interactions are listed, `value` is the entry Q[i,j] and `coefficient` what
+stands before ``x_i x_j``: Q[i,i] for a self-interaction, 2 Q[i,j] for a cross-interaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_bilinear.tensor import _checks
+from tl_bilinear.tensor._grams import pair_gram_tiles
+from tl_bilinear.tensor.eigen import Eigendecomposition
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+_BLOCK_ELEMENTS = 2**24  # entries of a dense block alive at a time: 64 MB in float32
+
+Kind = Literal["all", "self", "cross"]
+Which = Literal["magnitude", "positive", "negative"]
+Method = Literal["auto", "dense", "lowrank"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InteractionMatrix:
+    """A batch of symmetric d x d matrices that share their hidden neurons.
+
+    Made by `BilinearTensor.interaction`; immutable.
+
+    Parameters
+    ----------
+    left, right: [h, d]
+        Input factors of the layer, shared by the batch.
+    weights: [..., h]
+        ``p = out^T u`` for each direction; its leading dimensions are the batch.
+    space: str, optional
+        What the d coordinates are.
+    """
+
+    left: Float[Tensor, "h d"]
+    right: Float[Tensor, "h d"]
+    weights: Float[Tensor, "*batch h"]
+    space: str | None = None
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def d(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.weights.shape[:-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(*batch, d, d)"""
+        return torch.Size((*self.batch_shape, self.d, self.d))
+
+    @property
+    def flat_weights(self) -> Float[Tensor, "n h"]:
+        """The weights with their batch dimensions flattened to one."""
+        return self.weights.reshape(self.batch_shape.numel(), self.weights.shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    def __repr__(self) -> str:
+        return (
+            f"InteractionMatrix(shape={list(self.shape)}, d_hidden={self.left.shape[0]}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, space={self.space or '?'})"
+        )
+
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError("a single interaction matrix has no length; Q.d is its width")
+        return self.batch_shape[0]
+
+    def __getitem__(self, index: Any) -> InteractionMatrix:
+        """Index the batch dimensions, as a tensor's."""
+        count = len(index) if isinstance(index, tuple) else 1
+        if count > len(self.batch_shape):
+            raise IndexError(
+                f"{count} indices for {len(self.batch_shape)} batch dimensions; "
+                f"entries of a matrix are in dense()"
+            )
+        return InteractionMatrix(self.left, self.right, self.weights[index], self.space)
+
+    def __iter__(self) -> Iterator[InteractionMatrix]:
+        return (self[index] for index in range(len(self)))
+
+    def to(self, *args: Any, **kwargs: Any) -> InteractionMatrix:
+        """Move to a device or dtype, as `torch.Tensor.to`; a 16-bit dtype is held as float32."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(*args, **kwargs)
+            return tensor.to(_checks.compute_dtype(tensor.dtype))
+
+        return InteractionMatrix(
+            moved(self.left), moved(self.right), moved(self.weights), self.space
+        )
+
+    # ------------------------------------------------------------------ products
+
+    def __matmul__(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """``Q @ x`` as torch.matmul: x is [d] or [..., d, m]; four matrix products, Q not formed."""
+        x = _checks.require_tensor("x", x)
+        rows = x[None] if x.ndim == 1 else x.mT
+        if rows.ndim == 0 or rows.shape[-1] != self.d:
+            raise ValueError(
+                f"Q @ x needs x of shape [{self.d}] or [..., {self.d}, m], got {_checks.shape(x)}"
+            )
+        product = self.apply(rows.to(self.dtype))
+        return product[..., 0, :] if x.ndim == 1 else product.mT
+
+    def apply(self, rows: Float[Tensor, "*rows_batch m d"]) -> Float[Tensor, "*batch m d"]:
+        """``rows @ Q``: the matrix on row vectors; leading dimensions broadcast against the batch."""
+        weights = self.weights[..., None, :]
+        through_left = (rows @ self.left.T) * weights
+        through_right = (rows @ self.right.T) * weights
+        return (through_left @ self.right + through_right @ self.left) / 2
+
+    def quadratic(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+        """``x^T Q x``: shape [*x_batch, *batch], every vector against every matrix."""
+        x = _checks.require_rows("x", x, self.d, self._meaning(), self.left)
+        hidden = (x @ self.left.T) * (x @ self.right.T)
+        values = hidden @ self.flat_weights.T
+        return values.reshape(x.shape[:-1] + self.batch_shape)
+
+    def fold(self, directions: Float[Tensor, "n d"], space: str | None = None) -> InteractionMatrix:
+        """The matrix in another basis: entries ``d_i^T Q d_j`` for the rows of `directions`."""
+        directions = _checks.require_rows(
+            "directions", directions, self.d, self._meaning(), self.left
+        )
+        inner = None if self.space is None else f"directions in {self.space}"
+        return InteractionMatrix(
+            self.left @ directions.T, self.right @ directions.T, self.weights, space or inner
+        )
+
+    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
+        """The matrices themselves; raises MemoryError, with the size in bytes, above `max_bytes`."""
+        _checks.require_affordable(
+            f"dense() of shape {list(self.shape)} in {self.dtype}",
+            self.shape.numel(),
+            self.dtype,
+            max_bytes,
+            "use @, quadratic, eigh(k), top(k) or frobenius_norm, which do not form it",
+        )
+        flat = self.flat_weights
+        # One block is [directions, d, h] before its product, whence the step.
+        step = max(1, _BLOCK_ELEMENTS // max(1, self.d * flat.shape[1]))
+        blocks = []
+        for weights in flat.split(step):
+            half = (self.left.T * weights[:, None, :]) @ self.right
+            blocks.append((half + half.mT) / 2)
+        joined = torch.cat(blocks) if blocks else self.left.new_empty(0, self.d, self.d)
+        return joined.reshape(self.shape)
+
+    # ------------------------------------------------------------------ numbers
+
+    def trace(self) -> Float[Tensor, "*batch"]:
+        """``tr Q = p . rowsum(left * right)``, the sum of the eigenvalues."""
+        return self.weights @ (self.left * self.right).sum(1)
+
+    def frobenius_norm(self) -> Float[Tensor, "*batch"]:
+        """``||Q||_F``, the root of the sum of the squared eigenvalues, without them.
+
+        For many directions ``||Q||_F^2 = p^T M p`` with the float64 Gram M of the hidden neurons
+        (one h x h Gram for all of them); for few, where that costs more, through blocks of Q.
+        """
+        flat = self.flat_weights
+        count, hidden, width = *flat.shape, self.d
+        if 2 * count * hidden * width**2 < 8 * hidden**2 * width + 2 * count * hidden**2:
+            squares = torch.stack([self._square_sum(weights) for weights in flat] or [flat.sum(1)])
+        else:
+            dtype = _checks.gram_dtype(flat)
+            weights = flat.to(dtype)
+            squares = torch.zeros(count, dtype=dtype, device=self.device)
+            for rows, tile in pair_gram_tiles(self.left, self.right, self.left, self.right):
+                squares = squares + ((weights @ tile.T) * weights[:, rows]).sum(1)
+        return squares.clamp_min(0).sqrt().to(self.dtype).reshape(self.batch_shape)
+
+    def _square_sum(self, weights: Tensor) -> Tensor:
+        step = max(1, _BLOCK_ELEMENTS // max(1, self.d))
+        total = weights.new_zeros((), dtype=_checks.gram_dtype(weights))
+        for start in range(0, self.d, step):
+            block = self._block(weights, slice(start, start + step))
+            total = total + block.square().sum(dtype=total.dtype)
+        return total
+
+    def _block(self, weights: Tensor, rows: slice, columns: slice = slice(None)) -> Tensor:
+        """Rows and columns of one Q, formed from the factors."""
+        left, right = self.left[:, rows].T * weights, self.right[:, rows].T * weights
+        return (left @ self.right[:, columns] + right @ self.left[:, columns]) / 2
+
+    # ------------------------------------------------------------------ reading it
+
+    def eigh(
+        self, k: int | None = None, *, which: Which = "magnitude", method: Method = "auto"
+    ) -> Eigendecomposition:
+        """Eigenpairs ``Q = sum_i lambda_i v_i v_i^T`` (section 3.2, equation 2).
+
+        Parameters
+        ----------
+        k: int, optional
+            How many; None for all d.
+        which: "magnitude", "positive" or "negative"
+            Largest absolute values, or one end of the spectrum: the largest, or the most negative.
+        method: "auto", "dense" or "lowrank"
+            How; the result's `method` says which was taken. "dense" forms Q. "lowrank" is exact and
+            cheaper where 2 h < d: it works in the span of the factors.
+
+        Raises ValueError for k below 1 or above d, and for "lowrank" where k exceeds the rank 2 h.
+        """
+        from tl_bilinear.tensor._eigensolvers import eigendecompose
+
+        return eigendecompose(self, k, which=which, method=method)
+
+    def top(self, k: int, *, kind: Kind = "all") -> TopInteractions:
+        """The k interactions with the largest absolute coefficient, exact, streamed in blocks of Q.
+
+        Parameters
+        ----------
+        k: int
+            How many, for each matrix of the batch.
+        kind: "all", "self" (diagonal) or "cross" (off-diagonal)
+        """
+        counts = {"all": self.d * (self.d + 1) // 2, "self": self.d}
+        counts["cross"] = counts["all"] - self.d
+        if kind not in counts:
+            raise ValueError(f"kind must be 'all', 'self' or 'cross', got {kind!r}")
+        _checks.require_count("k", k, counts[kind], f"the {kind} interactions of {self.d} inputs")
+        flat = self.flat_weights
+        found = [self._top_of_one(weights, k, kind) for weights in flat]
+        rows, columns, values = (
+            torch.stack(parts).reshape(*self.batch_shape, k)
+            if found
+            else flat.new_empty(*self.batch_shape, k, dtype=torch.long if i < 2 else self.dtype)
+            for i, parts in enumerate(zip(*found, strict=True) if found else ((), (), ()))
+        )
+        return TopInteractions(rows, columns, values, self.space)
+
+    def _top_of_one(self, weights: Tensor, k: int, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+        if kind == "self":
+            diagonal = weights @ (self.left * self.right)
+            index = diagonal.abs().topk(k).indices
+            return index, index, diagonal[index]
+        step = max(1, _BLOCK_ELEMENTS // max(1, self.d))
+        best = weights.new_empty(0)
+        where = torch.empty(0, dtype=torch.long, device=self.device)
+        for start in range(0, self.d, step):
+            rows = slice(start, min(start + step, self.d))
+            # Columns before the block were met as rows of an earlier one.
+            block = self._block(weights, rows, slice(start, None))
+            row = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
+            column = torch.arange(start, self.d, device=self.device)
+            met = column > row if kind == "cross" else column >= row
+            score = torch.where(column == row, block.abs(), 2 * block.abs()).masked_fill(~met, -1)
+            found = score.flatten().topk(min(k, score.numel())).indices
+            index = row.expand_as(block).flatten()[found] * self.d
+            index = index + column.expand_as(block).flatten()[found]
+            keep = score.flatten()[found] >= 0
+            best = torch.cat([best, block.flatten()[found][keep]])
+            where = torch.cat([where, index[keep]])
+            score_of_all = torch.where(where // self.d == where % self.d, best, 2 * best).abs()
+            kept = score_of_all.topk(min(k, len(best))).indices
+            best, where = best[kept], where[kept]
+        return where // self.d, where % self.d, best
+
+    def _meaning(self) -> str:
+        return "d" if self.space is None else f"d, {self.space}"
+
+
+@dataclass(frozen=True, eq=False)
+class TopInteractions(Storable):
+    """The strongest interactions of a matrix, ordered by falling absolute coefficient.
+
+    Attributes
+    ----------
+    rows, columns: [..., k], with rows <= columns; equal for a self-interaction
+    values: [..., k], the entries ``Q[i,j]``
+    space: what the indices number
+    """
+
+    rows: Int[Tensor, "*batch k"]
+    columns: Int[Tensor, "*batch k"]
+    values: Float[Tensor, "*batch k"]
+    space: str | None = None
+
+    @property
+    def is_self(self) -> Tensor:
+        """[..., k], true where an input interacts with itself."""
+        return self.rows == self.columns
+
+    @property
+    def coefficients(self) -> Float[Tensor, "*batch k"]:
+        """What stands before ``x_i x_j``: Q[i,i] for self, 2 Q[i,j] for cross."""
+        return torch.where(self.is_self, self.values, 2 * self.values)
+
+    def top(self, k: int) -> TopInteractions:
+        """The first k of them."""
+        _checks.require_count("k", k, self.rows.shape[-1], "the interactions held")
+        return TopInteractions(
+            self.rows[..., :k], self.columns[..., :k], self.values[..., :k], self.space
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row an interaction: matrix (of a flattened batch), i, j, kind, value, coefficient."""
+        import pandas as pd
+
+        k = self.rows.shape[-1]
+        count = self.rows.shape[:-1].numel()
+        return pd.DataFrame(
+            {
+                "matrix": torch.arange(count).repeat_interleave(k).numpy(),
+                "i": self.rows.flatten().cpu().numpy(),
+                "j": self.columns.flatten().cpu().numpy(),
+                "kind": ["self" if s else "cross" for s in self.is_self.flatten().tolist()],
+                "value": self.values.detach().flatten().cpu().numpy(),
+                "coefficient": self.coefficients.detach().flatten().cpu().numpy(),
+            }
+        )
