@@ -30,6 +30,10 @@ settings.load_profile("default")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# The matrices of the tests are small: more threads only wait for each other.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

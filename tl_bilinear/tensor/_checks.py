@@ -10,6 +10,9 @@ from torch import Tensor
 MAX_DENSE_BYTES = 2 * 2**30
 """Largest array, in bytes, that `dense()` forms unless the caller raises `max_bytes`."""
 
+MAX_SOLVER_BYTES = 2**30
+"""Memory, in bytes, that a decomposition may take beside its result unless told otherwise."""
+
 
 def shape(tensor: Tensor) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"

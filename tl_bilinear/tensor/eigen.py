@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_bilinear.tensor import _checks
@@ -51,6 +51,9 @@ class Eigendecomposition(Storable):
         pairs leave out; only rounding where all d pairs are held
     method: how it was computed
     space: what the d coordinates are
+    tol: relative residual that counts as converged
+    bound_failure: probability that `bound` of one matrix does not hold; 0 for "dense" and "lowrank",
+        1e-6 over the solver's random probes for "krylov"
     """
 
     values: Float[Tensor, "*batch k"]
@@ -59,6 +62,16 @@ class Eigendecomposition(Storable):
     bound: Float[Tensor, "*batch"]
     method: str = "dense"
     space: str | None = None
+    tol: float = 1e-5
+    bound_failure: float = 0.0
+
+    @property
+    def converged(self) -> Bool[Tensor, "*batch"]:
+        """[...], whether every pair's residual is at most `tol` times the largest eigenvalue."""
+        # A backward-stable solver cannot do better than this, whatever was asked.
+        floor = self.d * torch.finfo(self.values.dtype).eps
+        scale = self.values.abs().amax(-1) * max(self.tol, floor)
+        return (self.residuals <= scale[..., None]).all(-1)
 
     @property
     def k(self) -> int:
@@ -178,3 +191,11 @@ class Eigendecomposition(Storable):
                 "residual": self.residuals.detach().flatten().cpu().numpy(),
             }
         )
+
+
+def fix_signs(vectors: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """Each row with its largest-magnitude coordinate positive."""
+    if vectors.numel() == 0:
+        return vectors
+    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)

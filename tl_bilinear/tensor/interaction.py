@@ -39,7 +39,7 @@ _BLOCK_ELEMENTS = 2**24  # entries of a dense block alive at a time: 64 MB in fl
 
 Kind = Literal["all", "self", "cross"]
 Which = Literal["magnitude", "positive", "negative"]
-Method = Literal["auto", "dense", "lowrank"]
+Method = Literal["auto", "dense", "lowrank", "krylov"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,7 +222,15 @@ class InteractionMatrix:
     # ------------------------------------------------------------------ reading it
 
     def eigh(
-        self, k: int | None = None, *, which: Which = "magnitude", method: Method = "auto"
+        self,
+        k: int | None = None,
+        *,
+        which: Which = "magnitude",
+        method: Method = "auto",
+        tol: float | None = None,
+        seed: int = 0,
+        max_bytes: int = _checks.MAX_SOLVER_BYTES,
+        progress: bool = False,
     ) -> Eigendecomposition:
         """Eigenpairs ``Q = sum_i lambda_i v_i v_i^T`` (section 3.2, equation 2).
 
@@ -232,15 +240,46 @@ class InteractionMatrix:
             How many; None for all d.
         which: "magnitude", "positive" or "negative"
             Largest absolute values, or one end of the spectrum: the largest, or the most negative.
-        method: "auto", "dense" or "lowrank"
-            How; the result's `method` says which was taken. "dense" forms Q. "lowrank" is exact and
-            cheaper where 2 h < d: it works in the span of the factors.
+        method: "auto", "dense", "lowrank" or "krylov"
+            How; the result's `method` says which was taken, its `residuals` how well it did.
+        tol: float, optional
+            Relative residual ``||Q v - lambda v|| / |lambda_1|`` at which "krylov" stops; by default
+            1e-5 in float32, 1e-10 in float64.
+        seed: int
+            Of the random blocks of "krylov": the same seed gives the same result.
+        max_bytes: int
+            Memory for the solver beside its result; directions are processed in batches that fit.
+        progress: bool
+            Show a progress bar over the directions.
 
-        Raises ValueError for k below 1 or above d, and for "lowrank" where k exceeds the rank 2 h.
+        Notes
+        -----
+        Flops for each direction, with d inputs and h hidden neurons:
+
+        - "dense" forms Q and takes all its eigenpairs: ``2 h d^2 + ~13 d^3``, memory ``4 d^2``. For full
+          spectra and small d.
+        - "lowrank", where ``2 h < d``: exact in the span of the 2 h factor rows, ``~13 (2h)^3``.
+        - "krylov", for few of many pairs: ``8 c d h`` on the factors with c basis columns (about
+          4 k + 40 for the spectrum of a trained layer), all directions sharing four matrix products a
+          step. Where c passes ``d / (4 - d/h)`` it forms Q once and goes on; where it passes d / 3 the
+          spectrum is flat and the direction is decomposed densely, or, if that does not fit
+          `max_bytes`, returned with `converged` false. Its `bound` holds except with probability 1e-6.
+
+        "auto" compares these. Raises ValueError for k below 1 or above d, or a k that the method asked
+        for cannot give.
         """
         from tl_bilinear.tensor._eigensolvers import eigendecompose
 
-        return eigendecompose(self, k, which=which, method=method)
+        return eigendecompose(
+            self,
+            k,
+            which=which,
+            method=method,
+            tol=tol,
+            seed=seed,
+            max_bytes=max_bytes,
+            progress=progress,
+        )
 
     def top(self, k: int, *, kind: Kind = "all") -> TopInteractions:
         """The k interactions with the largest absolute coefficient, exact, streamed in blocks of Q.
