@@ -95,19 +95,30 @@ def test_the_break_even_is_where_the_flops_meet():
     assert _krylov.implicit_columns(64, 8) == 64
 
 
-def test_copies_of_an_eigenvalue_that_a_block_cannot_hold_are_found():
-    # 24 copies, blocks of 16 columns: a Krylov space alone returns 16 of them, with tiny residuals.
-    values = [3.0] * 24 + [0.1 * 0.8**i for i in range(60)]
-    Q = with_spectrum(values, 200, n=3)
-    found = Q.eigh(24, method="krylov")
+@pytest.mark.parametrize(("sign", "which"), [(1, "magnitude"), (1, "positive"), (-1, "negative")])
+def test_copies_of_an_eigenvalue_that_a_block_cannot_hold_are_found(sign, which, monkeypatch):
+    # Forty directions take blocks of four columns: a Krylov space alone holds four of eight copies.
+    tail = [2.0 * 0.8**i for i in range(60)]
+    Q = with_spectrum([sign * v for v in [3.0] * 8 + tail], 200, n=40)
+    expected = torch.full((40, 6), 3.0 * sign, dtype=torch.float64)
+    found = Q.eigh(6, which=which, method="krylov", tol=1e-6)
     assert "dense" not in found.method
-    assert_close(found.values, torch.full((3, 24), 3.0, dtype=torch.float64), rtol=0, atol=1e-8)
-    assert (found.bound >= 0.1).all()
-    # One-sided, with larger eigenvalues at the other end.
-    values = [2.0] * 24 + [-3.0] * 2 + [0.1 * 0.8**i for i in range(60)]
-    found = with_spectrum(values, 200).eigh(24, which="positive", method="krylov")
-    assert "dense" not in found.method
-    assert_close(found.values, torch.full((2, 24), 2.0, dtype=torch.float64), rtol=0, atol=1e-8)
+    assert_close(found.values, expected, rtol=0, atol=1e-5)
+    assert (found.bound >= 3).all()
+
+    monkeypatch.setattr(_krylov, "_probe", lambda *args: _never_larger(probe(*args)))
+    alone = Q.eigh(6, which=which, method="krylov", tol=1e-6)
+    assert alone.values.abs().amin() < 2.1  # the trap is real: this is what residuals cannot tell
+    assert alone.converged.all()
+    assert (alone.bound >= 3).all()  # and the certificate covers what it missed
+
+
+probe = _krylov._probe
+
+
+def _never_larger(outcome):
+    bound, larger, probes = outcome
+    return bound, torch.zeros_like(larger), probes
 
 
 @pytest.mark.usefixtures("_as_shipped")
