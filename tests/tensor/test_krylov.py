@@ -97,7 +97,7 @@ def test_the_break_even_is_where_the_flops_meet():
 
 @pytest.mark.parametrize(("sign", "which"), [(1, "magnitude"), (1, "positive"), (-1, "negative")])
 def test_copies_of_an_eigenvalue_that_a_block_cannot_hold_are_found(sign, which, monkeypatch):
-    # Forty directions take blocks of four columns: a Krylov space alone holds four of eight copies.
+    # Forty directions take blocks of three columns: a Krylov space alone holds three of eight copies.
     tail = [2.0 * 0.8**i for i in range(60)]
     Q = with_spectrum([sign * v for v in [3.0] * 8 + tail], 200, n=40)
     expected = torch.full((40, 6), 3.0 * sign, dtype=torch.float64)

@@ -1,0 +1,65 @@
+"""Where factored tensors come from: bilinear layers inside models.
+
+Importing this package loads no framework. The classes below are loaded at first use and need
+TransformerLens 3.9 or a later 3.x; without it the name raises an ImportError that says what to
+install, and everything in `tl_bilinear.tensor` works all the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+    from tl_bilinear.models.transformer import (
+        HookedBilinearSAETransformer,
+        HookedBilinearTransformer,
+        bilinear_class,
+    )
+
+__all__ = [
+    "BilinearMLP",
+    "BilinearTransformerConfig",
+    "HookedBilinearSAETransformer",
+    "HookedBilinearTransformer",
+    "bilinear_class",
+    "register",
+]
+
+_LAZY = {
+    "BilinearMLP": "tl_bilinear.models.component",
+    "BilinearTransformerConfig": "tl_bilinear.models.component",
+    "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
+    "HookedBilinearTransformer": "tl_bilinear.models.transformer",
+    "bilinear_class": "tl_bilinear.models.transformer",
+}
+
+
+def register() -> None:
+    """Register the readers of `BilinearTensor.from_model` and `HookedTransformer.from_config`.
+
+    Called when `tl_bilinear` is imported; calling it again changes nothing.
+    """
+    from tl_bilinear.models import readers, registration
+
+    readers.register()
+    registration.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ImportError as error:
+        from tl_bilinear.models.registration import explain_missing
+
+        explained = explain_missing(name, error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

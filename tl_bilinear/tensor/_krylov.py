@@ -36,7 +36,9 @@ FAILURE_PROBABILITY = 1e-6
 """Chance, over the random probes, that the bound of one direction does not hold."""
 
 BLOCK = 16
-"""Most columns of a block: many where directions are few, so that a product stays a matrix product."""
+ROWS = 128
+"""A block has ROWS / n columns, 2 to BLOCK: narrow blocks need fewer columns in all, but the stacked
+blocks of the n directions should stay a matrix product rather than a few vectors."""
 
 DENSE_AT = 1 / 3
 """Share of d at which a basis that has not converged gives way to a dense solver."""
@@ -98,7 +100,7 @@ def block_krylov(
     absolute Ritz value and the probes found nothing larger.
     """
     n, width, hidden = len(matrix), matrix.d, matrix.left.shape[0]
-    block = max(PROBES, min(BLOCK, 64 // max(1, n)))
+    block = max(2, min(BLOCK, ROWS // max(1, n)))
     most = _most_columns(width, k)
     make = matrix.left.new_zeros
     found = Pairs(make(n, k), make(n, k, width), make(n, k), make(n) + math.inf)
@@ -203,7 +205,7 @@ class _Basis:
         where = missed.nonzero()[:, 0]
         position = torch.searchsorted(some, where)
         rows = self.images[where, self.size - block : self.size].clone()
-        rows[:, :PROBES] = probes[position]
+        rows[:, : min(PROBES, block)] = probes[position, : min(PROBES, block)]
         vectors = self.vectors[where, : self.size]
         return _orthonormal(_orthogonalised(rows, vectors), vectors)
 
