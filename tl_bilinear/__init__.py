@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from tl_bilinear import models
 from tl_bilinear.tensor import (
+    HOSVD,
     BilinearParts,
     BilinearTensor,
     Eigendecomposition,
     EigenProjector,
     InteractionMatrix,
     TopInteractions,
+    Tucker,
     register_mlp_reader,
     register_model_reader,
 )
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "HOSVD",
     "BilinearMLP",
     "BilinearParts",
     "BilinearTensor",
@@ -44,6 +47,7 @@ __all__ = [
     "HookedBilinearTransformer",
     "InteractionMatrix",
     "TopInteractions",
+    "Tucker",
     "register_mlp_reader",
     "register_model_reader",
 ]

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from tl_bilinear.tensor import _checks
 
-TILE_BYTES = 256 * 2**20
+TILE_BYTES = 64 * 2**20
 """Memory that one tile of M may take, in bytes; a few are alive at a time."""
 
 
@@ -32,3 +33,48 @@ def pair_gram_tiles(
         same = (a @ other_left.T) * (b @ other_right.T)
         crossed = (a @ other_right.T) * (b @ other_left.T)
         yield rows, (same + crossed) / 2
+
+
+def self_gram_tiles(left: Tensor, right: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """M of one set of neurons, its upper half: (rows, columns from the rows on, tile).
+
+    M is symmetric. A sum over all of it takes the leading square of a tile once and the rest twice.
+    """
+    dtype = _checks.gram_dtype(left)
+    left, right = left.to(dtype), right.to(dtype)
+    hidden = len(left)
+    start = 0
+    while start < hidden:
+        step = max(1, TILE_BYTES // ((hidden - start) * dtype.itemsize))
+        rows, columns = slice(start, min(start + step, hidden)), slice(start, hidden)
+        a, b = left[rows], right[rows]
+        tile = (a @ left[columns].T).mul_(b @ right[columns].T)
+        tile.add_((a @ right[columns].T).mul_(b @ left[columns].T)).div_(2)
+        yield rows, columns, tile
+        start = rows.stop
+
+
+def congruence(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``weights M weights^T`` [n, n] for weights [n, h], M in tiles, in float64."""
+    dtype = _checks.gram_dtype(left)
+    weights = weights.to(dtype)
+    total = weights.new_zeros(len(weights), len(weights))
+    for rows, columns, tile in self_gram_tiles(left, right):
+        size = rows.stop - rows.start
+        tile[:, :size] /= 2
+        total += weights[:, rows] @ (tile @ weights[:, columns].T)
+    return total + total.T
+
+
+def squared_norms(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``p^T M p`` [n] for each row p of weights [n, h], M in tiles, in float64."""
+    dtype = _checks.gram_dtype(left)
+    chunks = weights.split(max(1, TILE_BYTES // (max(1, weights.shape[1]) * dtype.itemsize)))
+    totals = [chunk.new_zeros(len(chunk), dtype=dtype) for chunk in chunks]
+    for rows, columns, tile in self_gram_tiles(left, right):
+        size = rows.stop - rows.start
+        tile[:, :size] /= 2
+        for index, chunk in enumerate(chunks):
+            through = chunk[:, columns].to(dtype) @ tile.T
+            totals[index] = totals[index] + 2 * (through * chunk[:, rows]).sum(1)
+    return torch.cat(totals) if totals else weights.new_zeros(0, dtype=dtype)

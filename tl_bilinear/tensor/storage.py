@@ -57,7 +57,7 @@ class Storable:
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, whole or not at all (a temporary file, then a rename)."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {name: getattr(self, name) for name in _stored(type(self))}
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
         metadata = {name: value for name, value in fields.items() if name not in tensors}
         save_tensors(path, tensors, {"kind": type(self).__name__, **metadata})
@@ -74,9 +74,13 @@ class Storable:
             raise ValueError(
                 f"{path} holds {kind or 'no result of tl_bilinear'}, not {cls.__name__}"
             )
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := (tensors.keys() | metadata.keys()) - names:
+        if unknown := (tensors.keys() | metadata.keys()) - set(_stored(cls)):
             raise ValueError(
                 f"{path} has unknown fields {sorted(unknown)}; written by a newer version?"
             )
         return cls(**tensors, **metadata)
+
+
+def _stored(cls: type) -> list[str]:
+    """Fields that go to disk: all but those whose metadata says ``stored=False``."""
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("stored", True)]
