@@ -19,7 +19,10 @@ jaxtyping.install_import_hook(
     [
         "tl_bilinear.tensor.bilinear",
         "tl_bilinear.tensor.eigen",
+        "tl_bilinear.tensor.hosvd",
         "tl_bilinear.tensor.interaction",
+        "tl_bilinear.models.component",
+        "tl_bilinear.models.transformer",
     ],
     "tests.typecheck.check",
 )

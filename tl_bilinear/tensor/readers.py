@@ -11,8 +11,9 @@ TransformerLens and for plain modules, and a user registers one for a class of t
 ...     return BilinearTensor(module.w, module.v, module.p)
 >>> register_mlp_reader("my-layer", read_my_layer)
 
-A reader returns None for a module that is not its kind, and raises ValueError for one that is its
-kind but not bilinear, saying what it found.
+The reader registered last is asked first, so that yours goes before those that ship. It returns
+None for a module that is not its kind, and raises ValueError for one that is its kind but
+not bilinear, saying what it found.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def register_model_reader(name: str, reader: ModelReader) -> None:
 
 
 def read_mlp(module: Any) -> BilinearTensor:
-    for reader in _mlp_readers.values():
+    for reader in reversed(_mlp_readers.values()):
         tensor = reader(module)
         if tensor is not None:
             return tensor
@@ -56,7 +57,7 @@ def read_mlp(module: Any) -> BilinearTensor:
 
 
 def read_model(model: Any, layer: int | None) -> BilinearTensor:
-    for reader in _model_readers.values():
+    for reader in reversed(_model_readers.values()):
         tensor = reader(model, layer)
         if tensor is not None:
             return tensor

@@ -1,0 +1,123 @@
+"""`HookedTransformer.from_config` on TransformerLens's own class, without importing TransformerLens.
+
+TransformerLens takes seconds to import, so a post-import hook waits for it: the method appears
+whether TransformerLens was imported before or after `tl_bilinear`, and on every subclass of
+HookedTransformer, SAELens's HookedSAETransformer among them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+_MODULE = "transformer_lens.HookedTransformer"
+_INSTALL_TL = "pip install 'transformer-lens>=3.9,<4'"
+_INSTALL_SAE = "pip install 'sae-lens>=6.54'"
+
+_registered = False
+
+
+def register() -> None:
+    """Attach `from_config` to HookedTransformer, now or when it is imported. Idempotent."""
+    global _registered
+    if not _registered:
+        _registered = True
+        wrapt.register_post_import_hook(_attach, _MODULE)
+
+
+def _attach(module: ModuleType) -> None:
+    # This may run in the middle of TransformerLens's own import, so it must not import any more of
+    # it; and a from_config that TransformerLens brings along itself stays as it is.
+    hooked_transformer = getattr(module, "HookedTransformer", None)
+    if hooked_transformer is not None and not hasattr(hooked_transformer, "from_config"):
+        hooked_transformer.from_config = classmethod(_from_config)
+
+
+def _from_config(
+    cls: type,
+    cfg: Any = None,
+    *,
+    bilinear: bool | None = None,
+    tokenizer: Any = None,
+    move_to_device: bool = True,
+    **cfg_kwargs: Any,
+) -> Any:
+    """A new model of this class, from keyword arguments, a dict or a config object.
+
+    >>> import tl_bilinear
+    >>> from transformer_lens import HookedTransformer
+    >>> model = HookedTransformer.from_config(
+    ...     bilinear=True, n_layers=2, d_model=64, d_head=16, n_ctx=32, d_vocab=100,
+    ...     normalization_type="RMS",
+    ... )
+
+    Parameters
+    ----------
+    cfg: HookedTransformerConfig, BilinearTransformerConfig or dict, optional
+        Where to start from. It is copied, never changed.
+    bilinear:
+        True: every MLP is a `tl_bilinear.BilinearMLP` and the model a
+        `tl_bilinear.HookedBilinearTransformer` (a subclass of this class).
+        False, the default: the ordinary model.
+        A BilinearTransformerConfig says so by itself.
+    tokenizer, move_to_device:
+        As for HookedTransformer.
+    **cfg_kwargs:
+        Fields of HookedTransformerConfig, over those of `cfg`; with ``bilinear=True`` also
+        ``bilinear_bias=True`` for trainable b_gate, b_in and b_out (default False).
+
+    Raises TypeError for an unknown field (naming the nearest valid one) or a missing one, and
+    ValueError for settings that contradict each other, such as ``bilinear=True, act_fn="gelu"``.
+    """
+    from tl_bilinear.models.transformer import model_from_config
+
+    return model_from_config(
+        cls,
+        cfg,
+        bilinear=bilinear,
+        tokenizer=tokenizer,
+        move_to_device=move_to_device,
+        overrides=cfg_kwargs,
+    )
+
+
+_from_config.__name__ = "from_config"
+_from_config.__qualname__ = "HookedTransformer.from_config"
+
+
+def explain_missing(name: str, error: ImportError) -> ImportError | None:
+    """The error for a public name whose framework is absent, saying what to install.
+
+    None where `error` has another reason (a broken installation), which then speaks for itself.
+    """
+    missing = error.name or ""
+    if missing == "transformer_lens":
+        return ImportError(
+            f"{name} needs TransformerLens, which is not installed. {_INSTALL_TL}", name=missing
+        )
+    if missing.startswith("transformer_lens."):
+        return ImportError(
+            f"{name} needs HookedTransformer as TransformerLens 3.9 has it. TransformerLens "
+            f"{_version()} is installed and does not have it (4 has only TransformerBridge). "
+            f"{_INSTALL_TL}",
+            name=missing,
+        )
+    if missing.partition(".")[0] == "sae_lens":
+        return ImportError(
+            f"{name} needs SAELens, which is not installed. {_INSTALL_SAE}", name=missing
+        )
+    return None
+
+
+def _version() -> str:
+    imported = getattr(sys.modules.get("transformer_lens"), "__version__", None)
+    if isinstance(imported, str):
+        return imported
+    try:
+        return importlib.metadata.version("transformer-lens")
+    except importlib.metadata.PackageNotFoundError:
+        return "as installed"

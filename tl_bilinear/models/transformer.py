@@ -1,0 +1,446 @@
+"""A HookedTransformer whose MLPs are bilinear.
+
+>>> import tl_bilinear
+>>> from transformer_lens import HookedTransformer
+>>> model = HookedTransformer.from_config(
+...     bilinear=True, n_layers=2, d_model=64, d_head=16, n_ctx=32, d_vocab=100,
+...     normalization_type="RMS",
+... )
+>>> logits, cache = model.run_with_cache(torch.randint(0, 100, (1, 8)))
+>>> cache["blocks.1.mlp.hook_in"].shape                    # the input of the bilinear tensor
+torch.Size([1, 8, 64])
+>>> tl_bilinear.BilinearTensor.from_model(model, 1)        # [64, 64, 64], from the weights alone
+
+Everything of HookedTransformer works on it: hooks, caches, generation, weight processing.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+from transformer_lens.HookedTransformer import HookedTransformer
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from tl_bilinear.models import storage
+from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+
+if TYPE_CHECKING:
+    HookedBilinearSAETransformer: type[Any]
+
+__all__ = [
+    "BilinearMLP",
+    "BilinearTransformerConfig",
+    "HookedBilinearTransformer",
+    "bilinear_class",
+]
+
+
+class HookedBilinearTransformer(HookedTransformer):
+    """HookedTransformer with a :class:`BilinearMLP` in every block (Pearce et al. 2025, section 2).
+
+    Usually made by ``HookedTransformer.from_config(bilinear=True, ...)``. The constructor takes a
+    BilinearTransformerConfig, a HookedTransformerConfig or a dict, which it copies.
+
+    Hooks of a block's MLP: ``blocks.L.mlp.hook_in`` [batch, pos, d_model], ``hook_pre``,
+    ``hook_pre_linear``, ``hook_post`` [batch, pos, d_mlp], ``hook_out`` [batch, pos, d_model].
+    """
+
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig | Mapping[str, Any],
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: Literal["left", "right"] | None = None,
+    ) -> None:
+        cfg = _make_config(cfg, {}, bilinear=True)
+        # The blocks are built with TransformerLens's own MLP, so initialising waits for the swap.
+        wanted, cfg.init_weights = cfg.init_weights, False
+        super().__init__(
+            cfg, tokenizer, move_to_device=False, default_padding_side=default_padding_side
+        )
+        cfg.init_weights = wanted
+        if not cfg.attn_only:
+            for block in self.blocks:
+                block.mlp = BilinearMLP(cfg)
+        if cfg.init_weights:
+            self.init_weights()
+        if move_to_device:
+            self.move_model_modules_to_device()
+        self.setup()
+
+    def setup(self) -> None:
+        for mlp in self._bilinear_mlps():
+            mlp.drop_foreign_forward()
+        super().setup()
+
+    @property
+    def b_gate(self) -> Float[Tensor, "n_layers d_mlp"]:
+        """The gate biases of all layers, beside TransformerLens's W_gate, W_in, W_out, b_in, b_out."""
+        return torch.stack([block.mlp.b_gate for block in self.blocks])
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """As HookedTransformer's, exact for bilinear MLPs.
+
+        Folding a norm puts its weight into both W_gate and W_in, its bias into b_gate and b_in, and
+        under LayerNorm centres both over d_model. Log-probabilities do not change.
+
+        Raises ValueError for LayerNorm with ``final_rms=True``, which TransformerLens changes.
+        """
+        is_ln = self.cfg.normalization_type in ("LN", "LNPre")
+        if is_ln and self.cfg.final_rms and (fold_ln or center_writing_weights):
+            raise ValueError(
+                "TransformerLens does not process a LayerNorm model with final_rms=True correctly: "
+                "its log-probabilities would change. Pass fold_ln=False, center_writing_weights=False"
+            )
+        state_dict = self.fill_missing_keys(dict(state_dict))
+        if fold_ln:
+            state_dict = _fold_norms(state_dict, self.cfg)
+        if center_unembed:
+            state_dict = _center_unembed(state_dict)
+        super().load_and_process_state_dict(
+            state_dict,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=False,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    def fold_layer_norm(
+        self,
+        state_dict: Mapping[str, Tensor],
+        fold_biases: bool = True,
+        center_weights: bool = True,
+    ) -> dict[str, Tensor]:
+        """As HookedTransformer's, on a state dict, exact for bilinear MLPs."""
+        state_dict = _fold_norms(
+            state_dict, self.cfg, fold_biases=fold_biases, center_weights=center_weights
+        )
+        return super().fold_layer_norm(state_dict, fold_biases, center_weights)
+
+    def center_unembed(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As HookedTransformer's, on a state dict."""
+        return _center_unembed(state_dict)
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Save weights, config and tokenizer: safetensors and JSON, no pickle.
+
+        The directory appears whole or not at all, and replaces a model saved there before.
+
+        Raises FileExistsError for a directory that holds anything else.
+        """
+        storage.save(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+    ) -> Any:
+        """Load a model that `save_pretrained` wrote: equal logits, folded weights included.
+
+        `device` defaults to TransformerLens's choice, `dtype` to the stored one, `tokenizer` to the
+        stored one. Nothing is downloaded.
+
+        Raises FileNotFoundError or NotADirectoryError if `directory` is not one, ValueError for a
+        file that is truncated or not such a model, naming the file and what is wrong with it.
+        """
+        return storage.load(
+            cls,
+            directory,
+            device=device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            move_to_device=move_to_device,
+        )
+
+    # What is stored is loaded unprocessed, so there is one way of loading, under both names.
+    from_pretrained_no_processing = from_pretrained
+
+    def _bilinear_mlps(self) -> Iterable[BilinearMLP]:
+        for block in self.blocks:
+            mlp = getattr(block, "mlp", None)
+            if isinstance(mlp, BilinearMLP):
+                yield mlp
+
+
+# ---------------------------------------------------------------------- bilinear subclasses
+
+
+@functools.cache
+def bilinear_class(cls: type) -> type:
+    """The bilinear subclass of a HookedTransformer class.
+
+    HookedTransformer gives HookedBilinearTransformer; SAELens's HookedSAETransformer gives a class
+    that is both (`tl_bilinear.models.HookedBilinearSAETransformer`). Instances pickle and deepcopy.
+
+    Raises TypeError for a class that is not a HookedTransformer.
+    """
+    if issubclass(cls, HookedBilinearTransformer):
+        return cls
+    if cls is HookedTransformer:
+        return HookedBilinearTransformer
+    if not issubclass(cls, HookedTransformer):
+        raise TypeError(f"{cls.__qualname__} is not a subclass of HookedTransformer")
+    stem = cls.__name__.removeprefix("Hooked")
+    return type(
+        f"HookedBilinear{stem}",
+        (cls, HookedBilinearTransformer),
+        {
+            "__module__": __name__,
+            "__doc__": f"{cls.__qualname__} with bilinear MLPs (see HookedBilinearTransformer).",
+            "__reduce_ex__": functools.partialmethod(_reduce_generated, cls),
+        },
+    )
+
+
+def _reduce_generated(self: Any, base: type, protocol: int) -> Any:
+    if type(self) is not bilinear_class(base):  # a named subclass, which pickles by its own name
+        return HookedBilinearTransformer.__reduce_ex__(self, protocol)
+    return _new_generated, (base,), self.__getstate__()
+
+
+def _new_generated(base: type) -> Any:
+    return object.__new__(bilinear_class(base))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HookedBilinearSAETransformer":
+        from sae_lens import HookedSAETransformer
+
+        return bilinear_class(HookedSAETransformer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ---------------------------------------------------------------------- configs
+
+
+def model_from_config(
+    cls: type,
+    cfg: HookedTransformerConfig | Mapping[str, Any] | None,
+    *,
+    bilinear: bool | None,
+    tokenizer: Any,
+    move_to_device: bool,
+    overrides: Mapping[str, Any],
+) -> Any:
+    """What `HookedTransformer.from_config` does; documented there."""
+    if bilinear is None:
+        bilinear = issubclass(cls, HookedBilinearTransformer) or _asks_for_bilinear(cfg)
+    if not bilinear and issubclass(cls, HookedBilinearTransformer):
+        raise ValueError(f"{cls.__name__} is bilinear: bilinear=False contradicts it.")
+    config = _make_config(cfg, overrides, bilinear=bilinear)
+    target = bilinear_class(cls) if bilinear else cls
+    return target(config, tokenizer=tokenizer, move_to_device=move_to_device)
+
+
+def _asks_for_bilinear(cfg: Any) -> bool:
+    if isinstance(cfg, Mapping):
+        return bool(cfg.get("bilinear", False))
+    return isinstance(cfg, BilinearTransformerConfig)
+
+
+def _make_config(
+    cfg: HookedTransformerConfig | Mapping[str, Any] | None,
+    overrides: Mapping[str, Any],
+    *,
+    bilinear: bool,
+) -> Any:
+    """A new config from `cfg` and `overrides`; neither is changed."""
+    wanted: type = BilinearTransformerConfig if bilinear else HookedTransformerConfig
+    if cfg is None:
+        values: dict[str, Any] = {}
+    elif isinstance(cfg, Mapping):
+        values = dict(cfg)
+    elif isinstance(cfg, HookedTransformerConfig):
+        if issubclass(type(cfg), wanted):
+            wanted = type(cfg)
+        values = _fields_of(cfg, overrides)
+        if bilinear and not isinstance(cfg, BilinearTransformerConfig):
+            # A config object cannot say whether these were asked for or are the defaults.
+            values = {
+                name: value
+                for name, value in values.items()
+                if (name, value) not in (("act_fn", "relu"), ("gated_mlp", False))
+            }
+    else:
+        raise TypeError(
+            "cfg must be a HookedTransformerConfig, a BilinearTransformerConfig or a dict, "
+            f"not {type(cfg).__module__}.{type(cfg).__qualname__}"
+        )
+    if not bilinear:
+        _refuse_bilinear(cfg, values | dict(overrides))
+        values.pop("bilinear", None)
+    values = copy.deepcopy(values) | dict(overrides)
+    _require_fields(wanted, values)
+    return wanted(**values)
+
+
+def _refuse_bilinear(cfg: Any, values: Mapping[str, Any]) -> None:
+    if isinstance(cfg, BilinearTransformerConfig) or values.get("bilinear", False):
+        raise ValueError("bilinear=False contradicts cfg, which asks for a bilinear model.")
+    if "bilinear_bias" in values:
+        raise ValueError("bilinear_bias is for bilinear models: pass bilinear=True with it.")
+
+
+def _fields_of(cfg: HookedTransformerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, without those that it derived from a field about to change.
+
+    A config object fills in n_heads, d_mlp and others when it is made. Kept beside a new d_model
+    they would describe the old one.
+    """
+    values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    gpt2 = cfg.init_mode == "gpt2"
+    derived = {
+        "n_heads": (("d_model", "d_head"), cfg.d_model // cfg.d_head),
+        "d_mlp": (("d_model",), 4 * cfg.d_model),
+        "d_vocab_out": (("d_vocab",), cfg.d_vocab),
+        "attn_scale": (("d_head",), math.sqrt(cfg.d_head)),
+        "rotary_dim": (("d_head",), cfg.d_head),
+        "initializer_range": (
+            ("d_model", "init_mode"),
+            0.8 / math.sqrt(cfg.d_model) if gpt2 else 1.0,
+        ),
+    }
+    for name, (sources, value) in derived.items():
+        if any(source in overrides for source in sources) and values[name] == value:
+            del values[name]
+    return values
+
+
+def _require_fields(config_class: type, values: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(config_class)}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{config_class.__name__} has no field {_and(_with_nearest(n, known) for n in unknown)}"
+        )
+    required = {f.name for f in fields(config_class) if f.default is f.default_factory is MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise TypeError(f"{config_class.__name__} needs {_and(missing)}, which cfg does not give")
+
+
+def _with_nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"{name!r} (did you mean {nearest[0]!r}?)" if nearest else repr(name)
+
+
+def _and(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+# ---------------------------------------------------------------------- weight processing
+
+
+def _fold_norms(
+    state_dict: Mapping[str, Tensor],
+    cfg: HookedTransformerConfig,
+    *,
+    fold_biases: bool = True,
+    center_weights: bool | None = None,
+) -> dict[str, Tensor]:
+    """Fold the norms before the MLPs and the unembedding; TransformerLens folds the others.
+
+    TransformerLens centres W_in but not W_gate, and guesses from shapes whether a weight is stored
+    transposed, which goes wrong for d_mlp == d_model and d_vocab_out == d_model. A norm folded here
+    is left as the identity, on which TransformerLens's own folding changes nothing.
+    """
+    state_dict = dict(state_dict)
+    if cfg.normalization_type is None:
+        return state_dict
+    if cfg.original_architecture in POST_NORM_ARCHITECTURES:  # there ln2 follows the MLP
+        return state_dict
+    if center_weights is None:
+        center_weights = cfg.normalization_type in ("LN", "LNPre")
+    for layer in range(cfg.n_layers):
+        block = f"blocks.{layer}."
+        norm = f"{block}ln2"
+        if cfg.parallel_attn_mlp and f"{norm}.w" not in state_dict:
+            # One norm for both (GPT-J): attention reads it too, so its own entry stays for
+            # TransformerLens, and an identity in ln2's place keeps it away from the MLP.
+            norm = f"{block}ln1"
+        if cfg.attn_only or f"{norm}.w" not in state_dict:
+            continue
+        readers = [(f"{block}mlp.{w}", f"{block}mlp.{b}") for w, b in _MLP_READERS]
+        weight, bias = _fold_norm(state_dict, norm, readers, fold_biases, center_weights)
+        state_dict[f"{block}ln2.w"] = torch.ones_like(weight)
+        if bias is not None:
+            state_dict[f"{block}ln2.b"] = torch.zeros_like(bias)
+    if "ln_final.w" in state_dict:
+        readers = [("unembed.W_U", "unembed.b_U")]
+        weight, bias = _fold_norm(state_dict, "ln_final", readers, fold_biases, center=False)
+        state_dict["ln_final.w"] = torch.ones_like(weight)
+        if bias is not None:
+            state_dict["ln_final.b"] = torch.zeros_like(bias)
+    return state_dict
+
+
+_MLP_READERS = (("W_gate", "b_gate"), ("W_in", "b_in"))
+
+
+def _fold_norm(
+    state_dict: dict[str, Tensor],
+    norm: str,
+    readers: Iterable[tuple[str, str]],
+    fold_biases: bool,
+    center: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Put a norm's weight and bias into what reads it; return them, the bias if it was folded.
+
+    For y = x * w + b: y W + c = x (w[:, None] * W) + (b W + c), and a mean-free x does not see the
+    mean of a column.
+    """
+    w = state_dict[f"{norm}.w"]
+    b = state_dict.get(f"{norm}.b") if fold_biases else None
+    for weight_key, bias_key in readers:
+        weight = _wide(state_dict[weight_key])
+        if b is not None:
+            folded = _wide(state_dict[bias_key]) + _wide(b) @ weight
+            state_dict[bias_key] = folded.to(state_dict[bias_key].dtype)
+        weight = _wide(w)[:, None] * weight
+        if center:
+            weight = weight - weight.mean(dim=0, keepdim=True)
+        state_dict[weight_key] = weight.to(state_dict[weight_key].dtype)
+    return w, b
+
+
+def _center_unembed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Subtract W_U's mean over the vocabulary: softmax does not see it.
+
+    Here because TransformerLens's guesses the axis from shapes (wrong for d_vocab == d_model with
+    another d_vocab_out).
+    """
+    state_dict = dict(state_dict)
+    for key in ("unembed.W_U", "unembed.b_U"):
+        if key in state_dict:
+            values = _wide(state_dict[key])
+            state_dict[key] = (values - values.mean(dim=-1, keepdim=True)).to(state_dict[key].dtype)
+    return state_dict
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
