@@ -1,0 +1,1 @@
+"""Benchmarks: the implicit way beside the dense one, in one run. `python -m tests.benchmarks --help`."""

@@ -1,0 +1,200 @@
+"""What is measured: for each case the work by this package, and the dense way beside it where it fits.
+
+A side is a function of nothing that returns a dict of what it found; building the layer is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.layers import directions, layer_like_trained
+from tl_bilinear import BilinearTensor
+
+Side = Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    `build` returns the sides by name, "ours" first; `sampled` says of how many directions the dense side
+    does only a share, whose time is scaled up (by that factor) because all of it would take minutes.
+    """
+
+    name: str
+    title: str
+    asked: str
+    build: Callable[[], dict[str, Side]]
+    compare: Callable[[dict[str, Any], dict[str, Any]], dict[str, float]] | None = None
+    repeats: int = 3
+    scaled: float = 1.0
+
+
+def dense_eigh(tensor: BilinearTensor, dirs: Tensor, k: int) -> dict[str, Any]:
+    """What a notebook does: form Q, symmetrise, torch.linalg.eigh, take the k largest."""
+    values = []
+    for u in dirs:
+        half = (tensor.left.T * (u @ tensor.out)) @ tensor.right
+        found, _ = torch.linalg.eigh((half + half.T) / 2)
+        values.append(found[found.abs().argsort(descending=True)[:k]])
+    return {"values": torch.stack(values)}
+
+
+def eigen_sides(d: int, h: int, n: int, sample: int | None) -> dict[str, Side]:
+    tensor, dirs = layer_like_trained(d, h, d), directions(n, d)
+
+    def ours() -> dict[str, Any]:
+        found = tensor.interaction(dirs).eigh(10, method="krylov")
+        scale = found.values.abs().amax(-1, keepdim=True)
+        return {
+            "values": found.values,
+            "method": found.method,
+            "largest relative residual": float((found.residuals / scale).max()),
+            "largest bound / lambda_1": float((found.bound[:, None] / scale).max()),
+        }
+
+    sides: dict[str, Side] = {"ours": ours}
+    if sample:
+        sides["dense"] = lambda: dense_eigh(tensor, dirs[:sample], 10)
+    return sides
+
+
+def eigen_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    exact = dense["values"]
+    found = ours["values"][: len(exact)]
+    return {"error / lambda_1": float(((found - exact).abs() / exact[:, :1].abs()).max())}
+
+
+def hosvd_sides(d: int, h: int, k: int | None, dense: bool) -> dict[str, Side]:
+    tensor = layer_like_trained(d, h, d)
+
+    def ours() -> dict[str, Any]:
+        found = tensor.hosvd(k)
+        return {
+            "values": found.values,
+            "floor": found.floor,
+            "explained": float(found.explained[-1]),
+        }
+
+    def formed() -> dict[str, Any]:
+        one_sided = (tensor.left.T[None] * tensor.out[:, None, :]) @ tensor.right
+        flat = ((one_sided + one_sided.mT) / 2).flatten(1)
+        return {"values": torch.linalg.svd(flat, full_matrices=False).S}
+
+    return {"ours": ours, "dense": formed} if dense else {"ours": ours}
+
+
+def hosvd_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    difference = (ours["values"] - dense["values"]).abs()
+    return {"error / sigma_1": float(difference.max() / dense["values"].max())}
+
+
+def norm_sides(d: int, h: int, n: int, sample: int) -> dict[str, Side]:
+    tensor, dirs = layer_like_trained(d, h, d), directions(n, d)
+
+    def through_eigenvalues() -> dict[str, Any]:
+        norms = []
+        for u in dirs[:sample]:
+            half = (tensor.left.T * (u @ tensor.out)) @ tensor.right
+            norms.append(torch.linalg.eigvalsh((half + half.T) / 2).norm())
+        return {"values": torch.stack(norms)}
+
+    return {
+        "ours": lambda: {"values": tensor.interaction(dirs).frobenius_norm()},
+        "dense": through_eigenvalues,
+    }
+
+
+def norm_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    exact = dense["values"]
+    return {"relative error": float(((ours["values"][: len(exact)] - exact) / exact).abs().max())}
+
+
+CASES = [
+    Case(
+        "eigen-1024",
+        "top 10 of 64 directions, d=1024, h=4096",
+        "4x, error <= 1e-5",
+        lambda: eigen_sides(1024, 4096, 64, 64),
+        eigen_errors,
+    ),
+    Case(
+        "eigen-2048",
+        "top 10 of 16 directions, d=2048, h=8192",
+        "6x, error <= 1e-5",
+        lambda: eigen_sides(2048, 8192, 16, 16),
+        eigen_errors,
+        repeats=2,
+    ),
+    Case(
+        "eigen-4096",
+        "top 10 of 4 directions, d=4096, h=14336",
+        "finishes, under 16 GB",
+        lambda: eigen_sides(4096, 14336, 4, None),
+        repeats=1,
+    ),
+    Case(
+        "hosvd-512",
+        "HOSVD, d=512, h=2048",
+        "15x, a fifth of the memory, error <= 1e-5",
+        lambda: hosvd_sides(512, 2048, None, dense=True),
+        hosvd_errors,
+        repeats=2,
+    ),
+    Case(
+        "hosvd-1024",
+        "HOSVD, d=1024, h=4096",
+        "under 10 s and 2 GB",
+        lambda: hosvd_sides(1024, 4096, None, dense=False),
+        repeats=2,
+    ),
+    Case(
+        "hosvd-4096",
+        "HOSVD top 32, d=4096, h=14336",
+        "finishes, under 16 GB",
+        lambda: hosvd_sides(4096, 14336, 32, dense=False),
+        repeats=1,
+    ),
+    Case(
+        "norms-1024",
+        "Frobenius norms of 16,384 directions, d=1024, h=4096",
+        "100x",
+        lambda: norm_sides(1024, 4096, 16384, 64),
+        norm_errors,
+        repeats=2,
+        scaled=16384 / 64,
+    ),
+]
+
+QUICK = [
+    Case(
+        "eigen-256",
+        "top 5 of 16 directions, d=256, h=1024",
+        "runs",
+        lambda: eigen_sides(256, 1024, 16, 16),
+        eigen_errors,
+        repeats=1,
+    ),
+    Case(
+        "hosvd-64",
+        "HOSVD, d=64, h=256",
+        "runs",
+        lambda: hosvd_sides(64, 256, None, dense=True),
+        hosvd_errors,
+        repeats=1,
+    ),
+    Case(
+        "norms-128",
+        "Frobenius norms of 256 directions, d=128, h=512",
+        "runs",
+        lambda: norm_sides(128, 512, 256, 16),
+        norm_errors,
+        repeats=1,
+        scaled=16,
+    ),
+]

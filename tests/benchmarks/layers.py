@@ -1,0 +1,46 @@
+"""Layers to measure on: random factors whose interaction matrices decay as a trained layer's do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tl_bilinear import BilinearTensor
+
+MEASURED = Path(__file__).with_name("trained_spectrum.json")
+
+
+def decay() -> dict[str, float]:
+    """The scale of input directions, ``(i + offset)^-power``, fitted to a trained layer."""
+    fit = json.loads(MEASURED.read_text())["fit"]
+    return {"offset": fit["offset"], "power": fit["power"]}
+
+
+def layer_like_trained(
+    d: int, hidden: int, d_out: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> BilinearTensor:
+    """Random neurons with that scale in a random basis of the input, and the same on the output side."""
+    generator = torch.Generator().manual_seed(seed)
+    fit = decay()
+
+    def scaled(rows: int, columns: int) -> torch.Tensor:
+        scale = (torch.arange(columns) + fit["offset"]) ** -fit["power"]
+        scale = scale / scale[0]
+        return torch.randn(rows, columns, generator=generator) * scale
+
+    def rotation(size: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+
+    basis = rotation(d)
+    left, right = scaled(hidden, d) @ basis, scaled(hidden, d) @ basis
+    out = (scaled(hidden, d_out) @ rotation(d_out)).T / hidden**0.5
+    return BilinearTensor(left.to(dtype), right.to(dtype), out.to(dtype))
+
+
+def directions(count: int, d_out: int, seed: int = 1) -> torch.Tensor:
+    """Unit directions, one a row."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(count, d_out, generator=generator)
+    return drawn / drawn.norm(dim=1, keepdim=True)

@@ -1,0 +1,41 @@
+"""The benchmarks measure what they say: both sides of the quick cases agree. No test asserts a time."""
+
+import json
+
+import pytest
+import torch
+
+from tests.benchmarks import __main__ as benchmarks
+from tests.benchmarks.cases import CASES, QUICK
+from tests.benchmarks.layers import layer_like_trained
+from tests.benchmarks.trained_spectrum import INDICES, MEASURED
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_both_sides_find_the_same(case):
+    sides = case.build()
+    errors = case.compare(sides["ours"](), sides["dense"]())
+    assert all(value < 1e-5 for value in errors.values()), errors
+
+
+def test_the_layers_decay_as_the_trained_one_did():
+    stored = json.loads(MEASURED.read_text())
+    model = max(stored["models"], key=lambda model: model["d_model"])
+    tensor = layer_like_trained(model["d_model"], model["d_mlp"], 32)
+    values = tensor.interaction().eigh().values.abs()
+    found = (values / values[:, :1]).median(0).values[list(INDICES)]
+    trained = torch.tensor(model["profile"])[list(INDICES)]
+    assert (found / trained).log().abs().max() < 0.35
+
+
+def test_every_stored_result_has_a_row_and_an_environment():
+    for path in benchmarks.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert path.stem in [case.name for case in CASES]
+        assert result["title"] in benchmarks.table()
+        assert result["environment"]["torch"]
+
+
+def test_peak_memory_is_that_of_a_fresh_process():
+    ballast = torch.ones(2**28)  # a gigabyte here must not be seen there
+    assert 0 < benchmarks.memory_of(QUICK[1], "nothing") < ballast.nbytes
