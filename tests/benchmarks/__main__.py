@@ -125,6 +125,40 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def plot() -> Path:
+    """The stored results as a picture: seconds of both ways, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "tl_bilinear"  # the same results make the same file
+    from matplotlib import pyplot
+
+    paths = [RESULTS / f"{case.name}.json" for case in reversed(CASES)]
+    results = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    figure, axes = pyplot.subplots(figsize=(8.5, 0.62 * len(results) + 1.2))
+    for row, result in enumerate(results):
+        seconds = result["seconds"]
+        axes.barh(row + 0.19, seconds["ours"], 0.36, color="#2166ac", label="tl_bilinear")
+        text = f" {seconds['ours']:.2g} s"
+        if "dense" in seconds:
+            axes.barh(row - 0.19, seconds["dense"], 0.36, color="#bbbbbb", label="dense")
+            axes.text(
+                seconds["dense"], row - 0.19, f" {seconds['dense']:.2g} s", va="center", fontsize=8
+            )
+            text += f"  ({result['speedup']:.3g}x)"
+        axes.text(seconds["ours"], row + 0.19, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(results)), [result["title"] for result in results], fontsize=8.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds, two CPU cores, float32")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.25)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8.5, loc="lower right")
+    path = RESULTS / "benchmarks.svg"
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    return path
+
+
 def _row(result: dict[str, Any]) -> str:
     seconds, memory = result["seconds"], result["peak_memory_bytes"]
     measured = []
@@ -148,7 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases to run")
     parser.add_argument("--quick", action="store_true", help="small sizes, nothing stored")
-    parser.add_argument("--table", action="store_true", help="print the stored results as Markdown")
+    parser.add_argument(
+        "--table", action="store_true", help="the stored results as Markdown, and a plot"
+    )
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -156,6 +192,7 @@ def main() -> None:
         return
     if options.table:
         print(table())
+        print(f"\nplotted in {plot()}", file=sys.stderr)
         return
     cases = QUICK if options.quick else CASES
     names = [case.name for case in cases]

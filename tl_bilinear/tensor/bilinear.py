@@ -387,7 +387,8 @@ class BilinearTensor(Storable):
     def cosine_similarity(self, other: BilinearTensor) -> Float[Tensor, ""]:
         """``<B1, B2> / (|B1| |B2|)``; 0 where either is zero."""
         scale = self.norm() * other.norm()
-        return torch.where(scale > 0, self.inner(other) / scale.clamp_min(1e-300), 0.0)
+        tiny = torch.finfo(scale.dtype).tiny
+        return torch.where(scale > 0, self.inner(other) / scale.clamp_min(tiny), 0.0)
 
     # ------------------------------------------------------------------ inside
 
