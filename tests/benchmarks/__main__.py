@@ -139,11 +139,11 @@ def plot() -> Path:
     for row, result in enumerate(results):
         seconds = result["seconds"]
         axes.barh(row + 0.19, seconds["ours"], 0.36, color="#2166ac", label="tl_bilinear")
-        text = f" {seconds['ours']:.2g} s"
+        text = f" {seconds['ours']:.3g} s"
         if "dense" in seconds:
             axes.barh(row - 0.19, seconds["dense"], 0.36, color="#bbbbbb", label="dense")
             axes.text(
-                seconds["dense"], row - 0.19, f" {seconds['dense']:.2g} s", va="center", fontsize=8
+                seconds["dense"], row - 0.19, f" {seconds['dense']:.3g} s", va="center", fontsize=8
             )
             text += f"  ({result['speedup']:.3g}x)"
         axes.text(seconds["ours"], row + 0.19, text, va="center", fontsize=8)
@@ -153,7 +153,7 @@ def plot() -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.25)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8.5, loc="lower right")
+    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8.5, loc="upper right")
     path = RESULTS / "benchmarks.svg"
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     return path

@@ -108,7 +108,7 @@ def block_krylov(
     active = torch.arange(n, device=matrix.device)
     products = _Products(matrix)
     basis = _Basis(n, width, min(most, 2 * k + 64) + block, like=matrix.left)
-    fresh: Tensor | None = _orthonormal(_gaussian(n, block, width, generator, like=matrix.left))
+    fresh: Tensor | None = _first_block(matrix, block, generator)
     check_at = min(2 * k + 2 * block, most)
     while True:
         if basis.size + block > implicit_columns(width, hidden) and basis.size:
@@ -269,6 +269,19 @@ def _probe(
     margin = 10 * pairs.residuals[some].amax(-1) + 1e-4 * scale[:, 0, 0]
     larger = growth * scale[:, 0, 0] > least + margin
     return bound, larger, before
+
+
+def _first_block(matrix: InteractionMatrix, block: int, generator: torch.Generator) -> Tensor:
+    """Random rows, drawn towards the inputs that the layer reads at all; [n, block, d].
+
+    What both factors ignore every Q ignores. Two steps with ``L^T L + R^T R``, one block for all
+    directions, save each direction about a tenth of its columns.
+    """
+    left, right = matrix.left, matrix.right
+    rows = _gaussian(1, block, matrix.d, generator, like=left)[0]
+    for _ in range(2):
+        rows = _orthonormal((rows @ left.T) @ left + (rows @ right.T) @ right)
+    return rows.expand(len(matrix), block, matrix.d).contiguous()
 
 
 def _gaussian(n: int, rows: int, width: int, generator: torch.Generator, like: Tensor) -> Tensor:
