@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from tl_bilinear import models
 from tl_bilinear.tensor import (
+    CP,
     HOSVD,
     BilinearParts,
     BilinearTensor,
     Eigendecomposition,
     EigenProjector,
+    EigenvectorMatch,
     InteractionMatrix,
+    Reexpression,
     TopInteractions,
     Tucker,
+    functional_inner,
+    match_eigenvectors,
+    pairwise_similarity,
     register_mlp_reader,
     register_model_reader,
 )
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CP",
     "HOSVD",
     "BilinearMLP",
     "BilinearParts",
@@ -44,10 +51,15 @@ __all__ = [
     "BilinearTransformerConfig",
     "EigenProjector",
     "Eigendecomposition",
+    "EigenvectorMatch",
     "HookedBilinearTransformer",
     "InteractionMatrix",
+    "Reexpression",
     "TopInteractions",
     "Tucker",
+    "functional_inner",
+    "match_eigenvectors",
+    "pairwise_similarity",
     "register_mlp_reader",
     "register_model_reader",
 ]

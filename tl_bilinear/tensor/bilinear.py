@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,9 @@ from tl_bilinear.tensor.interaction import InteractionMatrix
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
+    from tl_bilinear.tensor.cp import CP
     from tl_bilinear.tensor.hosvd import HOSVD, Mode, Tucker
+    from tl_bilinear.tensor.reexpress import Reexpression
 
 _FACTORS = ("left", "right", "out", "bias_left", "bias_right", "bias_out")
 
@@ -315,6 +317,68 @@ class BilinearTensor(Storable):
 
         return tucker(self, k_out, k_in)
 
+    def cp(
+        self,
+        rank: int,
+        *,
+        restarts: int = 3,
+        steps: int = 100,
+        tol: float = 1e-3,
+        seed: int = 0,
+        ridge: float = 1e-3,
+        sparsity: float = 0.0,
+        init: Literal["eigen", "random"] | BilinearTensor = "eigen",
+        progress: bool = False,
+    ) -> CP:
+        """Neurons that all outputs share: ``B ~ sum_r o_r (x) sym(l_r m_r^T)``, from the factors.
+
+        Parameters
+        ----------
+        rank: int
+            How many neurons.
+        restarts, steps: int
+            Starts (`init`, then random ones), and Gauss-Newton steps of each, at most.
+        tol: float
+            Relative decrease of the squared error, over a few steps, at which a start has converged.
+        seed: int
+            Of the random starts.
+        ridge: float
+            Weight of the squared neuron weights beside the squared error, both relative to ``|B|^2``.
+            Without it a dense layer's best fit is made of large neurons that cancel; a planted one is
+            recovered exactly with 0.
+        sparsity: float
+            Weight of an L1 penalty on the input factors, 1e-5 to 1e-3; the result's `dense_error` is
+            the error without it.
+        init: "eigen", "random" or a BilinearTensor
+            Where the first start begins: leading eigenpairs of the HOSVD components, a mixture of
+            hidden neurons, or a layer of yours.
+
+        About ``8 rank h (2 d_in + d_out)`` flops a step. Raises ValueError for settings out of range.
+        """
+        from tl_bilinear.tensor.cp import cp
+
+        return cp(
+            self,
+            rank,
+            restarts=restarts,
+            steps=steps,
+            tol=tol,
+            seed=seed,
+            ridge=ridge,
+            sparsity=sparsity,
+            init=init,
+            progress=progress,
+        )
+
+    def reexpress(self, directions: Float[Tensor, "n d_out"]) -> Reexpression:
+        """The layer through a full-rank set of output directions (appendix I): ``sum_k u+_k (x) Q_k``.
+
+        Raises ValueError, naming the rank, for directions that do not span the output space.
+        """
+        from tl_bilinear.tensor.reexpress import reexpress
+
+        return reexpress(self, directions)
+
     # ------------------------------------------------------------------ algebra
 
     def __add__(self, other: BilinearTensor) -> BilinearTensor:
@@ -389,6 +453,18 @@ class BilinearTensor(Storable):
         scale = self.norm() * other.norm()
         tiny = torch.finfo(scale.dtype).tiny
         return torch.where(scale > 0, self.inner(other) / scale.clamp_min(tiny), 0.0)
+
+    def functional_similarity(
+        self, other: BilinearTensor, *, centred: bool = False
+    ) -> Float[Tensor, ""]:
+        """Cosine of two layers as functions of ``x ~ N(0, I)``, biases included, exact from Grams.
+
+        ``E[f . g] / sqrt(E[f . f] E[g . g])``; `centred` gives their correlation instead. Raises
+        ValueError for layers of different d_in or d_out.
+        """
+        from tl_bilinear.tensor.compare import functional_similarity
+
+        return functional_similarity(self, other, centred=centred)
 
     # ------------------------------------------------------------------ inside
 
