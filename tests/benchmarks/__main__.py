@@ -164,7 +164,7 @@ def _row(result: dict[str, Any]) -> str:
     measured = []
     if "speedup" in result:
         measured.append(f"{result['speedup']:.1f}x")
-    measured += [f"{name} {value:.0e}" for name, value in result.get("error", {}).items()]
+    measured += [f"{name} {value:.2g}" for name, value in result.get("error", {}).items()]
     ours = result["found"]["ours"]
     if "speedup" not in result and "largest relative residual" in ours:
         measured.append(f"residual {ours['largest relative residual']:.0e}")
