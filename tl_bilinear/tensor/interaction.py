@@ -309,6 +309,46 @@ class InteractionMatrix:
         )
         return TopInteractions(rows, columns, values, space)
 
+    def top_of_batch(
+        self, k: int, *, kind: Kind = "all", directions: Float[Tensor, "n d"] | None = None
+    ) -> tuple[Int[Tensor, " k"], TopInteractions]:
+        """The k strongest interactions over all matrices of a batch: (which matrix [k], pairs [k]).
+
+        Matrices whose norm cannot reach the k-th are not searched. The batch is flattened.
+        """
+        flat = InteractionMatrix(self.left, self.right, self.flat_weights, self.space)
+        if not len(flat):
+            raise ValueError("an empty batch has no interactions")
+        longest = 1.0
+        if directions is not None:
+            longest = float(self._directions(directions).square().sum(1).max())
+        reach = 2 * longest * flat.frobenius_norm()
+        each = self.d if directions is None else len(directions)
+        found: list[tuple[Tensor, TopInteractions]] = []
+        threshold = 0.0
+        for index in reach.argsort(descending=True):
+            if float(reach[index]) < threshold:
+                break
+            most = {"self": each, "cross": each * (each - 1) // 2}.get(kind, each * (each + 1) // 2)
+            found.append((index, flat[index].top(min(k, most), kind=kind, directions=directions)))
+            coefficients = torch.cat([pairs.coefficients.abs() for _, pairs in found])
+            if len(coefficients) >= k:
+                threshold = float(coefficients.topk(k).values[-1])
+                found = [
+                    (i, pairs)
+                    for i, pairs in found
+                    if float(pairs.coefficients[0].abs()) >= threshold
+                ]
+        which = torch.cat([index.expand(len(pairs.rows)) for index, pairs in found])
+        rows, columns, values = (
+            torch.cat([getattr(pairs, name) for _, pairs in found])
+            for name in ("rows", "columns", "values")
+        )
+        joined = TopInteractions(rows, columns, values, found[0][1].space)
+        _checks.require_count("k", k, len(rows), f"the {kind} interactions of the batch")
+        kept = joined.coefficients.abs().argsort(descending=True, stable=True)[:k]
+        return which[kept], TopInteractions(rows[kept], columns[kept], values[kept], joined.space)
+
     def _top_of_one(
         self, weights: Tensor, k: int, kind: Kind, directions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
