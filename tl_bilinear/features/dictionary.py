@@ -24,7 +24,7 @@ architecture of which this does not hold is refused by name, not misread.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class Dictionary:
             )
         reads = x if source is None else source
         z = self.encode(reads).to(x.dtype)
-        scale, mean = _output_affine(self.sae, reads.to(_dtype_of(self.sae, reads)), self.d)
+        scale, mean = _output_affine(self.sae, reads.to(_dtype_of(self.sae, reads)))
         scale, mean = scale.to(x.dtype), mean.to(x.dtype)
         coefficients = z * scale
         rest = {}
@@ -265,12 +265,23 @@ def _checked(found: Dictionary) -> Dictionary:
     some = torch.linspace(0, found.n - 1, 8).long()
     toward = found.encoder[some] / found.encoder[some].norm(dim=-1, keepdim=True).clamp_min(1e-12)
     x = torch.cat([x, d**0.5 * toward, 10 * d**0.5 * toward])
-    z = sae.encode(x)
-    scale, mean = _output_affine(sae, x, found.d)
-    linear = scale * (z @ found.decoder)
-    linear = linear + mean + (0 if found.decoder_bias is None else scale * found.decoder_bias)
-    sae.encode(x)  # the normalisation's state, which decode uses up
-    given = sae.decode(z)
+    try:
+        z = sae.encode(x)
+        given = sae.decode(z)
+    except Exception as error:
+        raise TypeError(
+            f"{type(sae).__name__} could not encode activations of shape {list(x.shape)}, one by one: "
+            f"an SAE around a layer must read each token by itself"
+        ) from error
+    scale, mean = _output_affine(sae, x)
+    linear = scale * (z @ found.decoder) + mean
+    bias = found.decoder_bias
+    if bias is not None and _difference(given, linear + scale * bias) > _TOLERANCE >= _difference(
+        given, linear
+    ):
+        found = replace(found, decoder_bias=None)  # matching pursuit may leave b_dec out
+    elif bias is not None:
+        linear = linear + scale * bias
     if (difference := _difference(given, linear)) > _TOLERANCE and not _passes_through(sae):
         raise TypeError(
             f"{type(sae).__name__}: its decode is not W_dec applied to the features plus b_dec (it "
@@ -280,15 +291,7 @@ def _checked(found: Dictionary) -> Dictionary:
     active = z != 0
     if bool(active.any()) and _difference(z[active], p[active]) > _TOLERANCE:
         # Features that are not read along a direction (matching pursuit, say) still write along one.
-        return Dictionary(
-            found.decoder,
-            hook=found.hook,
-            decoder_bias=found.decoder_bias,
-            labels=found.labels,
-            encode=found.encode,
-            encoder_hook=found.encoder_hook,
-            sae=sae,
-        )
+        found = replace(found, encoder=None, encoder_bias=None, encoder_offset=None)
     return found
 
 
@@ -322,7 +325,7 @@ def _passes_through(sae: Any) -> bool:
     return getattr(sae, "W_skip", None) is not None or bool(getattr(sae.cfg, "passthrough", 0))
 
 
-def _output_affine(sae: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _output_affine(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(scale [..., 1], mean [..., 1]) with which the SAE turns ``z W_dec + b_dec`` into its output."""
     ones = torch.ones_like(x[..., :1])
     if sae is None or sae.cfg.normalize_activations == "none" or _is_transcoder(sae):

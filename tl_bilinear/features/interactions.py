@@ -231,9 +231,13 @@ class FeatureInteractions:
         row = self.model.W_U[:, token].detach().to(self.input_directions)
         weight = getattr(getattr(self.model, "ln_final", None), "w", None)
         row = row if weight is None else row * weight.detach().to(row)
-        residual = input_passages(self.model, self.layer)
-        before = list(residual.values())[-1]
-        return row if self.passage.hook == before.hook else before.map(row)
+        before = list(input_passages(self.model, self.layer).values())[-1]
+        if self.passage.hook == before.hook:
+            return row
+        if self.passage.hook == before.layer_hook:
+            return before.map(row)
+        centred = self.model.cfg.normalization_type in ("LN", "LNPre")
+        return row - row.mean() if centred else row
 
     def sweep(
         self,

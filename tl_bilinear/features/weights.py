@@ -49,7 +49,8 @@ def statistics(
             f"statistics of cross-interactions need at least 3 input features, got {n}"
         )
     largest = float(Q.top(1, kind="cross", directions=directions).values.abs().max())
-    largest = largest or torch.finfo(Q.dtype).tiny
+    # A little more: blocks round, and the largest entry belongs into the last bin.
+    largest = (largest or torch.finfo(Q.dtype).tiny) * (1 + 1e-4)
     edges = torch.linspace(-largest, largest, bins + 1)
     entries = DirectionEntries(Q, directions)
     # Mean and variance are exact before any pair is met: sum S = 1^T D Q D^T 1, sum S^2 = tr(Q G Q G).
