@@ -9,8 +9,11 @@ from torch.testing import assert_close
 
 from tests.models.published_format import SIZES, TOKENS, VOCABULARY, config, forward, weights, write
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer
-from tl_bilinear.models import HookedBilinearSAETransformer
-from tl_bilinear.models.published import AttentionScales, compare_attention_scales
+from tl_bilinear.models import (
+    AttentionScales,
+    HookedBilinearSAETransformer,
+    compare_attention_scales,
+)
 
 load = HookedBilinearTransformer.from_pretrained
 SCALED = (2 * SIZES["n_layer"]) ** -0.5

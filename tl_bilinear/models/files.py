@@ -145,6 +145,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def require_sizes(path: Path, stored: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError unless the fields `names` of a config are positive integers."""
+    wrong = [
+        f"{name} is {stored[name]!r}"
+        for name in names
+        if type(stored[name]) is not int or stored[name] <= 0
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)}; expected a positive integer")
+
+
 def require_shapes(
     path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
 ) -> None:

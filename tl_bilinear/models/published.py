@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.models.files import CONFIG, Source, read_json, require_shapes
+from tl_bilinear.models.files import CONFIG, Source, read_json, require_shapes, require_sizes
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for a model that is not the paper's bilinear transformer, saying why.
     """
     _refuse_other_models(path, stored)
+    require_sizes(path, stored, SIZES)
     sizes = {name: stored[name] for name in SIZES}
-    wrong = [f"{name} is {value!r}" for name, value in sizes.items() if not _is_size(value)]
-    if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong)}; expected a positive integer")
     d_head, rest = divmod(sizes["d_model"], sizes["n_head"])
     if rest or d_head % 2:
         raise ValueError(
@@ -144,10 +142,6 @@ def _refuse_other_models(path: Path, stored: Mapping[str, Any]) -> None:
         conflict = "norm_bias is true: the published models' RMSNorm has no parameters"
     if conflict is not None:
         raise ValueError(f"{path} is not a bilinear transformer that tl_bilinear reads: {conflict}")
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def read_weights(
