@@ -436,7 +436,8 @@ def test_registered_whichever_is_imported_first(tmp_path, imports):
     run(
         f"{imports}\n"
         "from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory\n"
-        "assert get_pretrained_saes_directory.cache_info().currsize == 0, 'the list was read'\n"
+        "theirs = get_pretrained_saes_directory.__wrapped__.__wrapped__\n"
+        "assert theirs.cache_info().currsize == 0, 'the list was read'\n"
         "assert 'ts-medium-scope' in get_pretrained_saes_directory()\n"
         "from sae_lens.registry import get_sae_class\n"
         "assert get_sae_class('tl_bilinear_signed_topk')[0].__name__ == 'SignedTopKSAE'\n"
