@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from tests.models import published_format as models
+from tl_bilinear.features import FeatureInteractions
 from tl_bilinear.features.published import (
     HOOKS,
     SignedTopKSAE,
@@ -340,6 +341,20 @@ def test_an_ablated_feature_with_the_error_term(spliced):
     moved[..., 3] = 0
     assert moved.abs().max() > 1e-2
     assert_close(cache[f"{hook}.hook_sae_output"], clean[hook] + moved, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("point", ["resid-mid", "mlp-in"])
+@pytest.mark.parametrize("fields", [{}, {"passthrough": [3], "normalize": 0.7}], ids=str)
+def test_exact_attribution_between_published_saes(spliced, point, fields):
+    model, make = spliced
+    f = FeatureInteractions(model, 1, make(point, **fields), make("mlp-out", **fields))
+    _, cache = model.run_with_cache(models.TOKENS[:1])
+    z = f.outputs.encode(cache["blocks.1.hook_mlp_out"])[0, -1].detach()
+    feature = int(z.abs().argmax())
+    found = f.attribute(models.TOKENS[0], feature)
+    assert found.total == pytest.approx(float(z[feature]), rel=1e-5)
+    assert found.measured == pytest.approx(float(z[feature]), rel=1e-5)
+    assert ("skip" in found.rest_names) is bool(fields)
 
 
 # ---------------------------------------------------------------------- releases

@@ -44,6 +44,8 @@ def test_logits(tmp_path, fields, qkv_bias, scale):
     expected = forward(cfg, tensors, TOKENS, scale)
     assert_close(model(TOKENS).double(), expected, rtol=0, atol=1e-5)
     assert model.cfg.bilinear_bias is cfg["bias"]
+    exact = load(tmp_path / "model", attn_scale=scale, dtype=torch.float64)
+    assert_close(exact(TOKENS), expected, rtol=0, atol=1e-10)
 
 
 def test_the_reference_sees_what_matters(tmp_path):
@@ -96,9 +98,8 @@ def test_dtypes(tmp_path):
     write(tmp_path / "model", cfg, tensors)
     assert load(tmp_path / "model").W_O.dtype == torch.bfloat16
     wide = load(tmp_path / "model", dtype=torch.float64, attn_scale=1.0)
-    assert wide.W_in.dtype == torch.float64
-    # Rotary tables and softmax are float32 inside TransformerLens; the weights are bfloat16's.
-    assert_close(wide(TOKENS), forward(cfg, tensors, TOKENS, 1.0), rtol=0, atol=2e-2)
+    assert wide.W_in.dtype == wide.cfg.dtype == torch.float64
+    assert_close(wide(TOKENS), forward(cfg, tensors, TOKENS, 1.0), rtol=0, atol=1e-10)
 
 
 def test_saves_trains_and_processes_like_any_other(tmp_path):

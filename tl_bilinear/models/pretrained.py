@@ -53,7 +53,9 @@ def load(
             published.attention_scale(stored, fspath(name)) if attn_scale is None else attn_scale
         )
         weights = source.require(WEIGHTS)
-        config, tensors = published.read_weights(weights, read_tensors(weights), fields, scale)
+        config, tensors = published.read_weights(
+            weights, read_tensors(weights), fields, scale, dtype
+        )
         config.model_name = Path(name).name
         if tokenizer is None:
             tokenizer = published.read_tokenizer(source, stored)

@@ -145,9 +145,15 @@ def _refuse_other_models(path: Path, stored: Mapping[str, Any]) -> None:
 
 
 def read_weights(
-    path: Path, tensors: dict[str, Tensor], fields: Mapping[str, Any], attn_scale: float
+    path: Path,
+    tensors: dict[str, Tensor],
+    fields: Mapping[str, Any],
+    attn_scale: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[BilinearTransformerConfig, dict[str, Tensor]]:
     """The config and TransformerLens's parameters, from `read_config`'s fields and the stored tensors.
+
+    `dtype` is the config's too, so that TransformerLens makes its rotary tables as precise.
 
     Raises ValueError naming each tensor that is missing, misshapen or not of the model.
     """
@@ -159,7 +165,7 @@ def read_weights(
     require_shapes(path, tensors, _shapes(tensors, fields, vocabulary))
     _require_rotary(path, tensors, fields)
 
-    dtype = tensors["lm_head.weight"].dtype
+    dtype = dtype or tensors["lm_head.weight"].dtype
     config = BilinearTransformerConfig(
         **fields, d_vocab=vocabulary, dtype=dtype, original_architecture="tdooms/bilinear"
     )
@@ -224,7 +230,7 @@ def _attention(
     weights = block["attn.qkv.weight"].view(3, n_heads, d_head, d_model).transpose(-1, -2)
     biases = block.get("attn.qkv.bias", torch.zeros(3 * d_model)).view(3, n_heads, d_head)
     out = block["attn.o.weight"]
-    folded = scale * out.to(torch.promote_types(out.dtype, torch.float32))
+    folded = scale * out.double()
     return {
         "attn.W_Q": weights[0],
         "attn.W_K": weights[1],
