@@ -443,6 +443,7 @@ def run(program, *folders):
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports", ["import sae_lens, tl_bilinear", "import tl_bilinear, sae_lens"]
 )
