@@ -1,6 +1,7 @@
 """A bilinear layer seen through dictionaries: SAELens SAEs and transcoders, or plain matrices.
 
-Nothing here imports SAELens: an SAE is an object that somebody loaded with it.
+Nothing here imports SAELens: an SAE is an object that somebody loaded with it. Only `published`, which
+gives SAELens the SAEs that the paper's authors published, does; it runs once SAELens is imported.
 """
 
 from tl_bilinear.features.activity import (
