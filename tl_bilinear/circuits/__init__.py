@@ -1,5 +1,30 @@
-"""Bilinear layers inside the mathematical framework for transformer circuits (Sharkey 2023)."""
+"""Bilinear layers inside the mathematical framework for transformer circuits (Sharkey 2023).
+
+What a prompt adds up, exactly (`paths`); what the weights say of tokens, heads and earlier layers
+(`embedding`, `through_head`, `direct_path` into `FeatureInteractions`; `virtual_weights`).
+"""
 
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
+from tl_bilinear.circuits.residual import (
+    VirtualWeights,
+    direct_path,
+    embedding,
+    positions,
+    through_head,
+    unembedding,
+    virtual_weights,
+)
 
-__all__ = ["PathCheck", "Paths", "check_paths", "paths"]
+__all__ = [
+    "PathCheck",
+    "Paths",
+    "VirtualWeights",
+    "check_paths",
+    "direct_path",
+    "embedding",
+    "paths",
+    "positions",
+    "through_head",
+    "unembedding",
+    "virtual_weights",
+]
