@@ -22,7 +22,7 @@ from tl_bilinear.hooks.interventions import (
     ReplaceLayer,
 )
 from tl_bilinear.hooks.recording import recording
-from tl_bilinear.hooks.verify import Verification, verify
+from tl_bilinear.hooks.verify import Trial, Verification, verify, verify_trials
 
 __all__ = [
     "Chain",
@@ -34,10 +34,12 @@ __all__ = [
     "OutputEdit",
     "ProjectInput",
     "ReplaceLayer",
+    "Trial",
     "Verification",
     "logit_difference",
     "loss_added",
     "next_token_loss",
     "recording",
     "verify",
+    "verify_trials",
 ]

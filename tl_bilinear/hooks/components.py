@@ -95,6 +95,8 @@ class Components(ABC):
         """
         grid = torch.arange(self.count).reshape(self.shape)
         try:
+            if isinstance(which, str):
+                raise IndexError("components are numbered, not named")
             chosen = grid if which is None else grid[which]
         except (IndexError, TypeError) as error:
             raise IndexError(
@@ -268,7 +270,7 @@ class EigenComponents(Components):
     def writes(self) -> Float[Tensor, "n d_out"]:
         return self._writes
 
-    def vectors_at(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m d_in"]:
+    def vectors_at(self, index: Int[Tensor, "..."]) -> Float[Tensor, "... d_in"]:
         """The eigenvectors of the components numbered `index`."""
         return self.spectrum.vectors.flatten(0, -2)[index]
 

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.hooks._points import HookName, LayerPoints, Positions, position_mask
+from tl_bilinear.hooks._points import LayerPoints, Positions, position_mask
 from tl_bilinear.tensor import BilinearTensor, _checks
 
-Hooks: TypeAlias = list[tuple[HookName, Callable[..., Tensor | None]]]
+Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 Outside: TypeAlias = Literal["keep", "drop"]
 
 

@@ -24,6 +24,7 @@ intervention and prediction: the check must fail for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +42,7 @@ from tl_bilinear.hooks.effects import (
     require_confidence,
     require_tokens,
 )
-from tl_bilinear.hooks.interventions import Intervention, OutputEdit, ProjectInput
+from tl_bilinear.hooks.interventions import Hooks, Intervention, OutputEdit, ProjectInput
 from tl_bilinear.tensor import _checks
 from tl_bilinear.tensor.storage import Storable
 
@@ -57,19 +58,19 @@ class Verification(Storable):
 
     Attributes
     ----------
-    direction, component: [c], which direction a component belongs to, and its number there
+    labels: columns of c entries that say what each component is: "direction", and "component", its
+        number there
     predicted, measured: [c, r, t], the change of r . mlp_out at each token under the intervention
     control_predicted, control_measured: [c, q, r, t], of q random controls of each
     scale: [c, r], the largest |r . mlp_out| over the tokens, without intervention
     clean_effect: [n], effect without intervention
     effect: [c, n], what each intervention adds to it
     control_effect: [c, q, n]
-    at: "output" or "input"
+    at: where the interventions were made, "output" or "input"
     confidence: of the intervals of the mean effect (Student's, over sequences)
     """
 
-    direction: Int[Tensor, " c"]
-    component: Int[Tensor, " c"]
+    labels: dict[str, list[Any]]
     predicted: Float[Tensor, "c r t"]
     measured: Float[Tensor, "c r t"]
     control_predicted: Float[Tensor, "c q r t"]
@@ -78,7 +79,7 @@ class Verification(Storable):
     clean_effect: Float[Tensor, " n"]
     effect: Float[Tensor, "c n"]
     control_effect: Float[Tensor, "c q n"]
-    at: Site
+    at: str
     confidence: float = 0.95
 
     @property
@@ -101,18 +102,22 @@ class Verification(Storable):
 
     def top(self, k: int) -> Verification:
         """The k components with the largest mean effect, in absolute value."""
-        _checks.require_count("k", k, len(self.component), "the components")
+        _checks.require_count("k", k, len(self.effect), "the components")
         order = self.effect.mean(-1).abs().argsort(descending=True)[:k]
         per_component = (
-            *("direction", "component", "predicted", "measured", "scale", "effect"),
+            *("predicted", "measured", "scale", "effect"),
             *("control_predicted", "control_measured", "control_effect"),
         )
-        return replace(self, **{name: getattr(self, name)[order] for name in per_component})
+        return replace(
+            self,
+            labels={name: [column[i] for i in order] for name, column in self.labels.items()},
+            **{name: getattr(self, name)[order] for name in per_component},
+        )
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a component and read direction.
 
-        direction, component, read; predicted and measured (means over tokens), error, control_error;
+        The labels, read; predicted and measured (means over tokens), error, control_error;
         effect with low and high, control_effect (means over sequences).
         """
         import pandas as pd
@@ -124,10 +129,13 @@ class Verification(Storable):
         def repeated(values: Tensor) -> Any:
             return values.repeat_interleave(reads).cpu().numpy()
 
+        labels = {
+            name: [label for label in column for _ in range(reads)]
+            for name, column in self.labels.items()
+        }
         return pd.DataFrame(
             {
-                "direction": repeated(self.direction),
-                "component": repeated(self.component),
+                **labels,
                 "read": torch.arange(reads).repeat(count).numpy(),
                 "predicted": self.predicted.mean(-1).flatten().cpu().numpy(),
                 "measured": self.measured.mean(-1).flatten().cpu().numpy(),
@@ -191,23 +199,93 @@ def verify(
     Raises ValueError for a site or options that do not go together, and where the components do not
     fit the model.
     """
-    require_tokens(tokens, at_least=2 if effect is next_token_loss else 1)
-    require_confidence(confidence)
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 0:
         raise ValueError(
             f"controls must be a number of random controls, 0 or more, got {controls!r}"
         )
     index = components.index(which).flatten()
-    generator = torch.Generator().manual_seed(seed)
-    trials = _trials(components, index, at, read, linear, controls, generator)
+    # Away from the small seeds from which callers draw directions of their own.
+    generator = torch.Generator().manual_seed((seed + 0x5EED_5EED) % 2**32)
+    groups = _groups(components, index, at, read, linear, positions, controls, generator)
+    direction = components.direction_of(index)
+    number = index - direction * (components.count // len(components.reads))
+    return verify_trials(
+        model,
+        tokens,
+        components.layer,
+        groups,
+        labels={"direction": direction.tolist(), "component": number.tolist()},
+        at=at,
+        effect=effect,
+        positions=positions,
+        batch_size=batch_size,
+        confidence=confidence,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """An intervention, and what it is predicted to change.
+
+    Attributes
+    ----------
+    intervention: what is done
+    predict: from what the layer reads without intervention, [t, d_in], the change of each reading,
+        [t, r]
+    read: [r, d_out], directions r of the layer's output
+    """
+
+    intervention: Intervention
+    predict: Callable[[Tensor], Tensor]
+    read: Float[Tensor, "r d_out"]
+
+
+def verify_trials(
+    model: Any,
+    tokens: Int[Tensor, "n pos"],
+    layer: int,
+    groups: Sequence[Sequence[Trial]],
+    *,
+    labels: dict[str, list[Any]],
+    at: str,
+    effect: Effect = next_token_loss,
+    positions: Positions = None,
+    batch_size: int = 16,
+    confidence: float = 0.95,
+    progress: bool = True,
+) -> Verification:
+    """`verify` for interventions of any kind.
+
+    Parameters
+    ----------
+    layer: whose input is given to the predictions and whose output is read
+    groups: c groups of a trial and its q controls, all with the same number of read directions
+    labels: columns of c entries
+    at: where the interventions are made, in a word
+    positions: what is compared; a trial's intervention has positions of its own
+
+    The rest as for `verify`.
+    """
+    require_tokens(tokens, at_least=2 if effect is next_token_loss else 1)
+    require_confidence(confidence)
+    sizes = {(len(group), *(len(trial.read) for trial in group)) for group in groups}
+    if len(sizes) != 1 or any(len(column) != len(groups) for column in labels.values()):
+        raise ValueError(
+            f"groups must hold equally many trials with equally many read directions, and labels an "
+            f"entry for each; got {len(groups)} groups, labels of length "
+            f"{[len(column) for column in labels.values()]}"
+        )
+    trials = [trial for group in groups for trial in group]
+    edits = [None, *(trial.intervention for trial in trials)]
     if isinstance(positions, Tensor) and positions.ndim == 2:
         batch_size = len(tokens)  # the mask is of all sequences
-    edits = [None, *(trial.intervention(components.layer, positions) for trial in trials)]
-    points = LayerPoints.of(model, components.layer)
+    points = LayerPoints.of(model, layer)
     seen: dict[str, Tensor] = {}
-    watch = [(points.reads, _keep(seen, "x")), (points.writes, _keep(seen, "out"))]
+    watch: Hooks = [(points.reads, _keep(seen, "x")), (points.writes, _keep(seen, "out"))]
 
-    changes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in trials]
+    predicted: list[list[Tensor]] = [[] for _ in trials]
+    measured: list[list[Tensor]] = [[] for _ in trials]
     scales: list[list[Tensor]] = [[] for _ in trials]
     effects: list[list[Tensor]] = [[] for _ in edits]
     clean: dict[str, Tensor] = {}
@@ -215,120 +293,81 @@ def verify(
         effects[number].append(effect(logits, tokens[rows]))
         if number == 0:
             mask = position_mask(positions, seen["out"].shape[:-1], seen["out"].device)
-            mask = torch.ones_like(seen["out"][..., 0], dtype=torch.bool) if mask is None else mask
+            if mask is None:
+                mask = torch.ones_like(seen["out"][..., 0], dtype=torch.bool)
             if not bool(mask.any()):
                 raise ValueError(f"positions={positions!r} chooses no token of {list(mask.shape)}")
             clean = {name: values[mask] for name, values in seen.items()}
             continue
         trial = trials[number - 1]
-        rows_read = trial.read
+        predicted[number - 1].append(trial.predict(clean["x"]).T)
         # The difference first: what is large and unchanged cancels before it is rounded.
-        change = (seen["out"][mask] - clean["out"]).to(rows_read.dtype) @ rows_read.T
-        changes[number - 1].append((trial.predict(clean["x"]), change))
-        scales[number - 1].append(_largest((clean["out"].to(rows_read.dtype) @ rows_read.T).T))
+        measured[number - 1].append(_reading(seen["out"][mask] - clean["out"], trial))
+        scales[number - 1].append(_largest(_reading(clean["out"], trial)))
 
-    shape = (len(index), 1 + controls)
-    predicted, measured = (
-        torch.stack([torch.cat([pair[side] for pair in trial]).T for trial in changes]).unflatten(
-            0, shape
-        )
-        for side in (0, 1)
-    )
-    scale = torch.stack([torch.stack(trial).amax(0) for trial in scales]).unflatten(0, shape)
-    all_effects = torch.stack([torch.cat(each) for each in effects])
-    added = (all_effects[1:] - all_effects[0]).unflatten(0, shape)
-    direction = components.direction_of(index)
+    def grouped(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of each group its trial, and its controls."""
+        rows = torch.stack(values).unflatten(0, (len(groups), -1))
+        return rows[:, 0].clone(), rows[:, 1:].clone()
+
+    predicted_own, predicted_controls = grouped([torch.cat(each, -1) for each in predicted])
+    measured_own, measured_controls = grouped([torch.cat(each, -1) for each in measured])
+    clean_effect, *others = (torch.cat(each) for each in effects)
+    effect_own, effect_controls = grouped([each - clean_effect for each in others])
     return Verification(
-        direction=direction,
-        component=index - direction * (components.count // len(components.reads)),
-        predicted=predicted[:, 0].clone(),
-        measured=measured[:, 0].clone(),
-        control_predicted=predicted[:, 1:].clone(),
-        control_measured=measured[:, 1:].clone(),
-        scale=scale[:, 0].clone(),
-        clean_effect=all_effects[0].clone(),
-        effect=added[:, 0].clone(),
-        control_effect=added[:, 1:].clone(),
+        labels=labels,
+        predicted=predicted_own,
+        measured=measured_own,
+        control_predicted=predicted_controls,
+        control_measured=measured_controls,
+        scale=grouped([torch.stack(each).amax(0) for each in scales])[0],
+        clean_effect=clean_effect,
+        effect=effect_own,
+        control_effect=effect_controls,
         at=at,
         confidence=confidence,
     )
 
 
-# ---------------------------------------------------------------------- one intervention each
+def _reading(out: Tensor, trial: Trial) -> Tensor:
+    """[r, t]"""
+    return trial.read @ out.to(trial.read.dtype).T
+
+
+# ---------------------------------------------------------------------- one component each
 
 
 @dataclass(frozen=True, eq=False)
-class _OutputTrial:
+class _Subtract(OutputEdit):
     """A component taken away along a direction: its own, or a random one as control."""
 
     components: Components
     index: Int[Tensor, " one"]
     along: Float[Tensor, " d_out"]
-    read: Float[Tensor, "r d_out"]
-
-    def intervention(self, layer: int, positions: Positions) -> Intervention:
-        return _Subtract(self, layer=layer, positions=positions)
-
-    def predict(self, x: Tensor) -> Tensor:
-        return -self.components.at(x, self.index) * (self.read @ self.along)
-
-
-@dataclass(frozen=True, eq=False)
-class _Subtract(OutputEdit):
-    trial: _OutputTrial
 
     def check(self, model: Any, points: LayerPoints) -> None:
-        self.trial.components.check(model, points)
+        self.components.check(model, points)
 
     def edit(self, x: Tensor, out: Tensor) -> Tensor:
-        trial = self.trial
-        current = trial.components.current(x, out, trial.index)
-        return out - (current * trial.along).to(out.dtype)
+        current = self.components.current(x, out, self.index)
+        return out - (current * self.along).to(out.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _InputTrial:
-    """A vector taken out of the layer's input: an eigenvector, or a random one as control."""
-
-    vector: Float[Tensor, " d_in"]
-    value: Float[Tensor, ""]
-    linear: Float[Tensor, ""]
-    read: Float[Tensor, "one d_out"]
-    space: str | None
-
-    def intervention(self, layer: int, positions: Positions) -> Intervention:
-        return ProjectInput(
-            directions=self.vector, layer=layer, positions=positions, space=self.space
-        )
-
-    def predict(self, x: Tensor) -> Tensor:
-        along = (x.to(self.vector.dtype) @ self.vector)[:, None]
-        return -self.value * along.square() - self.linear * along
-
-
-def _trials(
+def _groups(
     components: Components,
     index: Tensor,
-    at: Site,
+    at: str,
     read: Tensor | None,
     linear: Tensor | None,
+    positions: Positions,
     controls: int,
     generator: torch.Generator,
-) -> list[_OutputTrial] | list[_InputTrial]:
-    """Each component chosen, followed by its controls."""
+) -> list[list[Trial]]:
+    """For each component chosen its trial and its controls."""
     if at == "output":
         if linear is not None:
             raise ValueError("linear belongs to at='input'; at the output nothing of it changes")
-        reads = components.reads
-        if read is not None:
-            reads = _checks.require_rows("read", read, reads.shape[-1], "d_out", reads)
-            reads = reads.reshape(-1, reads.shape[-1])
-        trials = []
-        for one in index:
-            own = components.writes[components.direction_of(one)]
-            along = [own, *(_random_like(own, generator) for _ in range(controls))]
-            trials += [_OutputTrial(components, one[None], each, reads) for each in along]
-        return trials
+        return _at_output(components, index, read, positions, controls, generator)
     if at != "input":
         raise ValueError(f"at must be 'output' or 'input', got {at!r}")
     if not isinstance(components, EigenComponents) or components.augmented:
@@ -340,19 +379,67 @@ def _trials(
         raise ValueError(
             "at='input' predicts the change of each component's own direction only; leave read out"
         )
+    return _at_input(components, index, linear, positions, controls, generator)
+
+
+def _at_output(
+    components: Components,
+    index: Tensor,
+    read: Tensor | None,
+    positions: Positions,
+    controls: int,
+    generator: torch.Generator,
+) -> list[list[Trial]]:
+    reads = components.reads
+    if read is not None:
+        reads = _checks.require_rows("read", read, reads.shape[-1], "d_out", reads)
+        reads = reads.reshape(-1, reads.shape[-1])
+
+    def trial(one: Tensor, along: Tensor) -> Trial:
+        taken = _Subtract(components, one, along, layer=components.layer, positions=positions)
+        return Trial(taken, lambda x: -components.at(x, one) * (reads @ along), reads)
+
+    groups = []
+    for one in index[:, None]:
+        own = components.writes[components.direction_of(one)[0]]
+        random = (_random_like(own, generator) for _ in range(controls))
+        groups.append([trial(one, along) for along in (own, *random)])
+    return groups
+
+
+def _at_input(
+    components: EigenComponents,
+    index: Tensor,
+    linear: Tensor | None,
+    positions: Positions,
+    controls: int,
+    generator: torch.Generator,
+) -> list[list[Trial]]:
     reads, spectrum = components.reads, components.spectrum
     parts = reads.new_zeros(len(reads), spectrum.d)
     if linear is not None:
         parts = _checks.require_rows("linear", linear, spectrum.d, "what the layer reads", parts)
         parts = parts.reshape(-1, spectrum.d).expand(len(reads), spectrum.d)
-    inputs = []
+
+    def trial(one: Tensor, vector: Tensor) -> Trial:
+        number, value = components.direction_of(one), spectrum.values.flatten()[one]
+        part = parts[number] @ vector
+        taken = ProjectInput(
+            directions=vector, layer=components.layer, positions=positions, space=spectrum.space
+        )
+
+        def predict(x: Tensor) -> Tensor:
+            along = (x.to(vector.dtype) @ vector)[:, None]
+            return -value * along.square() - part * along
+
+        return Trial(taken, predict, reads[number][None])
+
+    groups = []
     for one in index:
-        number = components.direction_of(one)
-        vector = components.vectors_at(one)
-        for each in [vector, *(_random_like(vector, generator) for _ in range(controls))]:
-            value, part = spectrum.values.flatten()[one], parts[number] @ each
-            inputs.append(_InputTrial(each, value, part, reads[number][None], spectrum.space))
-    return inputs
+        own = components.vectors_at(one)
+        random = (_random_like(own, generator) for _ in range(controls))
+        groups.append([trial(one, vector) for vector in (own, *random)])
+    return groups
 
 
 def _random_like(vector: Tensor, generator: torch.Generator) -> Tensor:
