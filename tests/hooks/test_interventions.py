@@ -78,6 +78,7 @@ def test_they_compose_in_the_order_given(model):
     replace = ReplaceLayer(tensor * 3.0, layer=LAYER)
     assert_close(through(model, add, replace)[1], 3 * out, **EXACT)
     assert repr(Chain(add)).startswith("Chain(Add(")
+    assert torch.equal(through(model, Chain())[2], through(model)[2])
 
 
 def test_edits_of_the_input_come_first_in_a_chain(model):
@@ -421,6 +422,7 @@ def test_models_and_layers_that_are_not_there(model):
         through(model, edit.ablate(positions=-7))
     with pytest.raises(ValueError, match=r"mask of positions must have shape \[6\] or \[3, 6\]"):
         through(model, edit.ablate(positions=torch.ones(5, dtype=torch.bool)))
+    assert torch.equal(through(model, edit.ablate(positions=[]))[2], through(model)[2])
     with pytest.raises(TypeError, match="positions are None for all"):
         through(model, edit.ablate(positions=torch.ones(5)))
 
@@ -451,3 +453,9 @@ def test_an_intervention_of_ones_own(model):
             return [(WRITTEN, lambda value, hook: 0 * value)]
 
     assert not through(model, Chain(Both()))[1].any()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_chain_is_of_interventions():
+    with pytest.raises(TypeError, match=r"Chain\(first, second\), got list"):
+        Chain([Add(layer=0)])

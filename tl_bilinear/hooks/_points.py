@@ -134,11 +134,11 @@ def position_mask(positions: Positions, shape: torch.Size, device: torch.device)
         mask[positions] = True
         return mask.expand(shape)
     chosen = torch.as_tensor(positions)
-    if chosen.is_floating_point() or chosen.dtype == torch.bool:
+    if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
         raise TypeError(
             f"positions are None for all, an int, a slice, ints, or a boolean tensor, got {positions!r}"
         )
-    if chosen.numel() and not bool(((chosen >= -count) & (chosen < count)).all()):
+    if not bool(((chosen >= -count) & (chosen < count)).all()):
         raise IndexError(f"position {positions} does not exist: this forward has {count} positions")
     mask[chosen.long().to(device)] = True
     return mask.expand(shape)

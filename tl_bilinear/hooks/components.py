@@ -510,7 +510,8 @@ def _write_directions(reads: Tensor, write: str | Tensor) -> Tensor:
         if rank < len(reads):
             raise ValueError(
                 f"write='dual' needs independent directions, these {len(reads)} have rank {rank}; "
-                f"leave some out, or take write='minimal'"
+                f"leave some out, take write='minimal', or replace the whole layer: "
+                f"ReplaceLayer(tensor.reexpress(directions).eigenvector_form(k), layer=...)"
             )
         return dual
     raise ValueError(f"write must be 'minimal', 'dual' or a tensor, got {write!r}")

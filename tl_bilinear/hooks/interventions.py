@@ -155,6 +155,11 @@ class Chain(Intervention):
     """
 
     def __init__(self, *interventions: Intervention) -> None:
+        for each in interventions:
+            if not isinstance(each, Intervention):
+                raise TypeError(
+                    f"Chain takes interventions, Chain(first, second), got {type(each).__name__}"
+                )
         self.interventions = interventions
 
     def __repr__(self) -> str:

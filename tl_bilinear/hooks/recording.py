@@ -65,7 +65,6 @@ def _hung(model: Any, components: Components, name: str) -> Iterator[str]:
         raise ValueError(f"name must be that of an attribute ('hook_eigen'), got {name!r}")
     index = components.index().flatten()
     point = HookPoint()
-    point.name = full_name
     during: list[Any] = []  # hooks of the forward that is running
     read: list[Tensor] = []
 
@@ -97,6 +96,7 @@ def _hung(model: Any, components: Components, name: str) -> Iterator[str]:
     handles = []
     try:
         setattr(mlp, name, point)
+        point.name = full_name  # as the model's setup would call it; a bridge's setattr does not
         for names in _registries(model):
             names[full_name] = point
         handles.append(mlp.register_forward_pre_hook(before))
@@ -110,9 +110,11 @@ def _hung(model: Any, components: Components, name: str) -> Iterator[str]:
         delattr(mlp, name)
         for names in _registries(model):
             names.pop(full_name, None)
+        for names in _registries(mlp):
+            names.pop(name, None)
 
 
-def _registries(model: Any) -> list[dict[str, Any]]:
-    """The dictionaries in which a model looks for hook points by name."""
-    found = (getattr(model, name, None) for name in ("hook_dict", "mod_dict", "_hook_registry"))
+def _registries(module: Any) -> list[dict[str, Any]]:
+    """The dictionaries in which a model, or a bridge's component, looks for hook points by name."""
+    found = (getattr(module, name, None) for name in ("hook_dict", "mod_dict", "_hook_registry"))
     return [each for each in found if isinstance(each, dict)]
