@@ -326,6 +326,8 @@ def test_options_of_another_kind(model):
     spectrum = eigen(model, 2).spectrum
     with pytest.raises(ValueError, match="write must be 'minimal', 'dual' or a tensor, got 'u'"):
         EigenComponents(spectrum, directions(2), layer=LAYER, write="u")
+    with pytest.raises(TypeError, match="float"):
+        eigen(model, 2).scale([1.0, 2.0], [0, 1])
     with pytest.raises(ValueError, match=r"write must have shape \[\.\.\., 16\]"):
         EigenComponents(spectrum, directions(2), layer=LAYER, write=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"one direction for each of 2, got \[16\]"):

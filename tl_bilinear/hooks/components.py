@@ -151,15 +151,13 @@ class Components(ABC):
 
         Raises ValueError unless exactly one of `by` and `to` is given.
         """
-        if (by is None) == (to is None):
-            raise ValueError(
-                f"steer takes `by` (added to the activation) or `to` (its new value), one of them; "
-                f"got by={by!r}, to={to!r}"
-            )
-        return (
-            self._edit(which, 1.0, by, positions)
-            if to is None
-            else self._edit(which, 0.0, to, positions)
+        if to is None and by is not None:
+            return self._edit(which, 1.0, by, positions)
+        if by is None and to is not None:
+            return self._edit(which, 0.0, to, positions)
+        raise ValueError(
+            f"steer takes `by` (added to the activation) or `to` (its new value), one of them; got "
+            f"by={by!r}, to={to!r}"
         )
 
     def keep(
@@ -184,14 +182,16 @@ class Components(ABC):
     def _edit(
         self,
         which: Any,
-        multiply: float | Tensor | None,
-        add: float | Tensor | None,
-        positions: Any,
+        multiply: float | Tensor,
+        add: float | Tensor,
+        positions: Positions,
     ) -> EditComponents:
         chosen = self.index(which)
 
-        def each(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim == 0:
+        def each(value: float | Tensor) -> float | Tensor:
+            if not isinstance(value, Tensor):
+                return float(value)
+            if value.ndim == 0:
                 return value
             try:
                 return value.broadcast_to(chosen.shape).flatten()
