@@ -188,6 +188,18 @@ def test_trials_of_ones_own(model):
         verify_trials(model, TOKENS, LAYER, [], **(options | {"labels": {}}))
 
 
+def test_directions_that_are_parameters(model):
+    """As ``model.W_U[:, token]`` is: results are plain numbers all the same."""
+    tensor, u = BilinearTensor.from_model(model, LAYER), model.W_U[:, 4]
+    assert u.requires_grad
+    parts = EigenComponents(tensor.interaction(u).eigh(), u, layer=LAYER)
+    for at in ("output", "input"):
+        found = check(model, parts, [0, 1], at=at)
+        assert found.error.max() < 1e-10
+        assert len(found.to_pandas()) == 2
+    assert len(loss_added(model, TOKENS, parts.ablate(), progress=False).to_pandas()) == 1
+
+
 def test_the_model_is_as_before(model):
     logits = model(TOKENS)
     check(model, eigen(model, 1), at="input")

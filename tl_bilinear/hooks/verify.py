@@ -153,6 +153,7 @@ class Verification(Storable):
         return self.scale.clamp_min(torch.finfo(self.scale.dtype).tiny)
 
 
+@torch.no_grad()
 def verify(
     model: Any,
     tokens: Int[Tensor, "n pos"],
@@ -241,6 +242,7 @@ class Trial:
     read: Float[Tensor, "r d_out"]
 
 
+@torch.no_grad()
 def verify_trials(
     model: Any,
     tokens: Int[Tensor, "n pos"],
