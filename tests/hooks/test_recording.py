@@ -102,6 +102,21 @@ def test_the_model_is_as_before_also_after_an_exception(model, parts):
     as_before()
 
 
+def test_an_interrupted_forward_leaves_nothing_for_the_next(model, parts):
+    """Ctrl-C in a notebook cell, the context still open."""
+
+    def interrupted(value, hook):
+        raise KeyboardInterrupt
+
+    fired = []
+    with recording(model, parts):
+        with pytest.raises(KeyboardInterrupt):
+            model.run_with_hooks(TOKENS, fwd_hooks=[(f"blocks.{LAYER}.mlp.hook_post", interrupted)])
+        model.run_with_hooks(TOKENS, fwd_hooks=[(EIGEN, lambda a, hook: fired.append(hook.name))])
+    assert fired == [EIGEN]
+    assert not model.blocks[LAYER].mlp.hook_in._forward_hooks
+
+
 def test_an_edited_activation_is_written(model, parts):
     def scaled(value, hook):
         value = value.clone()
@@ -146,6 +161,13 @@ def test_gradients_attribute_the_loss_to_components(model, parts):
         if name in plain:
             assert_close(p.grad, plain[name], rtol=1e-12, atol=1e-15)
     model.zero_grad()
+    seen = []
+    with recording(model, parts):  # the same without a backward hook
+        loss = model.run_with_hooks(
+            TOKENS, return_type="loss", fwd_hooks=[(EIGEN, lambda a, hook: seen.append(a))]
+        )
+        (gradient,) = torch.autograd.grad(loss, seen)
+    assert_close(gradient, expected, **EXACT)
     # To first order, it is what a small scaling of the component does to the loss.
     step = 1e-6
     with torch.no_grad():

@@ -84,10 +84,11 @@ def _hung(model: Any, components: Components, name: str) -> Iterator[str]:
 
     def write(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         activations = components.at(read[-1], index)
-        edited = point(activations)
-        if edited is activations and not (torch.is_grad_enabled() and edited.requires_grad):
+        given = activations.view_as(activations)
+        edited = point(given)
+        if edited is given and not (torch.is_grad_enabled() and edited.requires_grad):
             return None
-        # Unedited, this adds exact zeros and gives the hook point its gradient.
+        # Unedited, this adds exact zeros, and gives the view that hooks saw its gradient.
         return out + components.written(edited - activations, index).to(out.dtype)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
