@@ -4,8 +4,9 @@ The whole public API. Data flows one way:
 
     weights -> BilinearTensor -> fold / project -> InteractionMatrix -> Eigendecomposition -> plot
 
-Importing this package gives TransformerLens's class ``HookedTransformer.from_config(bilinear=True)``
-and imports neither TransformerLens nor SAELens: names that need them are loaded at first use.
+Importing this package gives TransformerLens's class ``HookedTransformer.from_config(bilinear=True)`` and
+SAELens the SAEs that the paper's authors published, and imports neither TransformerLens nor SAELens:
+names that need them are loaded at first use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_bilinear import models
+from tl_bilinear.features import registration as _sae_registration
 from tl_bilinear.tensor import (
     CP,
     HOSVD,
@@ -24,6 +26,7 @@ from tl_bilinear.tensor import (
     EigenvectorMatch,
     InteractionMatrix,
     Reexpression,
+    Spectrum,
     TopInteractions,
     Tucker,
     functional_inner,
@@ -34,6 +37,7 @@ from tl_bilinear.tensor import (
 )
 
 if TYPE_CHECKING:
+    from tl_bilinear.features import Dictionary, FeatureInteractions
     from tl_bilinear.models import (
         BilinearMLP,
         BilinearTransformerConfig,
@@ -49,12 +53,15 @@ __all__ = [
     "BilinearParts",
     "BilinearTensor",
     "BilinearTransformerConfig",
+    "Dictionary",
     "EigenProjector",
     "Eigendecomposition",
     "EigenvectorMatch",
+    "FeatureInteractions",
     "HookedBilinearTransformer",
     "InteractionMatrix",
     "Reexpression",
+    "Spectrum",
     "TopInteractions",
     "Tucker",
     "functional_inner",
@@ -65,12 +72,15 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Dictionary": "tl_bilinear.features",
+    "FeatureInteractions": "tl_bilinear.features",
     "BilinearMLP": "tl_bilinear.models",
     "BilinearTransformerConfig": "tl_bilinear.models",
     "HookedBilinearTransformer": "tl_bilinear.models",
 }
 
 models.register()
+_sae_registration.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,78 @@
+"""A bilinear layer seen through dictionaries: SAELens SAEs and transcoders, or plain matrices.
+
+Nothing here imports SAELens: an SAE is an object that somebody loaded with it. Only `published`, which
+gives SAELens the SAEs that the paper's authors published, does; it runs once SAELens is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_bilinear.features.activity import (
+    ActivationScatter,
+    ActiveInteractions,
+    Examples,
+    LowRankCorrelation,
+    PromotedTokens,
+)
+from tl_bilinear.features.attribution import Attribution
+from tl_bilinear.features.dictionary import Dictionary, Reading
+from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.passage import Passage
+from tl_bilinear.features.results import (
+    EigenGeometry,
+    FeatureSweep,
+    InteractionStatistics,
+    Submatrix,
+)
+from tl_bilinear.features.verification import PairCheck
+
+if TYPE_CHECKING:
+    from tl_bilinear.features.published import (
+        SignedTopKSAE,
+        SignedTopKSAEConfig,
+        TopSequences,
+        published_disk_loader,
+        published_huggingface_loader,
+        read_top_sequences,
+    )
+
+__all__ = [
+    "ActivationScatter",
+    "ActiveInteractions",
+    "Attribution",
+    "Dictionary",
+    "EigenGeometry",
+    "Examples",
+    "FeatureInteractions",
+    "FeatureSweep",
+    "InteractionStatistics",
+    "LowRankCorrelation",
+    "PairCheck",
+    "Passage",
+    "PromotedTokens",
+    "Reading",
+    "SignedTopKSAE",
+    "SignedTopKSAEConfig",
+    "Submatrix",
+    "TopSequences",
+    "published_disk_loader",
+    "published_huggingface_loader",
+    "read_top_sequences",
+]
+
+_PUBLISHED = {
+    "SignedTopKSAE",
+    "SignedTopKSAEConfig",
+    "TopSequences",
+    "published_disk_loader",
+    "published_huggingface_loader",
+    "read_top_sequences",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLISHED:
+        return getattr(importlib.import_module("tl_bilinear.features.published"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
