@@ -55,7 +55,7 @@ def read_hooked_transformer(model: Any, layer: int | None) -> BilinearTensor | N
     """A layer of a HookedTransformer or of any subclass; None for another kind of model."""
     if not _is_a(model, "transformer_lens", "HookedTransformer"):
         return None
-    index = _require_layer(layer, len(model.blocks))
+    index = require_layer(layer, len(model.blocks))
     block, name = model.blocks[index], f"blocks.{index}"
     if not hasattr(block, "mlp"):
         raise ValueError(f"{name} has no MLP: the model is attention only (attn_only=True)")
@@ -116,6 +116,16 @@ def _not_bilinear(mlp: Any, name: str) -> str:
     )
 
 
+def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
+    """`input_space` and `output_space` of `from_model(model, layer)`, without reading a weight.
+
+    None for a model other than a HookedTransformer.
+    """
+    if not _is_a(model, "transformer_lens", "HookedTransformer"):
+        return None
+    return _spaces(model.cfg, model.blocks[layer], f"blocks.{layer}")
+
+
 def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     """Where a block's MLP reads and writes, in words that results carry along."""
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
@@ -137,7 +147,7 @@ def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     return reads, f"{name}.hook_mlp_out"
 
 
-def _require_layer(layer: int | None, n_layers: int) -> int:
+def require_layer(layer: int | None, n_layers: int) -> int:
     valid = f"0 to {n_layers - 1}, or {-n_layers} to -1 from the end"
     if layer is None:
         if n_layers != 1:
