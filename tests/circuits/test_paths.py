@@ -164,7 +164,7 @@ def test_shares_top_and_text(tmp_path):
     assert PathCheck.load(tmp_path / "check").to_pandas().equals(patched.to_pandas())
 
 
-def test_bad_requests():
+def test_bad_requests(unchecked):
     built = model()
     with pytest.raises(ValueError, match="paths are of one sequence, got a batch of 2"):
         paths(built, TOKENS.expand(2, -1), 1, DIRECTION)

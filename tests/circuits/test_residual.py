@@ -179,7 +179,7 @@ def test_what_is_upstream():
         direct_path(parallel, 1, at("blocks.1.hook_attn_out"))
 
 
-def test_models_without_such_directions():
+def test_models_without_such_directions(unchecked):
     with pytest.raises(ValueError, match="this model's are 'rotary'"):
         positions(model(positional_embedding_type="rotary"))
     with pytest.raises(ValueError, match=r"post_embedding_ln=True"):

@@ -180,7 +180,7 @@ def test_biases_and_the_residual_connection(residual):
     assert_close(form(one), second(middle) @ u, rtol=1e-9, atol=1e-9)
 
 
-def test_bad_requests():
+def test_bad_requests(unchecked):
     first, second, u, form = build()
     with pytest.raises(
         ValueError, match="the first layer writes 3 coordinates, the second reads 4"

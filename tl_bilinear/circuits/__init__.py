@@ -1,9 +1,11 @@
 """Bilinear layers inside the mathematical framework for transformer circuits (Sharkey 2023).
 
 What a prompt adds up, exactly (`paths`); what the weights say of tokens, heads and earlier layers
-(`embedding`, `through_head`, `direct_path` into `FeatureInteractions`; `virtual_weights`).
+(`embedding`, `through_head`, `direct_path` into `FeatureInteractions`; `virtual_weights`) and of
+features over several layers (`FeatureCircuit`). Two layers composed are `tensor.QuarticForm`.
 """
 
+from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
 from tl_bilinear.circuits.residual import (
     VirtualWeights,
@@ -16,6 +18,8 @@ from tl_bilinear.circuits.residual import (
 )
 
 __all__ = [
+    "FeatureCircuit",
+    "FeatureGraph",
     "PathCheck",
     "Paths",
     "VirtualWeights",

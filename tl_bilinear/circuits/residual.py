@@ -122,8 +122,7 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
     if not sources:
         raise ValueError("direct_path needs at least one source: a dictionary, an SAE or a matrix")
     layer = _existing(layer, model.cfg.n_layers, "layer")
-    before = _BEFORE_ATTENTION if model.cfg.parallel_attn_mlp else _BEFORE_MLP
-    found = [_upstream(s, layer, before, f"the MLP of layer {layer}", model) for s in sources]
+    found = [_upstream(s, layer, _seen(model), f"the MLP of layer {layer}", model) for s in sources]
     labels = None
     if any(each.labels is not None for each in found):
         labels = [
@@ -140,6 +139,32 @@ def _existing(index: int, count: int, what: str) -> int:
     return index % count
 
 
+def reaches(model: Any, source: Dictionary, layer: int) -> bool:
+    """Whether the MLP of a layer sees what a dictionary writes into the residual stream.
+
+    Raises ValueError for one that does not write into it.
+    """
+    return _is_before(source, layer, _seen(model))
+
+
+def _seen(model: Any) -> Sequence[str]:
+    """Hooks of a layer that its MLP comes after."""
+    return _BEFORE_ATTENTION if model.cfg.parallel_attn_mlp else _BEFORE_MLP
+
+
+def _is_before(source: Dictionary, layer: int, same_layer: Sequence[str]) -> bool:
+    if source.hook in (None, EMBED, "hook_pos_embed"):
+        return True
+    place = _STREAM.fullmatch(source.hook)
+    if place is None:
+        raise ValueError(
+            f"{source!r} does not write into the residual stream: a source lies at hook_embed or at a "
+            f"block's hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_out or hook_resid_post"
+        )
+    written = int(place[1])
+    return written < layer or (written == layer and place[2] in same_layer)
+
+
 def _upstream(
     source: Any, layer: int, same_layer: Sequence[str], reader: str, model: Any
 ) -> Dictionary:
@@ -147,18 +172,8 @@ def _upstream(
     found = Dictionary.of(source)
     if found.d != model.cfg.d_model:
         raise ValueError(f"{found!r} has width {found.d}, the residual stream {model.cfg.d_model}")
-    hook = found.hook
-    if hook in (None, EMBED, "hook_pos_embed"):
-        return found
-    place = _STREAM.fullmatch(hook)
-    if place is None:
-        raise ValueError(
-            f"{found!r} does not write into the residual stream: a source lies at hook_embed or at a "
-            f"block's hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_out or hook_resid_post"
-        )
-    written = int(place[1])
-    if written > layer or (written == layer and place[2] not in same_layer):
-        raise ValueError(f"{hook} is not upstream of {reader}, which cannot see {found!r}")
+    if not _is_before(found, layer, same_layer):
+        raise ValueError(f"{found.hook} is not upstream of {reader}, which cannot see {found!r}")
     return found
 
 
