@@ -18,6 +18,7 @@ import tests.typecheck  # noqa: F401  the hook below names it
 
 jaxtyping.install_import_hook(
     [
+        "tl_bilinear.circuits.composition",
         "tl_bilinear.circuits.graph",
         "tl_bilinear.circuits.paths",
         "tl_bilinear.circuits.residual",

@@ -2,9 +2,10 @@
 
 What a prompt adds up, exactly (`paths`); what the weights say of tokens, heads and earlier layers
 (`embedding`, `through_head`, `direct_path` into `FeatureInteractions`; `virtual_weights`) and of
-features over several layers (`FeatureCircuit`). Two layers composed are `tensor.QuarticForm`.
+features over several layers (`FeatureCircuit`); two layers as one form of degree four (`composed`).
 """
 
+from tl_bilinear.circuits.composition import composed
 from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
 from tl_bilinear.circuits.residual import (
@@ -24,6 +25,7 @@ __all__ = [
     "Paths",
     "VirtualWeights",
     "check_paths",
+    "composed",
     "direct_path",
     "embedding",
     "paths",
