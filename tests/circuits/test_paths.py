@@ -155,6 +155,8 @@ def test_shares_top_and_text(tmp_path):
     assert lines[0].startswith("layer 1 at position 2: ")
     assert lines[4] == "by kind:"
     assert "head 0.1 from 2 4" in found.labels  # without a tokenizer a token is its number
+    named = paths(model(), TOKENS, 1, DIRECTION, 2, words=list("abcdef"))
+    assert "head 0.1 from 2 c" in named.labels
     found.save(tmp_path / "paths")
     loaded = Paths.load(tmp_path / "paths")
     assert loaded.terms() == found.terms()
@@ -180,6 +182,8 @@ def test_bad_requests(unchecked):
         paths(built, TOKENS, 1, DIRECTION.expand(2, -1))
     with pytest.raises(ValueError, match="by must be one of 'sources', 'heads', 'layers', got 'x'"):
         paths(built, TOKENS, 1, DIRECTION, by="x")
+    with pytest.raises(ValueError, match="2 words for 6 tokens"):
+        paths(built, TOKENS, 1, DIRECTION, words=["a", "b"])
     with pytest.raises(MemoryError, match="sum over sources with by='heads'"):
         paths(built, TOKENS, 2, DIRECTION, max_bytes=100)
     with pytest.raises(ValueError, match="between 1 and"):

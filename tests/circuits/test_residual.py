@@ -10,11 +10,13 @@ from tests.circuits.building import DIRECTION, TOKENS, VOCABULARY, D, model
 from tests.features.building import sae
 from tl_bilinear import BilinearTensor, Dictionary, FeatureInteractions
 from tl_bilinear.circuits import (
+    SourcePairs,
     VirtualWeights,
     direct_path,
     embedding,
     paths,
     positions,
+    source_pairs,
     through_head,
     unembedding,
     virtual_weights,
@@ -121,6 +123,26 @@ def test_an_earlier_layer_s_features_reach_a_later_layer():
     rows = written.W_dec - written.W_dec.mean(1, keepdim=True)
     rows = rows * built.blocks[2].ln2.w
     assert_close(features.interaction(0).dense(), rows @ B @ rows.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [5, 10**6])
+def test_pairs_of_two_sources(block, monkeypatch, tmp_path):
+    monkeypatch.setattr("tl_bilinear.circuits.residual.BLOCK_ELEMENTS", block * VOCABULARY)
+    built = model(normalization_type="LN")
+    tokens = embedding(built)
+    carried = through_head(built, tokens, 0, 1)
+    found = source_pairs(built, 0, DIRECTION, tokens, carried, 7)
+    features = FeatureInteractions(
+        built, 0, direct_path(built, 0, tokens, carried), DIRECTION[None]
+    )
+    table = 2 * features.interaction(0).dense()[:VOCABULARY, VOCABULARY:]
+    assert_close(found.coefficients, table[found.rows, found.columns])
+    assert_close(found.coefficients.abs(), table.abs().flatten().topk(7).values)
+    assert found.to_pandas()["second"][0].endswith(" through 0.1")
+    found.save(tmp_path / "x")
+    assert SourcePairs.load(tmp_path / "x").top(2).to_pandas().equals(found.to_pandas().head(2))
+    with pytest.raises(ValueError, match="k must lie between 1 and 529"):
+        source_pairs(built, 0, DIRECTION, tokens, carried, 530)
 
 
 def test_virtual_weights(tmp_path):

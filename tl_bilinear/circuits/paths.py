@@ -156,6 +156,7 @@ def paths(
     position: int = -1,
     *,
     by: By = "sources",
+    words: Sequence[str] | None = None,
     max_bytes: int = _checks.MAX_DENSE_BYTES,
 ) -> Paths:
     """Split a layer's output along a direction over pairs of upstream components.
@@ -171,6 +172,8 @@ def paths(
         Negative from the end.
     by: "sources", "heads" or "layers"
         A component for each head and source token, for each head, or for each layer's attention.
+    words: [pos], optional
+        The tokens' names for labels; by default the tokenizer's, or their numbers.
     max_bytes: int
         The pairs are an n x n matrix: for long prompts and deep models sum over sources.
 
@@ -184,6 +187,8 @@ def paths(
     if direction.ndim != 1:
         raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
     run = Upstream(model, tokens, layer, position)
+    if words is not None and len(words) != run.tokens.shape[1]:
+        raise ValueError(f"{len(words)} words for {run.tokens.shape[1]} tokens")
     found = run.components().group(by)
     n = len(found.kinds)
     _checks.require_affordable(
@@ -203,7 +208,7 @@ def paths(
         position=run.position,
         by=by,
         direction=direction,
-        labels=found.labels(run.words),
+        labels=found.labels(run.words if words is None else list(words)),
         kinds=found.kinds,
         where=found.where,
         vectors=found.vectors,

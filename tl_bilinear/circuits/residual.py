@@ -9,6 +9,7 @@ which then reads a layer's weights between them, with nothing run and no V x V m
 >>> sources = direct_path(model, 1, tokens, previous)        # both, as layer 1's MLP meets them
 >>> features = FeatureInteractions(model, 1, sources, unembedding(model))
 >>> features.top(42, k=20)             # which pairs of sources make token 42's logit
+>>> source_pairs(model, 1, u, tokens, previous)      # a token with another that the head brings
 
 **Up to positive factors.** Norms divide by a number of the token: an interaction of two sources holds
 up to ``1 / s^2`` of the layer's norm, a source through a head up to the weight that the head gives it
@@ -25,13 +26,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
 from tl_bilinear.features.passage import input_passages, norm_matrix
 from tl_bilinear.tensor import Eigendecomposition, _checks
+from tl_bilinear.tensor._top import BLOCK_ELEMENTS
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
@@ -185,6 +187,97 @@ def _words(model: Any, count: int) -> list[str] | None:
     return [str(word) for word in known] + [""] * (count - len(known))
 
 
+# ---------------------------------------------------------------------- pairs of two sources
+
+
+@dataclass(frozen=True, eq=False)
+class SourcePairs(Storable):
+    """The strongest pairs of a direction of one source with a direction of another.
+
+    Attributes
+    ----------
+    layer: whose MLP reads both
+    rows, columns: [k], indices in the first and the second source, by falling absolute coefficient
+    coefficients: [k], ``2 d_row^T Q d_column``, what stands before the product of their activations
+    row_labels, column_labels: [k] names
+    """
+
+    layer: int
+    rows: Int[Tensor, " k"]
+    columns: Int[Tensor, " k"]
+    coefficients: Float[Tensor, " k"]
+    row_labels: list[str]
+    column_labels: list[str]
+
+    def top(self, k: int) -> SourcePairs:
+        """The first k of them."""
+        _checks.require_count("k", k, len(self.rows), "the pairs held")
+        return SourcePairs(self.layer, *(getattr(self, name)[:k] for name in _PAIR_COLUMNS))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair: first, second, coefficient."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "first": self.row_labels,
+                "second": self.column_labels,
+                "coefficient": self.coefficients.tolist(),
+            }
+        )
+
+
+_PAIR_COLUMNS = ("rows", "columns", "coefficients", "row_labels", "column_labels")
+
+
+def source_pairs(
+    model: Any,
+    layer: int,
+    direction: Float[Tensor, " d_model"],
+    first: Any,
+    second: Any,
+    k: int = 20,
+) -> SourcePairs:
+    """The strongest pairs across two sources for a direction of a layer's output, from weights alone.
+
+    A position holds one token, so that two embeddings never meet there; a token and another one that a
+    head brings do: ``source_pairs(model, 0, u, embedding(model), through_head(model, tokens, 0, h))``
+    is the table of token pairs that head h makes. (Of one dictionary with itself, features of an SAE
+    say, `FeatureInteractions.top`.) Streamed: the n x m table is never held.
+
+    Up to positive factors (see the module). Errors as `direct_path`.
+    """
+    one, other = (direct_path(model, layer, each) for each in (first, second))
+    Q = FeatureInteractions(model, layer, one, _one_row(direction)).interaction(
+        0, basis="activations"
+    )
+    _checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
+    columns = 2 * (Q @ other.decoder.to(Q.left).T)
+    values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
+    step = max(1, BLOCK_ELEMENTS // other.n)
+    for start in range(0, one.n, step):
+        block = (one.decoder[start : start + step].to(columns) @ columns).flatten()
+        values = torch.cat([values, block])
+        places = torch.cat([places, torch.arange(len(block), device=Q.device) + start * other.n])
+        kept = values.abs().topk(min(k, len(values))).indices
+        values, places = values[kept], places[kept]
+    rows, columns_met = places // other.n, places % other.n
+    return SourcePairs(
+        layer=range(len(model.blocks))[layer],
+        rows=rows,
+        columns=columns_met,
+        coefficients=values,
+        row_labels=[one.label(i) for i in rows.tolist()],
+        column_labels=[other.label(i) for i in columns_met.tolist()],
+    )
+
+
+def _one_row(direction: Tensor) -> Tensor:
+    if direction.ndim != 1:
+        raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
+    return direction[None]
+
+
 # ---------------------------------------------------------------------- virtual weights
 
 
@@ -252,10 +345,7 @@ def virtual_weights(
     From weights alone, along the direct path, up to the norm's scale. Errors as `direct_path`.
     """
     inputs = direct_path(model, layer, source)
-    outputs = torch.as_tensor(direction)
-    if outputs.ndim != 1:
-        raise ValueError(f"direction must be one vector, got {_checks.shape(outputs)}")
-    features = FeatureInteractions(model, layer, inputs, outputs[None])
+    features = FeatureInteractions(model, layer, inputs, _one_row(direction))
     spectrum: Eigendecomposition = features.interaction(0, basis="activations").eigh(k)
     return VirtualWeights(
         layer=features.layer,
