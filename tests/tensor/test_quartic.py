@@ -145,6 +145,20 @@ def test_planted_direction_is_found():
     assert list(table.columns) == ["rank", "value", "residual", "hits"]
 
 
+def test_every_direction_is_a_maximum_and_no_saddle():
+    """In more dimensions, by the second derivative along the sphere."""
+    *_, form = build(d=12, middle=8)
+    for which, sign in (("positive", 1), ("negative", -1)):
+        found = form.leading(20, which=which, starts=30)
+        assert found.converged == 1
+        assert len(found.values) > 1
+        assert int(found.hits.sum()) <= 30
+        for v, value in zip(found.vectors, found.values, strict=True):
+            across = torch.eye(12, dtype=torch.float64) - torch.outer(v, v)
+            bend = 3 * across @ form._hessian(v[None])[0] @ across - value * across
+            assert float((sign * torch.linalg.eigvalsh(bend)).max()) < 1e-8 * float(value.abs())
+
+
 def test_what_did_not_converge_is_said():
     *_, form = build()
     found = form.leading(3, steps=1)
@@ -207,9 +221,9 @@ def test_sizes_that_cannot_work_are_refused():
         MemoryError, match=r"dense\(\) of shape \[2048, 2048, 2048, 2048\] would take"
     ):
         form.dense()
-    with pytest.raises(ValueError, match=r"20 starts of 500 steps .* max_flops=1\.0e\+13"):
+    with pytest.raises(ValueError, match=r"20 starts of 500 steps .* max_flops=1\.0e\+14"):
         form.leading(1)
     with pytest.raises(ValueError, match=r"an inner product of QuarticForm.* use fewer squares"):
         form.inner(form, max_flops=1e9)
     with pytest.raises(MemoryError, match="the Hessians would take"):
-        form.leading(1, starts=100, steps=1, max_flops=1e15)
+        form.leading(1, starts=100, steps=1, max_flops=1e16)
