@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def paths_figure(result: Paths, k: int = 14) -> go.Figure:
     """The k components of largest contribution: their pairs as a heatmap, beside each one's share.
 
-    An entry off the diagonal is half of its pair's contribution, so that a row, with the component's
-    share of the bias terms, sums to its bar.
+    An entry off the diagonal is half of its pair's contribution, so that a component's row, over all
+    components and with the bias terms, sums to its bar.
     """
     chosen = result.shares.abs().topk(min(k, len(result.labels))).indices
     chosen = chosen.sort().values  # as they are written, upstream first
@@ -60,7 +60,7 @@ def paths_figure(result: Paths, k: int = 14) -> go.Figure:
     )
     figure.update_xaxes(type="category", automargin=True, tickangle=-45, row=1, col=1)
     figure.update_yaxes(type="category", automargin=True, autorange="reversed")
-    figure.update_xaxes(zeroline=True, zerolinecolor=NEUTRAL, row=1, col=2)
+    figure.update_xaxes(zeroline=True, zerolinecolor=NEUTRAL, nticks=4, tickangle=0, row=1, col=2)
     side = 190 + 24 * len(labels)
     return figure.update_layout(
         **LAYOUT | {"margin": {"l": 10, "r": 10, "t": 75, "b": 10}},
