@@ -134,6 +134,14 @@ def test_networkx_and_graphml(circuit, tmp_path):
         graph.to_graphml(tmp_path / "nowhere" / "x.graphml")
 
 
+def test_a_graph_with_nothing_active(circuit):
+    graph = circuit.prune(circuit.graph(1, targets={0: [0]}), TOKENS)
+    empty = graph if len(graph.pairs) == 0 else graph._choose(torch.tensor([], dtype=torch.long))
+    assert len(empty.to_pandas()) == 0
+    assert empty.networkx().number_of_nodes() == 0
+    assert empty.labels == []
+
+
 def test_nothing_half_written(circuit, tmp_path, monkeypatch):
     def fails(graph, path):
         path.write_text("half")

@@ -198,3 +198,24 @@ def test_a_residual_stream_that_is_no_sum_is_refused():
     )
     with pytest.raises(ValueError, match="is not the sum of embedding, attention and MLPs"):
         paths(built, TOKENS, 1, DIRECTION)
+
+
+def test_attached_saes_are_refused():
+    from sae_lens import HookedSAETransformer
+
+    from tests.features.building import sae
+    from tests.models.building import config
+
+    built = HookedSAETransformer.from_config(config(), bilinear=True)
+    built.add_sae(sae("blocks.0.hook_mlp_out"))
+    with pytest.raises(
+        ValueError, match=r"SAEs are attached to the model at blocks\.0\.hook_mlp_out"
+    ):
+        paths(built, TOKENS, 1, DIRECTION)
+
+
+def test_16_bit_models():
+    built = model(dtype=torch.bfloat16)
+    found = paths(built, TOKENS, 2, DIRECTION, 4)
+    assert found.quadratic.dtype == torch.float64
+    assert found.error < 0.05  # what the model's own arithmetic leaves

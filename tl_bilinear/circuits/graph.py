@@ -33,6 +33,7 @@ from tl_bilinear.circuits.upstream import as_tokens
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
 from tl_bilinear.features.passage import input_passages
+from tl_bilinear.features.running import refuse_attached
 from tl_bilinear.tensor import TopInteractions, _checks
 from tl_bilinear.tensor.storage import Storable
 
@@ -265,7 +266,7 @@ class FeatureCircuit:
             made, pairs = self._strongest(
                 layer, k, None if targets is None else wanted.get(layer, {})
             )
-            values.append(pairs.coefficients)
+            values.append(pairs.coefficients.detach().cpu())
             for b, c, a in zip(
                 pairs.rows.tolist(), pairs.columns.tolist(), made.tolist(), strict=True
             ):
@@ -323,6 +324,7 @@ class FeatureCircuit:
 
         Raises IndexError for a position that does not exist.
         """
+        refuse_attached(self.model)
         rows = as_tokens(self.model, tokens)
         length = rows.shape[1]
         if not -length <= position < length:

@@ -285,10 +285,10 @@ def check_paths(
     measured = []
     for chosen in removed:
         output = run.output_without([found.kinds[i] for i in chosen], [places[i] for i in chosen])
-        measured.append((output - clean) @ direction)
+        measured.append(float((output - clean) @ direction))
     return PathCheck(
         removed=[list(chosen) for chosen in removed],
         labels=[" and ".join(found.labels[i] for i in chosen) for chosen in removed],
         predicted=torch.tensor([found.effect(chosen) for chosen in removed], dtype=clean.dtype),
-        measured=torch.stack(measured) if measured else clean.new_zeros(0),
+        measured=torch.tensor(measured, dtype=clean.dtype),
     )

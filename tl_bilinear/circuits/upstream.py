@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_bilinear.features.passage import Passage, input_passages
+from tl_bilinear.features.running import refuse_attached
 from tl_bilinear.tensor import _checks
 
 By = Literal["sources", "heads", "layers"]
@@ -88,11 +89,13 @@ def _label(kind: str, place: list[int], words: list[str]) -> str:
 class Upstream:
     """A run of the model on one sequence, up to the MLP of a layer, seen from one position.
 
-    Raises IndexError for a position or layer that does not exist, ValueError for several sequences.
+    Raises IndexError for a position or layer that does not exist, ValueError for several sequences and
+    for attached SAEs.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, tokens: Tensor | str, layer: int, position: int = -1) -> None:
+        refuse_attached(model)
         self.model, cfg = model, model.cfg
         self.tokens = as_tokens(model, tokens)
         if not -cfg.n_layers <= layer < cfg.n_layers:
@@ -175,7 +178,7 @@ class Upstream:
         """Every component that is not zero, in the order in which they are written.
 
         Raises ValueError where they do not sum to the residual stream that the model has: something
-        else writes into it, or changes what is written (a norm after the sublayers, an attached SAE).
+        else writes into it, or changes what is written (a norm after the sublayers).
         """
         vectors: list[Tensor] = []
         kinds: list[str] = []
@@ -218,7 +221,7 @@ class Upstream:
             raise ValueError(
                 f"the residual stream at {self.passage.hook} is not the sum of embedding, attention "
                 f"and MLPs (a part of {float(missing / size):.1e} is missing): paths are of models that "
-                f"add what their sublayers write as it is, without a norm after them or attached SAEs"
+                f"add what their sublayers write as it is, without a norm after them"
             )
 
     # ------------------------------------------------------------------ interventions
