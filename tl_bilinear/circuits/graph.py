@@ -177,8 +177,9 @@ class FeatureCircuit:
         Features of a layer's output, at ``hook_mlp_out`` or ``mlp.hook_out`` (a bare matrix is taken
         to be there). Read as `FeatureInteractions` reads outputs; they write along the decoder.
     sources: name to dictionary, optional
-        What else is upstream: `embedding(model)`, `through_head(...)`, SAEs on the residual stream.
-        Each enters the layers that come after it.
+        What else is upstream: `embedding(model)`, `through_head(...)`, SAEs on the residual stream
+        (which hold what others wrote before them: their pairs say it again). Each enters the layers
+        that come after it.
 
     Attributes
     ----------

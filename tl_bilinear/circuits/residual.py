@@ -91,8 +91,8 @@ def unembedding(model: Any) -> Dictionary:
 def through_head(model: Any, source: Any, layer: int, head: int) -> Dictionary:
     """Directions through a head's OV circuit: ``d C w W_V W_O`` [n, d_model], at ``hook_attn_out``.
 
-    C and w are the centring and weight of the norm before attention. `source` may have gone through
-    an earlier head already (virtual heads).
+    C and w are the centring and weight of the norm before attention (its bias, and b_V, do not depend
+    on the source). `source` may have gone through an earlier head already (virtual heads).
 
     Raises IndexError for a head that does not exist, ValueError for a source that the head cannot see.
     """
