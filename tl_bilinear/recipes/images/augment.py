@@ -1,9 +1,9 @@
 """What a training image may suffer before the model sees it (Pearce et al. 2025, appendix B).
 
-An augmentation is a small frozen object called with a batch of flat images; it draws from the generator
-it is given and from nothing else, so that a seed determines a training run. Dense Gaussian noise, which
-the paper settles on, is `TrainingConfig.noise`; noise on activations and dropout act inside the model and
-are settings there too.
+An augmentation is a small frozen object called with a batch of flat images; it draws from the
+generator it is given and from nothing else, so that a seed determines a training run. Dense Gaussian
+noise, which the paper settles on, is `TrainingConfig.noise`; noise on activations and dropout act
+inside the model and are settings there too.
 
 >>> config = TrainingConfig(noise=0.3, augment=(Translation(3), Blur(0.7)))
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 class Augmentation(Protocol):
     """A frozen dataclass (so that a run can be stored by its settings) that changes images."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __call__(
         self, images: Float[Tensor, "n pixels"], size: tuple[int, int], generator: Generator
@@ -39,7 +39,9 @@ class SaltAndPepper:
     share: float
 
     def __post_init__(self) -> None:
-        _require(0 <= self.share <= 1, "share", "a share of the pixels, between 0 and 1", self.share)
+        _require(
+            0 <= self.share <= 1, "share", "a share of the pixels, between 0 and 1", self.share
+        )
 
     def __call__(self, images: Tensor, size: tuple[int, int], generator: Generator) -> Tensor:
         draw = _uniform(images.shape, images, generator)

@@ -4,14 +4,15 @@
 >>> results = runs.train(data, [TrainingConfig(seed=seed) for seed in range(5)])   # trains
 >>> results = runs.train(data, [TrainingConfig(seed=seed) for seed in range(9)])   # trains four more
 
-The name of a file is the hash of the images and labels, of the settings, and of the source code that
-trains; only weights are kept, and what is read off them is computed from them. A file is written whole or
-not at all, so that an interrupted sweep goes on where it stopped. Floating-point results of another
-machine or version of torch may differ in the last digits: the file says which it was.
+The name of a file is the hash of the images and labels, of the settings, and of the code that trains
+(comments and docstrings aside); only weights are kept, and what is read off them is computed from
+them. A file is written whole or not at all, so that an interrupted sweep goes on where it stopped.
+Another machine or version of torch may differ in the last digits: the file says which it was.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -135,5 +136,16 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _CODE)).hexdigest()
+    dumps = [_without_prose((Path(__file__).parent / name).read_text("utf-8")) for name in _CODE]
+    return hashlib.sha256("".join(dumps).encode()).hexdigest()
+
+
+def _without_prose(source: str) -> str:
+    """The syntax tree of a module as text, its comments and docstrings left out."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)

@@ -1,8 +1,8 @@
 """Training image classifiers with the settings of the paper (Table 1, appendix F).
 
 Several models of one shape train together, as one model with a leading dimension. Each keeps its own
-generators for weights, order and noise: what a model becomes depends on the data and on its own settings,
-not on the company it was trained in (but for the rounding of a batched product).
+generators for weights, order and noise: what a model becomes depends on the data and on its own
+settings, not on the company it was trained in (but for the rounding of a batched product).
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def train_classifiers(
 ) -> list[TrainingResult]:
     """Train several classifiers of one shape at once, in the order of `configs`.
 
-    The images lie in one tensor and a batch is an index into it, copied to the same memory every step: at
-    these sizes a DataLoader and fresh memory would cost more than the model. Memory: about ``2 batch
-    (pixels + 8 size)`` numbers for each model.
+    The images lie in one tensor and a batch is an index into it, copied to the same memory every
+    step: at these sizes a DataLoader and fresh memory would cost as much as the model. Memory: about
+    ``batch (pixels + 12 size)`` numbers for each model.
 
     Raises ValueError for configurations whose `shape` differs.
     """
@@ -112,7 +112,9 @@ def train_classifiers(
     generators = [Generator().manual_seed(config.seed) for config in configs]
     draws = [Generator(device=device).manual_seed(config.seed) for config in configs]
     models = [
-        ImageClassifier(data.pixels, len(data.classes), first.size, first.bias, generator).to(device)
+        ImageClassifier(data.pixels, len(data.classes), first.size, first.bias, generator).to(
+            device
+        )
         for generator in generators
     ]
     optimizer = torch.optim.AdamW(
@@ -144,7 +146,9 @@ def train_classifiers(
                         own_noise = noise[: len(row)].normal_(generator=draw)
                         row.add_(own_noise, alpha=config.noise)
                 logits = _forward(models, part, configs, draws)
-                each = cross_entropy(logits.flatten(0, 1), labels[index].flatten(), reduction="none")
+                each = cross_entropy(
+                    logits.flatten(0, 1), labels[index].flatten(), reduction="none"
+                )
                 means = each.view(index.shape).mean(1)
                 optimizer.zero_grad(set_to_none=True)
                 means.sum().backward()
