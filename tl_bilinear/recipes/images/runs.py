@@ -114,6 +114,10 @@ class Runs:
         save_tensors(path, result.model.state_dict(), metadata)
 
 
+UNKEPT = Runs()
+"""Trains and keeps nothing."""
+
+
 def run_key(data: ImageData, config: TrainingConfig) -> str:
     """Hash of the images and labels, the settings and the code that trains."""
     described = json.dumps([data.fingerprint, _settings(config), _code()], sort_keys=True)
