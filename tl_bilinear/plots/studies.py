@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
+_ROUNDING = 1e-5
+
 
 # ---------------------------------------------------------------------- eigenvectors
 
@@ -362,24 +364,31 @@ def explanation_figure(
 
 
 def toy_figure(fits: Sequence[FittedToy], *, title: str = "") -> go.Figure:
-    """First output of each task: matrix as trained, symmetrised, expected, and its eigenvectors."""
+    """First output of each task: its matrix as trained, symmetrised, seen by the inputs, expected.
+
+    And the first two eigenvectors of the symmetrised one, a coordinate a column. What is zero to
+    rounding is left white.
+    """
     width = max(fit.matrices.shape[-1] for fit in fits)
     tiles, captions, names = [], [], []
     for fit in fits:
         d = fit.matrices.shape[-1]
         count = min(2, d)
         rows = fit.vectors[0, :count, None, :].expand(count, d, d)
-        pictures = torch.stack([fit.raw[0], fit.matrices[0], fit.expected[0], *rows])
+        rows = rows * (fit.values[0, :count].abs() > _ROUNDING)[:, None, None]
+        pictures = torch.stack([fit.raw[0], fit.matrices[0], fit.seen[0], fit.expected[0], *rows])
+        pictures = pictures * (pictures.abs().amax((1, 2), keepdim=True) > _ROUNDING)
         # Smaller matrices are put in the upper left corner of the same frame.
-        tile = pictures.new_zeros(3 + 2, width, width)
+        tile = pictures.new_zeros(4 + 2, width, width)
         tile[: len(pictures), :d, :d] = pictures
         tiles.append(tile.flatten(1).float())
         values = [f"λ = {float(v):+.2f}" for v in fit.values[0, :count]]
         captions.append(
-            ["", "", f"distance {float(fit.distance[0]):.0e}"] + values + [""] * (2 - count)
+            ["", "", f"distance {float(fit.distance[0]):.0e}", ""] + values + [""] * (2 - count)
         )
         names.append(f"{fit.outputs[0]}{', biases' if fit.bias else ''}")
-    columns = ["as trained", "symmetrised", "expected", "eigenvector 1", "eigenvector 2"]
+    columns = ["as trained", "symmetrised", "seen by inputs", "expected"]
+    columns += ["eigenvector 1", "eigenvector 2"]
     return mosaic_figure(
         torch.stack(tiles), (width, width), rows=names, columns=columns, captions=captions,
         title=title,
@@ -427,12 +436,11 @@ def certificates_figure(result: Certificates) -> go.Figure:
         )
     ):
         figure.add_trace(_line(list(result.kept), numbers.mean(0), i, name))
-    figure.add_hline(
-        y=float(result.spread.mean()),
-        line={"color": NEUTRAL, "dash": "dash"},
-        annotation_text="standard deviation of a logit",
-    )
-    figure.update_xaxes(title="eigenvectors kept for each class", tickvals=list(result.kept))
+    spread = [float(result.spread.mean())] * len(result.kept)
+    dashed = _line(list(result.kept), spread, 6, "standard deviation of a logit")
+    figure.add_trace(dashed.update(mode="lines", line_dash="dash"))
+    kept = {"type": "log", "tickvals": list(result.kept)}
+    figure.update_xaxes(title="eigenvectors kept for each class", **kept)
     figure.update_yaxes(title="error of a logit", type="log", exponentformat="power", dtick=1)
     return _sized(figure, 760, 380)
 

@@ -70,10 +70,16 @@ class Study:
         """Settings for `data`; others as the fields."""
         return cls(data, config_for(data, size=size, noise=noise), **given)
 
-    def model(self, data: ImageData | None = None, **changes: Any) -> ImageClassifier:
+    def model(self, **changes: Any) -> ImageClassifier:
         """A model of `config` with some settings changed."""
-        config = replace(self.config, **changes)
-        return self.runs.train(self.data if data is None else data, [config])[0].model
+        return self.runs.train(self.data, [replace(self.config, **changes)])[0].model
+
+    def config_for(self, data: ImageData) -> TrainingConfig:
+        """`config`, with batches and epochs that fit the number of images of another set."""
+        if data is self.data:
+            return self.config
+        fitting = config_for(data)
+        return replace(self.config, batch=fitting.batch, epochs=fitting.epochs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +110,7 @@ def eigenvectors(study: Study) -> Figure:
     plots, summary = [], {}
     sets = [study.data] + ([study.fashion] if study.fashion else [])
     for data in sets:
-        result = study.runs.train(data, [study.config])[0]
+        result = study.runs.train(data, [study.config_for(data)])[0]
         spectra = class_spectra(result.model)
         summary[f"accuracy, {data.name}"] = result.accuracy
         for space, where in (
@@ -150,8 +156,8 @@ def hosvd(study: Study) -> Figure:
     return Figure(
         "Components of the whole model",
         "Section 3.3. The higher-order SVD finds output directions (mixtures of classes) without being "
-        "told any, each with an interaction matrix, decomposed as a class's is. The last singular "
-        "value is that of all classes together, which a softmax does not see.",
+        "told any, each with an interaction matrix, decomposed as a class's is. A component that "
+        "weighs all classes alike is one that a softmax does not see.",
         plots,
         summary={"share of the squared norm, first 3": float(explained[2])},
     )
@@ -209,8 +215,8 @@ def target(study: Study) -> Figure:
     return Figure(
         "The hidden target",
         "Fig. 6, section 4.3. A model with biases learnt whether an image is like a hidden target or "
-        "like the target's complement. The first eigenvector of True minus False is the target; the "
-        "cosine is taken with both less their mean over pixels. Last column: the linear part of the "
+        "like the target's complement. The first eigenvector of True minus False shows the target; the "
+        "cosine is taken over the pixels that images use, with both less their mean. Last column: the linear part of the "
         "biases as an image, above it the constant. Below: what the three parts add on average over "
         "test images, interaction against a learnt threshold.",
         [target_figure(result, study.data.size), parts_figure(result)],
@@ -310,9 +316,9 @@ def toy(study: Study) -> Figure:
         "Boolean gates and arithmetic",
         "Appendix J. A bare bilinear layer trained on all inputs of a task, with and without biases (the "
         "last coordinate is then the constant 1): its matrix as the weights have it, symmetrised, what the "
-        "operation must look like (the smallest matrix that computes it best), and its eigenvectors, a "
-        "coordinate a column. The distance is that to the nearest matrix that computes the operation as "
-        "well as any can, relative. Without biases NAND, NOR, XNOR and a sum are out of reach: "
+        "inputs see of it (the smallest matrix that computes the same on them: on bits x² = x, so that many "
+        "do), what the operation must look like (the smallest that computes it best), and its eigenvectors, a "
+        "coordinate a column. The distance is that of the middle two, relative. Without biases NAND, NOR, XNOR and a sum are out of reach: "
         "<code>best_error</code> in the table.",
         [toy_figure(gates), toy_figure(sums), toy_figure(modular)],
         {"outputs": table},

@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity
 
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
+from tl_bilinear.recipes.images.sweep import rare_pixels
 from tl_bilinear.recipes.images.training import TrainingConfig
 from tl_bilinear.tensor.storage import Storable
 
@@ -39,9 +40,10 @@ class HiddenTarget(Storable):
     target: [pixels]
     accuracy: [seeds], base_rate: share of the more frequent label in the test images
     values: [seeds, k], vectors: [seeds, k, pixels], eigenpairs of True - False by absolute eigenvalue
-    cosines: [seeds, k], absolute cosine of each eigenvector with the target, both less their mean over
-        pixels: a target and its complement differ in nothing but the sign then
-    raw_cosines: [seeds, k], the same without taking means off
+    cosines: [seeds, k], absolute cosine of each eigenvector with the target over the pixels that at
+        least 1 % of the training images use (no weight of the others is learnt), both less their mean: a
+        target and its complement then differ in nothing but the sign
+    raw_cosines: [seeds, k], the same over all pixels, no mean taken off
     linear: [seeds, pixels], what the biases make of the image, constant: [seeds]
     parts: [seeds, 3], mean over test images of the interaction, linear and constant part of True - False
     """
@@ -141,15 +143,18 @@ def hidden_target(
         constants.append(split.constant[0])
         parts.append([float(part.mean()) for part in split(task.test_images)])
     vectors = torch.stack([spectrum.vectors for spectrum in found])
-    centred = vectors - vectors.mean(-1, keepdim=True)
+    used = ~rare_pixels(data)
+    found_used, target_used = vectors[..., used], target[used]
+    centred = found_used - found_used.mean(-1, keepdim=True)
+    target_centred = target_used - target_used.mean()
     return HiddenTarget(
         target,
         torch.tensor([result.accuracy for result in results]),
         float(task.test_labels.float().mean().sub(0.5).abs() + 0.5),
         torch.stack([spectrum.values for spectrum in found]),
         vectors,
-        cosine_similarity(centred, (target - target.mean()).expand_as(centred), dim=-1).abs(),
-        cosine_similarity(vectors, target.expand_as(vectors), dim=-1).abs(),
+        cosine_similarity(centred, target_centred, dim=-1).abs(),
+        cosine_similarity(vectors, target, dim=-1).abs(),
         torch.stack(linears),
         torch.stack(constants),
         torch.tensor(parts),

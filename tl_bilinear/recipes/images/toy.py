@@ -6,8 +6,9 @@ matrices that compute an output form an affine space, and everything asked of a 
 least-squares problem in the products ``x_i x_j`` over the inputs:
 
 - what the operation must look like: the smallest matrix (Frobenius norm) that computes it best,
-- how far the layer is from it: the smallest change of its matrix that makes it compute the operation
-  best, relative to the size of what the operation must look like,
+- what the inputs see of a trained matrix: the smallest matrix that computes the same on them (on bits
+  ``x^2 = x``, so that a diagonal and a linear part can be traded),
+- how far the layer is from the operation: the distance of these two, relative to the first,
 - what no such matrix can do: the part of y outside their reach (a NAND without biases: a quadratic form
   is 0 at 0).
 
@@ -83,12 +84,13 @@ class FittedToy(Storable):
     ----------
     raw: [outputs, d', d'], the interaction matrices as the weights have them, not symmetric
     matrices: the same, symmetrised: the bilinear tensor; d' = d + 1 with biases, the last the constant 1
-    expected: the task's own
+    seen: [outputs, d', d'], what the inputs see of them
+    expected: [outputs, d', d'], the task's own
     values: [outputs, d'], vectors: [outputs, d', d'], their eigenpairs
     error: [outputs], largest absolute difference between output and target over all inputs
     best_error: [outputs], the same of `expected`: what is out of reach
-    distance: [outputs], norm of the smallest change of `matrices` that computes the operation best,
-        relative to the norm of `expected` (absolute where that is zero: a sum without biases)
+    distance: [outputs], norm of `seen` less `expected`, relative to `expected` (absolute where that is
+        zero: a sum without biases)
     bias: whether the layer has biases
     """
 
@@ -96,6 +98,7 @@ class FittedToy(Storable):
     outputs: Sequence[str]
     raw: Float[Tensor, "outputs d d"]
     matrices: Float[Tensor, "outputs d d"]
+    seen: Float[Tensor, "outputs d d"]
     expected: Float[Tensor, "outputs d d"]
     values: Float[Tensor, "outputs d"]
     vectors: Float[Tensor, "outputs d d"]
@@ -207,19 +210,20 @@ def read_toy(task: ToyTask, tensor: BilinearTensor) -> FittedToy:
     expected = task.expected(bias)
     best = _quadratic(expected, inputs)
     found = _quadratic(matrices, inputs)
-    change = _smallest(inputs, best - found)
+    seen = _smallest(inputs, found)
     scale = expected.flatten(1).norm(dim=1)
     return FittedToy(
         task.name,
         task.outputs,
         raw,
         matrices,
+        seen,
         expected,
         spectrum.values,
         spectrum.vectors,
         (found - targets).abs().amax(0),
         (best - targets).abs().amax(0),
-        change.flatten(1).norm(dim=1) / torch.where(scale > 1e-9, scale, 1.0),
+        (seen - expected).flatten(1).norm(dim=1) / torch.where(scale > 1e-9, scale, 1.0),
         bias,
     )
 

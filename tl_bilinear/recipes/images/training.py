@@ -176,22 +176,27 @@ def _forward(
 ) -> Float[Tensor, "models n classes"]:
     """Every model on its own images, with dropout and noise on the embedding."""
     x = _linear(inputs, [model.embed for model in models])
+    # A model without dropout or noise draws none, whatever the others do.
     if any(config.dropout for config in configs):
-        keep = [
-            torch.empty_like(x[0]).bernoulli_(1 - c.dropout, generator=g) / (1 - c.dropout)
-            for c, g in zip(configs, draws, strict=True)
-        ]
-        x = x * torch.stack(keep)
+        kept = [_kept(x[0], c.dropout, g) for c, g in zip(configs, draws, strict=True)]
+        x = x * torch.stack(kept)
     if any(config.activation_noise for config in configs):
-        noise = [
-            torch.empty_like(x[0]).normal_(generator=g) * c.activation_noise
-            for c, g in zip(configs, draws, strict=True)
-        ]
+        noise = [_noise(x[0], c.activation_noise, g) for c, g in zip(configs, draws, strict=True)]
         x = x + torch.stack(noise)
     layers = [model.layer for model in models]
     left = _linear(x, [layer.left for layer in layers])
     right = _linear(x, [layer.right for layer in layers])
     return _linear(left * right, [layer.out for layer in layers])
+
+
+def _kept(like: Tensor, share: float, draw: Generator) -> Tensor:
+    if not share:
+        return torch.ones_like(like)
+    return torch.empty_like(like).bernoulli_(1 - share, generator=draw) / (1 - share)
+
+
+def _noise(like: Tensor, std: float, draw: Generator) -> Tensor:
+    return torch.empty_like(like).normal_(0, std, generator=draw) if std else torch.zeros_like(like)
 
 
 def _linear(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
