@@ -30,7 +30,7 @@ def _reporting(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            typer.echo(f"tl-bilinear: {stop or 'interrupted; nothing was written'}", err=True)
+            typer.echo(f"tl-bilinear: {str(stop) or 'interrupted; nothing was written'}", err=True)
             raise typer.Exit(130) from None
         except (ValueError, OSError, ImportError, MemoryError) as error:
             typer.echo(f"tl-bilinear: {error}", err=True)

@@ -41,7 +41,8 @@ def study(tmp_path_factory):
         size=40, noise=0.1, weight_decay=0.1, epochs=4, batch=100, learning_rate=0.01
     )
     runs = Runs(tmp_path_factory.mktemp("runs"), progress=False)
-    return Study(data, config, fashion=dataclasses.replace(data, name="other bars"), sizes=(30, 40), seeds=2, runs=runs)  # fmt: skip
+    other = dataclasses.replace(data, name="other bars")
+    return Study(data, config, fashion=other, sizes=(30, 40), seeds=2, runs=runs)
 
 
 @pytest.fixture(autouse=True)

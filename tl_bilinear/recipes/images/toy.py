@@ -169,7 +169,7 @@ def fit_toy(
     *,
     bias: bool = False,
     hidden: int | None = None,
-    steps: int = 1500,
+    steps: int = 1000,
     learning_rate: float = 0.03,
     weight_decay: float = 0.0,
     seed: int = 0,
