@@ -60,12 +60,12 @@ def mosaic_figure(
     for j, text in enumerate(columns or ()):
         figure.add_annotation(x=across[j] + tile[1] / 2, y=0, text=text, yanchor="bottom", **place)
     left = 12 + 6 * max((len(text.split("<br>")[0]) for text in rows or [""]), default=0)
-    top = (44 if title else 12) + (18 if columns else 0)
+    top = (26 + 20 * len(title.split("<br>")) if title else 12) + (18 if columns else 0)
     figure.update_xaxes(visible=False, range=[0, width])
     figure.update_yaxes(visible=False, range=[height, 0])
     return figure.update_layout(
         **LAYOUT | {"margin": {"l": left, "r": 10, "t": top, "b": 8}},
-        title=title,
+        title={"text": title, "font": {"size": 15}},
         width=width + left + 10,
         height=height + top + 8,
     )

@@ -208,7 +208,8 @@ def sizes_truncation_figure(result: SeedsAndSizes) -> go.Figure:
         figure.add_trace(_line(kept, part["accuracy"].tolist(), i, name), 1, 1)
         bands = tuple(part[column].tolist() for column in ("lost", "low", "high"))
         _band(figure, kept, bands, i, name, 1, 2, False)
-    figure.update_xaxes(title="eigenvectors kept for each class", type="log", dtick="D2")
+    kept_axis = {"type": "log", "tickvals": list(result.kept)}
+    figure.update_xaxes(title="eigenvectors kept for each class", **kept_axis)
     figure.update_yaxes(range=[-0.01, 0.1], col=2)
     return _sized(figure, 880, 360)
 
@@ -284,7 +285,8 @@ def mask_effect_figure(effects: Mapping[str, MaskEffect]) -> go.Figure:
 
     figure = make_subplots(
         rows=2, cols=len(effects), shared_xaxes=True, shared_yaxes=True,
-        subplot_titles=list(effects), horizontal_spacing=0.03, vertical_spacing=0.08,
+        subplot_titles=[name.replace(", ", "<br>") for name in effects],
+        horizontal_spacing=0.03, vertical_spacing=0.08,
     )  # fmt: skip
     for column, effect in enumerate(effects.values(), start=1):
         strengths = list(effect.strengths)
@@ -298,7 +300,7 @@ def mask_effect_figure(effects: Mapping[str, MaskEffect]) -> go.Figure:
     figure.update_yaxes(title="accuracy", row=1, col=1)
     figure.update_yaxes(title="taken for the class", row=2, col=1)
     figure.update_annotations(font_size=12)
-    return _sized(figure, 880, 460)
+    return _sized(figure, 880, 480).update_layout(margin_t=55)
 
 
 # ---------------------------------------------------------------------- one prediction
@@ -407,12 +409,12 @@ def neurons_figure(result: SharedNeurons) -> go.Figure:
         line.update(mode="lines+markers+text", text=part["components"].astype(str).tolist())
         figure.add_trace(line.update(textposition="bottom right"))
     figure.add_hline(y=result.whole, line={"color": NEUTRAL, "dash": "dash"})
-    figure.update_xaxes(title="numbers stored", type="log", dtick="D2")
+    figure.update_xaxes(title="numbers stored", type="log", dtick="D1")
     return _sized(figure, 760, 360, yaxis_title="test accuracy")
 
 
 def neuron_gallery_figure(
-    result: SharedNeurons, fit: int, size: Size, classes: Sequence[str], *, count: int = 10
+    result: SharedNeurons, fit: int, size: Size, classes: Sequence[str], *, count: int = 9
 ) -> go.Figure:
     """The first neurons of one fit: the pattern that adds, the one that takes off, what it writes."""
     neurons = result.fits[fit]

@@ -114,17 +114,17 @@ def eigenvectors(study: Study) -> Figure:
         spectra = class_spectra(result.model)
         summary[f"accuracy, {data.name}"] = result.accuracy
         for space, where in (
-            (PIXEL_SPACE, "pixel space: unit and orthogonal as images"),
-            (EMBEDDING_SPACE, "embedding space, mapped to pixels: neither"),
+            (PIXEL_SPACE, "in pixel space: unit and orthogonal as images"),
+            (EMBEDDING_SPACE, "in embedding space, mapped to pixels: not unit or orthogonal there"),
         ):
             found, images = spectra.of(space), spectra.images(space)
-            title = f"{data.name}, {where}"
+            title = f"{data.name}<br>{where}"
             names = [f"class {name}" for name in data.classes]
             plots.append(gallery_figure(found.values, images, data.size, names, title=title))
             label = min(study.label, len(data.classes) - 1)
             plots.append(
                 eigenvector_figure(
-                    found.values[label], images[label], data.size, title=f"Class {label}, {where}"
+                    found.values[label], images[label], data.size, title=f"Class {label} {where}"
                 )
             )
     return Figure(
