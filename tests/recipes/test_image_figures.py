@@ -1,11 +1,11 @@
 """Every figure by name, the gallery, and the pictures in it."""
+# ruff: noqa: F811  the fixture `run` is imported
 
 import base64
 import dataclasses
 import json
 import re
 import struct
-import sys
 import zlib
 
 import pandas as pd
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.recipes.conftest import SIZE
-from tl_bilinear import cli
+from tests.test_cli import run  # noqa: F401
 from tl_bilinear.plots import gallery_figure, mosaic_figure
 from tl_bilinear.plots.mosaic import _diverging, _grey
 from tl_bilinear.recipes.images import ImageData, TrainingConfig, figures, training
@@ -126,23 +126,10 @@ def test_figures_that_do_not_exist(study, tmp_path):
 # ---------------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tl-bilinear", "images", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, capsys.readouterr()
-
-    return run
-
-
 def test_the_command(run, idx_folder, tmp_path):
     out = tmp_path / "out"
     given = [
+        "images",
         "--data",
         idx_folder,
         "--out",
@@ -169,7 +156,7 @@ def test_ctrl_c_keeps_what_was_trained(run, idx_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "cross_entropy", interrupt)
     status, output = run(
-        "--data", idx_folder, "--out", tmp_path / "out", "--quiet", "--figures", "hosvd"
+        "images", "--data", idx_folder, "--out", tmp_path / "out", "--quiet", "--figures", "hosvd"
     )
     assert status == 130
     kept = tmp_path / "out.runs"
@@ -189,7 +176,9 @@ def test_ctrl_c_keeps_what_was_trained(run, idx_folder, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input(run, idx_folder, tmp_path, arguments, message):
-    status, output = run("--data", idx_folder, "--out", tmp_path / "out", "--quiet", *arguments)
+    status, output = run(
+        "images", "--data", idx_folder, "--out", tmp_path / "out", "--quiet", *arguments
+    )
     assert status == 2
     assert message in output.err
     assert list(tmp_path.iterdir()) == []
