@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.recipes.images.analysis import class_spectra, truncation_accuracy
+from tl_bilinear.recipes.images.analysis import truncation_accuracy
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import PIXEL_SPACE, ImageClassifier
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
@@ -116,13 +116,12 @@ def seeds_and_sizes(
     tops, truncated = [], []
     for result in results:
         spectra = _spectra(result.model, space)
-        tops.append([_of_sign(spectra, sign, k) for sign in (1, -1)])
-        # In either space the pairs of largest absolute eigenvalue are kept, as the model computes them.
-        exact = class_spectra(result.model).of(space)
         found = truncation_accuracy(
-            result.model, exact, data.test_images, data.test_labels, tuple(kept)
+            result.model, spectra, data.test_images, data.test_labels, tuple(kept)
         )
         truncated.append(list(found.values()))
+        images = _as_images(result.model, spectra)
+        tops.append([_of_sign(images, sign, k) for sign in (1, -1)])
     pairs = {
         (a, b): torch.stack([_by_rank(x, y, k) for x, y in zip(tops[a], tops[b], strict=True)])
         for a, b in combinations(range(len(results)), 2)
@@ -157,12 +156,17 @@ def interval(values: Float[Tensor, "... n"]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _spectra(model: ImageClassifier, space: str) -> Eigendecomposition:
-    if space == PIXEL_SPACE:
-        return pixel_spectra(model)
-    spectra = class_spectra(model)
-    images = spectra.embedding_images
-    unit = images / images.norm(dim=-1, keepdim=True)
-    return replace(spectra.embedding, vectors=unit, space="embedding, mapped to pixels")
+    return (
+        pixel_spectra(model) if space == PIXEL_SPACE else model.tensor(space).interaction().eigh()
+    )
+
+
+def _as_images(model: ImageClassifier, spectra: Eigendecomposition) -> Eigendecomposition:
+    """Embedding-space eigenvectors mapped to pixels, of unit length; pixel-space ones as they are."""
+    if spectra.space == PIXEL_SPACE:
+        return spectra
+    images = torch.nn.functional.normalize(model.to_pixels(spectra.vectors), dim=-1)
+    return replace(spectra, vectors=images, space=f"{spectra.space}, mapped to pixels")
 
 
 def _of_sign(spectra: Eigendecomposition, sign: int, k: int) -> Eigendecomposition:
