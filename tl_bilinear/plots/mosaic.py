@@ -59,7 +59,7 @@ def mosaic_figure(
         )
     for j, text in enumerate(columns or ()):
         figure.add_annotation(x=across[j] + tile[1] / 2, y=0, text=text, yanchor="bottom", **place)
-    left = 12 + 6 * max((len(text.split("<br>")[0]) for text in rows or [""]), default=0)
+    left = 12 + 6 * max(len(line) for text in rows or [""] for line in text.split("<br>"))
     top = (26 + 20 * len(title.split("<br>")) if title else 12) + (18 if columns else 0)
     figure.update_xaxes(visible=False, range=[0, width])
     figure.update_yaxes(visible=False, range=[height, 0])

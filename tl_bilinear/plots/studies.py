@@ -263,7 +263,7 @@ def masks_figure(
     for name, found in masks.items():
         image = (example + strength * found.masks[0])[None]
         tiles.append(torch.cat([found.vectors, found.masks, example[None], image]))
-        names.append(name)
+        names.append(name.replace(", ", "<br>"))
     count = len(next(iter(masks.values())).masks)
     grey = torch.zeros(len(tiles), 2 * count + 2, dtype=torch.bool)
     grey[:, -2:] = True
