@@ -8,6 +8,8 @@ W_out = down_proj.weight.T.
 >>> hf = LlamaForCausalLM.from_pretrained("runs/small/model")   # as `tl-bilinear train lm` writes it
 >>> model = tl_bilinear.HookedBilinearTransformer.from_hf(hf)   # the same logits
 >>> model.to_hf("copy")                                         # and back, into a folder
+
+TransformerLens is imported where a model of its is made, so that training needs none of it.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tl_bilinear.models.component import BilinearTransformerConfig
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
-from tl_bilinear.models.storage import FORMAT
 from tl_bilinear.tensor.readers import read_mlp
 from tl_bilinear.tensor.storage import whole_directory
 
@@ -83,6 +83,8 @@ def from_hf(
     move_to_device: bool,
 ) -> Any:
     """See HookedBilinearTransformer.from_hf."""
+    from tl_bilinear.models.component import BilinearTransformerConfig
+
     if isinstance(source, str | PathLike):
         llama, found = _load(str(source), dtype)
         tokenizer = found if tokenizer is None else tokenizer
@@ -196,6 +198,8 @@ def _load(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
 
 def _require_hf_folder(folder: Path) -> None:
+    from tl_bilinear.models.storage import FORMAT
+
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
@@ -327,6 +331,8 @@ def _llama_fields(cfg: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _require_llama(cfg: Any, config: Any, state: Mapping[str, Tensor]) -> None:
     """Refuse what LlamaForCausalLM cannot express: whatever its config does not carry over."""
+    from tl_bilinear.models.component import BilinearTransformerConfig
+
     problems = []
     if cfg.normalization_type not in ("RMS", "RMSPre"):
         problems.append(f"normalization_type={cfg.normalization_type!r} (there: 'RMS')")
