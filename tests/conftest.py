@@ -21,6 +21,7 @@ jaxtyping.install_import_hook(
         "tl_bilinear.tensor.eigen",
         "tl_bilinear.tensor.hosvd",
         "tl_bilinear.tensor.interaction",
+        "tl_bilinear.tensor.spectrum",
         "tl_bilinear.models.component",
         "tl_bilinear.models.transformer",
     ],

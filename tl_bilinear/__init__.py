@@ -24,6 +24,7 @@ from tl_bilinear.tensor import (
     EigenvectorMatch,
     InteractionMatrix,
     Reexpression,
+    Spectrum,
     TopInteractions,
     Tucker,
     functional_inner,
@@ -34,6 +35,7 @@ from tl_bilinear.tensor import (
 )
 
 if TYPE_CHECKING:
+    from tl_bilinear.features import Dictionary, FeatureInteractions
     from tl_bilinear.models import (
         BilinearMLP,
         BilinearTransformerConfig,
@@ -49,12 +51,15 @@ __all__ = [
     "BilinearParts",
     "BilinearTensor",
     "BilinearTransformerConfig",
+    "Dictionary",
     "EigenProjector",
     "Eigendecomposition",
     "EigenvectorMatch",
+    "FeatureInteractions",
     "HookedBilinearTransformer",
     "InteractionMatrix",
     "Reexpression",
+    "Spectrum",
     "TopInteractions",
     "Tucker",
     "functional_inner",
@@ -65,6 +70,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Dictionary": "tl_bilinear.features",
+    "FeatureInteractions": "tl_bilinear.features",
     "BilinearMLP": "tl_bilinear.models",
     "BilinearTransformerConfig": "tl_bilinear.models",
     "HookedBilinearTransformer": "tl_bilinear.models",

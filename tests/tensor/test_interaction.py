@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from tests.tensor.reference import random_tensor, tensors
 from tl_bilinear import BilinearTensor, Eigendecomposition, TopInteractions
+from tl_bilinear.tensor import _top
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 BATCHES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]
@@ -53,7 +54,7 @@ def test_products_and_numbers(t, seed, batch):
 def test_norms_agree_whichever_way_is_cheaper(d, h, count, monkeypatch):
     Q = random_tensor(d, h, 5).interaction(normal(1, count, 5))
     monkeypatch.setattr("tl_bilinear.tensor._grams.TILE_BYTES", 2 * h * 8)
-    monkeypatch.setattr("tl_bilinear.tensor.interaction._BLOCK_ELEMENTS", 2 * d)
+    monkeypatch.setattr("tl_bilinear.tensor._top.BLOCK_ELEMENTS", 2 * d)
     assert_close(Q.frobenius_norm(), torch.linalg.matrix_norm(Q.dense()), **TOLERANCE)
 
 
@@ -235,7 +236,7 @@ def brute_force_top(Q, k, kind):
 @pytest.mark.parametrize("kind", ["all", "self", "cross"])
 @pytest.mark.parametrize("k", [1, 4, 7])
 def test_top_interactions(kind, k, block, monkeypatch):
-    monkeypatch.setattr("tl_bilinear.tensor.interaction._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("tl_bilinear.tensor._top.BLOCK_ELEMENTS", block)
     t = random_tensor(7, 5, 3)
     top = t.interaction().top(k, kind=kind)
     assert top.values.shape == (3, k)
@@ -246,6 +247,60 @@ def test_top_interactions(kind, k, block, monkeypatch):
         )
         assert_close(top.values[a].tolist(), [e[3] for e in expected], **TOLERANCE)
         assert_close(top.coefficients[a].tolist(), [e[4] for e in expected], **TOLERANCE)
+
+
+@pytest.mark.parametrize("block", [2**24, 40])
+@pytest.mark.parametrize("kind", ["all", "self", "cross"])
+@given(st.integers(0, 2**16), st.integers(2, 30), st.integers(1, 6), st.integers(1, 9))
+def test_top_interactions_of_directions(kind, block, seed, n, d, k):
+    t = random_tensor(d, 5, 2, seed=seed)
+    directions = normal(seed + 1, n, d) * normal(seed + 2, n, 1).abs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tl_bilinear.tensor._top.BLOCK_ELEMENTS", block)
+        k = min(k, n * (n - 1) // 2 if kind == "cross" else n)
+        top = t.interaction().top(k, kind=kind, directions=directions)
+    for a, dense in enumerate(t.fold(directions).dense()):
+        expected = brute_force_top(dense, k, kind)
+        assert_close(
+            top.coefficients[a].abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-10
+        )
+        assert_close(dense[top.rows[a], top.columns[a]], top.values[a], rtol=1e-8, atol=1e-10)
+        pairs = set(zip(top.rows[a].tolist(), top.columns[a].tolist(), strict=True))
+        assert len(pairs) == k
+        assert all(i <= j for i, j in pairs)
+
+
+def test_most_pairs_of_directions_are_never_computed(monkeypatch):
+    t = random_tensor(32, 64, 1, dtype=torch.float32)
+    directions = normal(1, 4000, 32).float() * torch.linspace(1, 0.01, 4000)[:, None]
+    computed = []
+    block = _top.DirectionEntries.block
+    monkeypatch.setattr(
+        _top.DirectionEntries,
+        "block",
+        lambda self, rows, columns: (computed.append(block(self, rows, columns)), computed[-1])[1],
+    )
+    top = t.interaction()[0].top(20, directions=directions)
+    assert sum(b.numel() for b in computed) < 4000**2 / 4
+    dense = t.fold(directions).dense()[0].triu()
+    dense.diagonal().div_(2)
+    best = (2 * dense.abs()).flatten().topk(20)
+    assert top.rows.tolist() == (best.indices // 4000).tolist()
+    assert top.columns.tolist() == (best.indices % 4000).tolist()
+    assert_close(top.coefficients.abs(), best.values, rtol=1e-5, atol=0)
+
+
+def test_entries():
+    t = random_tensor(5, 6, 3)
+    directions = normal(3, 8, 5)
+    dense = t.fold(directions).dense()
+    rows, columns = torch.tensor([0, 7, 3, 3]), torch.tensor([7, 0, 3, 5])
+    Q = t.interaction()
+    assert_close(Q.entries(directions, rows, columns), dense[:, rows, columns], **TOLERANCE)
+    assert_close(Q.entries(directions), dense.diagonal(dim1=1, dim2=2), **TOLERANCE)
+    assert_close(
+        Q.entries(None, rows[2:], columns[2:] - 2), t.dense()[:, [3, 3], [1, 3]], **TOLERANCE
+    )
 
 
 def test_all_interactions_make_the_output():

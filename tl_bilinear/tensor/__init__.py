@@ -13,6 +13,7 @@ from tl_bilinear.tensor.hosvd import HOSVD, Tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.readers import register_mlp_reader, register_model_reader
 from tl_bilinear.tensor.reexpress import Reexpression
+from tl_bilinear.tensor.spectrum import Spectrum
 
 __all__ = [
     "CP",
@@ -24,6 +25,7 @@ __all__ = [
     "EigenvectorMatch",
     "InteractionMatrix",
     "Reexpression",
+    "Spectrum",
     "TopInteractions",
     "Tucker",
     "functional_inner",

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -36,13 +37,14 @@ from torch import Tensor, nn
 
 from tl_bilinear.tensor import _checks, readers
 from tl_bilinear.tensor._grams import pair_gram_tiles, squared_norms
-from tl_bilinear.tensor.interaction import InteractionMatrix
+from tl_bilinear.tensor.interaction import InteractionMatrix, Method, Which
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
     from tl_bilinear.tensor.cp import CP
     from tl_bilinear.tensor.hosvd import HOSVD, Mode, Tucker
     from tl_bilinear.tensor.reexpress import Reexpression
+    from tl_bilinear.tensor.spectrum import Spectrum
 
 _FACTORS = ("left", "right", "out", "bias_left", "bias_right", "bias_out")
 
@@ -288,6 +290,67 @@ class BilinearTensor(Storable):
         return self.interaction().dense(max_bytes)
 
     # ------------------------------------------------------------------ decompositions
+
+    def spectrum(
+        self,
+        directions: Float[Tensor, "n d_out"] | None = None,
+        k: int = 5,
+        *,
+        which: Which = "magnitude",
+        screen: int | None = None,
+        effective_rank: bool = False,
+        method: Method = "auto",
+        tol: float | None = None,
+        seed: int = 0,
+        max_bytes: int = _checks.MAX_SOLVER_BYTES,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> Spectrum:
+        """The heads of the spectra of a whole dictionary of output directions, norms first.
+
+        Parameters
+        ----------
+        directions: [n, d_out], optional
+            One a row; None for every output.
+        k: int
+            Eigenvalues of each direction.
+        screen: int, optional
+            Decompose only so many directions, those of largest ``||Q||_F`` (exact and cheap).
+        effective_rank: bool
+            Also ``(L1 / L2)^2`` of all eigenvalues (appendix D): a full spectrum for each direction.
+        which, method, tol, seed, max_bytes
+            As `InteractionMatrix.eigh`; the progress bar shows the memory that a batch takes.
+        checkpoint: str or Path, optional
+            A folder that keeps each batch as it is done. The same call with the same weights goes on
+            where an interrupted one stopped, to the same result; another sweep's folder is refused.
+        progress: bool
+            Show a progress bar.
+
+        Under torchrun or `accelerate launch` the processes share the directions out between them and
+        each returns the whole result. Eigenvectors are not kept: ``interaction(u).eigh(k)`` gives
+        those of the directions you choose.
+
+        Raises ValueError for directions of another width, k or screen out of range, or a foreign
+        checkpoint.
+        """
+        from tl_bilinear.tensor.spectrum import spectrum
+
+        if directions is not None:
+            directions = self._matrix("directions", directions, self.d_out, self._output_meaning())
+        return spectrum(
+            self.detach(),
+            None if directions is None else directions.detach(),
+            k,
+            which=which,
+            screen=screen,
+            effective_rank=effective_rank,
+            method=method,
+            tol=tol,
+            seed=seed,
+            max_bytes=max_bytes,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
 
     def hosvd(self, k: int | None = None, *, mode: Mode = "output") -> HOSVD:
         """Singular values and directions of B flattened along one mode (section 3.3).

@@ -150,11 +150,7 @@ class Eigendecomposition(Storable):
 
     def effective_rank(self) -> Float[Tensor, "*batch"]:
         """``(L1 / L2)^2`` of the eigenvalues held (appendix D); 0 for a zero matrix."""
-        squares = self.values.square().sum(-1)
-        ratio = self.values.abs().sum(-1).square() / squares.clamp_min(
-            torch.finfo(squares.dtype).tiny
-        )
-        return torch.where(squares > 0, ratio, 0.0)
+        return participation(self.values)
 
     def projectors(self, rtol: float = 1e-6) -> list[EigenProjector]:
         """Groups of eigenvalues within ``rtol * max|lambda|`` of each other, and their projectors.
@@ -191,6 +187,13 @@ class Eigendecomposition(Storable):
                 "residual": self.residuals.detach().flatten().cpu().numpy(),
             }
         )
+
+
+def participation(values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    """``(L1 / L2)^2``: how many values of one size these are worth; 0 where all are zero."""
+    squares = values.square().sum(-1)
+    ratio = values.abs().sum(-1).square() / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+    return torch.where(squares > 0, ratio, 0.0)
 
 
 def fix_signs(vectors: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:

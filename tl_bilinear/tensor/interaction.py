@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks
+from tl_bilinear.tensor import _checks, _top
 from tl_bilinear.tensor._grams import squared_norms
 from tl_bilinear.tensor.eigen import Eigendecomposition
 from tl_bilinear.tensor.storage import Storable
@@ -35,7 +35,6 @@ from tl_bilinear.tensor.storage import Storable
 if TYPE_CHECKING:
     import pandas
 
-_BLOCK_ELEMENTS = 2**24  # entries of a dense block alive at a time: 64 MB in float32
 
 Kind = Literal["all", "self", "cross"]
 Which = Literal["magnitude", "positive", "negative"]
@@ -155,12 +154,12 @@ class InteractionMatrix:
 
     def fold(self, directions: Float[Tensor, "n d"], space: str | None = None) -> InteractionMatrix:
         """The matrix in another basis: entries ``d_i^T Q d_j`` for the rows of `directions`."""
-        directions = _checks.require_rows(
-            "directions", directions, self.d, self._meaning(), self.left
-        )
-        inner = None if self.space is None else f"directions in {self.space}"
+        directions = self._directions(directions)
         return InteractionMatrix(
-            self.left @ directions.T, self.right @ directions.T, self.weights, space or inner
+            self.left @ directions.T,
+            self.right @ directions.T,
+            self.weights,
+            space or self._folded_space(),
         )
 
     def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
@@ -174,7 +173,7 @@ class InteractionMatrix:
         )
         flat = self.flat_weights
         # One block is [directions, d, h] before its product, whence the step.
-        step = max(1, _BLOCK_ELEMENTS // max(1, self.d * flat.shape[1]))
+        step = max(1, _top.BLOCK_ELEMENTS // max(1, self.d * flat.shape[1]))
         blocks = []
         for weights in flat.split(step):
             half = (self.left.T * weights[:, None, :]) @ self.right
@@ -206,17 +205,13 @@ class InteractionMatrix:
         return squares.clamp_min(0).sqrt().to(self.dtype).reshape(self.batch_shape)
 
     def _square_sum(self, weights: Tensor) -> Tensor:
-        step = max(1, _BLOCK_ELEMENTS // max(1, self.d))
+        step = max(1, _top.BLOCK_ELEMENTS // max(1, self.d))
         total = weights.new_zeros((), dtype=_checks.gram_dtype(weights))
+        entries = _top.FactorEntries(InteractionMatrix(self.left, self.right, weights))
         for start in range(0, self.d, step):
-            block = self._block(weights, slice(start, start + step))
+            block = entries.block(slice(start, start + step), slice(None))
             total = total + block.square().sum(dtype=total.dtype)
         return total
-
-    def _block(self, weights: Tensor, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Rows and columns of one Q, formed from the factors."""
-        left, right = self.left[:, rows].T * weights, self.right[:, rows].T * weights
-        return (left @ self.right[:, columns] + right @ self.left[:, columns]) / 2
 
     # ------------------------------------------------------------------ reading it
 
@@ -280,7 +275,9 @@ class InteractionMatrix:
             progress=progress,
         )
 
-    def top(self, k: int, *, kind: Kind = "all") -> TopInteractions:
+    def top(
+        self, k: int, *, kind: Kind = "all", directions: Float[Tensor, "n d"] | None = None
+    ) -> TopInteractions:
         """The k interactions with the largest absolute coefficient, exact, streamed in blocks of Q.
 
         Parameters
@@ -288,48 +285,128 @@ class InteractionMatrix:
         k: int
             How many, for each matrix of the batch.
         kind: "all", "self" (diagonal) or "cross" (off-diagonal)
+        directions: [n, d], optional
+            Of ``fold(directions)``, whose inputs are these rows, instead of Q itself. Faster than
+            folding: a bound from the eigenvalues of Q (``_top``) leaves out most of the n^2 pairs.
         """
-        counts = {"all": self.d * (self.d + 1) // 2, "self": self.d}
-        counts["cross"] = counts["all"] - self.d
+        inputs, space = self.d, self.space
+        if directions is not None:
+            directions = self._directions(directions)
+            inputs, space = len(directions), self._folded_space()
+        counts = {"all": inputs * (inputs + 1) // 2, "self": inputs}
+        counts["cross"] = counts["all"] - inputs
         if kind not in counts:
             raise ValueError(f"kind must be 'all', 'self' or 'cross', got {kind!r}")
-        _checks.require_count("k", k, counts[kind], f"the {kind} interactions of {self.d} inputs")
-        flat = self.flat_weights
-        found = [self._top_of_one(weights, k, kind) for weights in flat]
+        _checks.require_count("k", k, counts[kind], f"the {kind} interactions of {inputs} inputs")
+        found = [self._top_of_one(weights, k, kind, directions) for weights in self.flat_weights]
         rows, columns, values = (
             torch.stack(parts).reshape(*self.batch_shape, k)
             if found
-            else flat.new_empty(*self.batch_shape, k, dtype=torch.long if i < 2 else self.dtype)
+            else self.weights.new_empty(
+                *self.batch_shape, k, dtype=torch.long if i < 2 else self.dtype
+            )
             for i, parts in enumerate(zip(*found, strict=True) if found else ((), (), ()))
         )
-        return TopInteractions(rows, columns, values, self.space)
+        return TopInteractions(rows, columns, values, space)
 
-    def _top_of_one(self, weights: Tensor, k: int, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    def top_of_batch(
+        self, k: int, *, kind: Kind = "all", directions: Float[Tensor, "n d"] | None = None
+    ) -> tuple[Int[Tensor, " k"], TopInteractions]:
+        """The k strongest interactions over all matrices of a batch: (which matrix [k], pairs [k]).
+
+        Matrices whose norm cannot reach the k-th are not searched. The batch is flattened.
+        """
+        flat = InteractionMatrix(self.left, self.right, self.flat_weights, self.space)
+        if not len(flat):
+            raise ValueError("an empty batch has no interactions")
+        longest = 1.0
+        if directions is not None:
+            longest = float(self._directions(directions).square().sum(1).max())
+        reach = 2 * longest * flat.frobenius_norm()
+        each = self.d if directions is None else len(directions)
+        found: list[tuple[Tensor, TopInteractions]] = []
+        threshold = 0.0
+        for index in reach.argsort(descending=True):
+            if float(reach[index]) < threshold:
+                break
+            most = {"self": each, "cross": each * (each - 1) // 2}.get(kind, each * (each + 1) // 2)
+            found.append((index, flat[index].top(min(k, most), kind=kind, directions=directions)))
+            coefficients = torch.cat([pairs.coefficients.abs() for _, pairs in found])
+            if len(coefficients) >= k:
+                threshold = float(coefficients.topk(k).values[-1])
+                found = [
+                    (i, pairs)
+                    for i, pairs in found
+                    if float(pairs.coefficients[0].abs()) >= threshold
+                ]
+        which = torch.cat([index.expand(len(pairs.rows)) for index, pairs in found])
+        rows, columns, values = (
+            torch.cat([getattr(pairs, name) for _, pairs in found])
+            for name in ("rows", "columns", "values")
+        )
+        joined = TopInteractions(rows, columns, values, found[0][1].space)
+        _checks.require_count("k", k, len(rows), f"the {kind} interactions of the batch")
+        kept = joined.coefficients.abs().argsort(descending=True, stable=True)[:k]
+        return which[kept], TopInteractions(rows[kept], columns[kept], values[kept], joined.space)
+
+    def _top_of_one(
+        self, weights: Tensor, k: int, kind: Kind, directions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        one = InteractionMatrix(self.left, self.right, weights)
         if kind == "self":
-            diagonal = weights @ (self.left * self.right)
-            index = diagonal.abs().topk(k).indices
-            return index, index, diagonal[index]
-        step = max(1, _BLOCK_ELEMENTS // max(1, self.d))
-        best = weights.new_empty(0)
-        where = torch.empty(0, dtype=torch.long, device=self.device)
-        for start in range(0, self.d, step):
-            rows = slice(start, min(start + step, self.d))
-            # Columns before the block were met as rows of an earlier one.
-            block = self._block(weights, rows, slice(start, None))
-            row = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
-            column = torch.arange(start, self.d, device=self.device)
-            met = column > row if kind == "cross" else column >= row
-            score = torch.where(column == row, block.abs(), 2 * block.abs()).masked_fill(~met, -1)
-            found = score.flatten().topk(min(k, score.numel())).indices
-            index = row.expand_as(block).flatten()[found] * self.d
-            index = index + column.expand_as(block).flatten()[found]
-            keep = score.flatten()[found] >= 0
-            best = torch.cat([best, block.flatten()[found][keep]])
-            where = torch.cat([where, index[keep]])
-            score_of_all = torch.where(where // self.d == where % self.d, best, 2 * best).abs()
-            kept = score_of_all.topk(min(k, len(best))).indices
-            best, where = best[kept], where[kept]
-        return where // self.d, where % self.d, best
+            diagonal = one.entries(directions)
+            rows = columns = diagonal.abs().topk(k).indices
+            return rows, columns, diagonal[rows]
+        if directions is None:
+            rows, columns, values = _top.strongest(_top.FactorEntries(one), k, kind, weights, 0.0)
+        else:
+            # The search rounds; what it finds is computed again from the factors.
+            pairs = _top.DirectionEntries(one, directions)
+            rows, columns, _ = _top.strongest(pairs, k, kind, weights, slack=1e-3)
+            rows, columns = pairs.order[rows], pairs.order[columns]
+            rows, columns = torch.minimum(rows, columns), torch.maximum(rows, columns)
+            values = one.entries(directions, rows, columns)
+        coefficients = torch.where(rows == columns, 1.0, 2.0) * values.abs()
+        kept = coefficients.topk(k).indices
+        return rows[kept], columns[kept], values[kept]
+
+    def entries(
+        self,
+        directions: Float[Tensor, "n d"] | None = None,
+        rows: Int[Tensor, " m"] | None = None,
+        columns: Int[Tensor, " m"] | None = None,
+    ) -> Float[Tensor, "*batch m"]:
+        """Entries ``d_i^T Q d_j`` of chosen pairs of directions (of inputs, where none are given).
+
+        Without `rows` and `columns` the diagonal. Accumulated in float64. Returns [*batch, m].
+        """
+        if directions is None:
+            left, right = self.left.T, self.right.T
+        else:
+            directions = self._directions(directions)
+            used = torch.arange(len(directions), device=self.device)
+            if rows is not None and columns is not None:
+                used, places = torch.cat([rows, columns]).unique(return_inverse=True)
+                rows, columns = places[: len(rows)], places[len(rows) :]
+            left, right = directions[used] @ self.left.T, directions[used] @ self.right.T
+        if rows is None or columns is None:
+            rows = columns = torch.arange(len(left), device=self.device)
+        dtype = _checks.gram_dtype(self.left)
+        weights = self.flat_weights.to(dtype)
+        step = max(1, _top.BLOCK_ELEMENTS // (4 * self.left.shape[0]))
+        parts = []
+        for i, j in zip(rows.split(step), columns.split(step), strict=True):
+            a, b = left[i].to(dtype), right[i].to(dtype)
+            hidden = (a * right[j] + b * left[j]) / 2
+            parts.append(weights @ hidden.T)
+        found = torch.cat(parts, 1) if parts else weights.new_empty(len(weights), 0)
+        return found.to(self.dtype).reshape(*self.batch_shape, len(rows))
+
+    def _directions(self, directions: Tensor) -> Tensor:
+        return _checks.require_rows("directions", directions, self.d, self._meaning(), self.left)
+
+    def _folded_space(self) -> str | None:
+        return None if self.space is None else f"directions in {self.space}"
 
     def _meaning(self) -> str:
         return "d" if self.space is None else f"d, {self.space}"

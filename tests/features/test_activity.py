@@ -1,0 +1,192 @@
+"""What features do on data, each against a slow obvious way."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.features.building import N_IN, N_OUT, model, sae
+from tl_bilinear import BilinearTensor, FeatureInteractions
+from tl_bilinear.features import (
+    ActivationScatter,
+    ActiveInteractions,
+    Examples,
+    LowRankCorrelation,
+    PairCheck,
+)
+
+LAYER = "blocks.1"
+OUTPUT = f"{LAYER}.hook_mlp_out"
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 23, (7, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=[f"{LAYER}.mlp.hook_in", f"{LAYER}.hook_resid_mid"])
+def f(request):
+    return FeatureInteractions(
+        model(),
+        1,
+        sae(request.param, dtype="float64"),
+        sae(OUTPUT, n=N_OUT, seed=1, dtype="float64"),
+    )
+
+
+def test_low_rank_correlation(f, tokens, tmp_path):
+    counts = f.low_rank_correlation(tokens, 1, skip=2, progress=False).counts
+    features = counts.topk(2).indices.tolist()
+    found = f.low_rank_correlation(tokens, 3, features, skip=2, batch=3, progress=False)
+    layer = BilinearTensor.from_model(f.model, 1)
+    _, cache = f.model.run_with_cache(tokens)
+    x = cache[f"{LAYER}.mlp.hook_in"][:, 2:].flatten(0, 1)
+    out = cache[OUTPUT][:, 2:].flatten(0, 1)
+    assert found.tokens == len(x)
+    for row, a in enumerate(features):
+        p = f.outputs.preactivation(out)[:, a]
+        on = f.outputs.sae.encode(out)[:, a] != 0
+        assert int(found.counts[row]) == int(on.sum())
+        spectrum = layer.interaction(f.outputs.encoder[a]).eigh()
+        for rank in (1, 2, 3):
+            q = spectrum.quadratic(x, rank)
+            whole = torch.corrcoef(torch.stack([p, q]))[0, 1]
+            assert_close(found.everywhere[row, rank - 1], whole, rtol=1e-8, atol=1e-8)
+            some = torch.corrcoef(torch.stack([p[on], q[on]]))[0, 1]
+            assert_close(found.active[row, rank - 1], some, rtol=1e-7, atol=1e-7)
+    assert len(found.to_pandas()) == 2
+    found.save(tmp_path / "x")
+    assert torch.equal(LowRankCorrelation.load(tmp_path / "x").active, found.active)
+
+
+def test_shares_say_how_many_samples_they_need():
+    nan = float("nan")
+    found = LowRankCorrelation(
+        torch.arange(4), torch.zeros(4, 2),
+        torch.tensor([[0.9, 0.9], [0.2, 0.8], [0.1, 0.3], [nan, nan]]),
+        torch.tensor([100, 10, 50, 0]), 1000,
+    )  # fmt: skip
+    assert found.share_above(0.75, rank=2, min_active=10) == pytest.approx(2 / 3)
+    assert found.share_above(0.75, rank=2, min_active=50) == pytest.approx(1 / 2)
+    assert found.share_above(0.75, rank=1, min_active=10) == pytest.approx(1 / 3)
+    assert_close(found.mean_active(50), torch.tensor([0.5, 0.6]))
+
+
+def test_all_eigenvectors_are_the_quadratic_part(f, tokens):
+    bare = FeatureInteractions(
+        model(bilinear_bias=False), 1, f.inputs, sae(OUTPUT, n=N_OUT, seed=1, dtype="float64")
+    )
+    found = bare.low_rank_correlation(tokens, 16, progress=False)
+    assert_close(found.everywhere[:, -1], torch.ones(N_OUT, dtype=torch.float64))
+
+
+def test_scatter(f, tokens, tmp_path):
+    found = f.scatter(tokens, 5, k=2)
+    correlation = f.low_rank_correlation(tokens, 2, [5], progress=False)
+    pair = torch.stack([found.measured, found.approximation])
+    assert_close(torch.corrcoef(pair)[0, 1], correlation.everywhere[0, 1], rtol=1e-8, atol=1e-8)
+    assert int(found.active.sum()) == int(correlation.counts[0])
+    assert len(found.to_pandas()) == 7 * 11
+    found.save(tmp_path / "x")
+    assert torch.equal(ActivationScatter.load(tmp_path / "x").active, found.active)
+
+
+def test_active_interactions_are_the_mean_of_attributions(f, tokens, tmp_path):
+    feature = int(f.low_rank_correlation(tokens, 1, progress=False).counts.argmax())
+    found = f.active_interactions(tokens, feature, batch=3)
+    totals, counts, rows = {}, {}, 0
+    values = 0.0
+    _, cache = f.model.run_with_cache(tokens)
+    on = f.outputs.sae.encode(cache[OUTPUT])[..., feature] != 0
+    on[:, 0] = False
+    for sequence, position in on.nonzero().tolist():
+        rows += 1
+        one = f.attribute(tokens[sequence], feature, position)
+        values += one.measured
+        for row in one.to_pandas().to_dict("records"):
+            key = (row["b"], row["c"])
+            totals[key] = totals.get(key, 0.0) + row["contribution"]
+            counts[key] = counts.get(key, 0) + 1
+    assert found.tokens == rows > 0
+    assert found.preactivation == pytest.approx(values / rows)
+    assert len(found.rows) == len(totals)
+    for row in found.to_pandas().to_dict("records"):
+        key = (row["b"], row["c"])
+        assert row["mean"] == pytest.approx(totals[key] / rows, abs=1e-10)
+        assert row["tokens"] == counts[key]
+    assert found.pairs_per_token == pytest.approx(sum(counts.values()) / rows)
+    assert found.means.abs().diff().le(1e-12).all()
+    limited = f.active_interactions(tokens, feature, limit=2)
+    assert limited.tokens == 2
+    found.top(3).save(tmp_path / "x")
+    assert len(ActiveInteractions.load(tmp_path / "x").rows) == 3
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_examples(f, tokens, side, tmp_path):
+    found = f.examples(tokens, 3, k=2, side=side, batch=3)
+    _, cache = f.model.run_with_cache(tokens)
+    chosen = f.inputs if side == "input" else f.outputs
+    z = chosen.sae.encode(cache[chosen.encoder_hook])[..., 3].clone()
+    z[:, 0] = 0
+    best = z.max(1).values.topk(2)
+    assert_close(found.values, best.values[best.values > 0])
+    for row, sequence in enumerate(found.sequences.tolist()):
+        assert torch.equal(found.tokens[row], tokens[sequence])
+        assert_close(found.strengths[row], z[sequence])
+        assert z[sequence].argmax() == found.positions[row]
+    if len(found.sequences):
+        assert f"[[{int(found.tokens[0][found.positions[0]])}]]" in found.to_pandas()["text"][0]
+    found.save(tmp_path / "x")
+    assert Examples.load(tmp_path / "x").side == side
+
+
+def test_promoted_tokens(f):
+    found = f.promoted(3, k=4)
+    logits = (f.outputs.decoder[3] * f.model.ln_final.w.detach()) @ f.model.W_U.detach()
+    assert found.promoted.tolist() == logits.topk(4).indices.tolist()
+    assert found.suppressed.tolist() == (-logits).topk(4).indices.tolist()
+    assert found.to_pandas().shape == (4, 4)
+    row = f.inputs.decoder[3]
+    if f.passage.hook.endswith("hook_in"):
+        row = row / f.model.blocks[1].ln2.w.detach()
+    logits = (row * f.model.ln_final.w.detach()) @ f.model.W_U.detach()
+    assert f.promoted(3, k=4, side="input").promoted.tolist() == logits.topk(4).indices.tolist()
+    with pytest.raises(IndexError, match=f"input features are 0 to {N_IN - 1}"):
+        f.promoted(N_IN, side="input")
+
+
+def test_mean_input(f, tokens):
+    _, cache = f.model.run_with_cache(tokens)
+    where = tokens == 5
+    assert_close(f.mean_input(tokens, where), cache[f.passage.hook][where].mean(0))
+    assert_close(f.mean_input(tokens), cache[f.passage.hook].flatten(0, 1).mean(0))
+    with pytest.raises(ValueError, match="no token was chosen"):
+        f.mean_input(tokens, tokens > 99)
+
+
+def test_pairs_do_what_the_weights_say(f, tokens, tmp_path):
+    met = f.active_interactions(tokens, 3, limit=50)
+    cross = met.rows != met.columns
+    from tl_bilinear import TopInteractions
+
+    pairs = TopInteractions(met.rows[cross][:5], met.columns[cross][:5], met.means[cross][:5])
+    found = f.verify_pairs(tokens, 3, pairs)
+    assert (found.tokens > 0).all()
+    assert (found.difference < 1e-10).all()
+    assert_close(found.predicted, found.measured, rtol=1e-8, atol=1e-10)
+    assert (found.control > 0).all()
+    found.save(tmp_path / "x")
+    assert torch.equal(PairCheck.load(tmp_path / "x").measured, found.measured)
+    assert len(f.verify_pairs(tokens, 3, 4).to_pandas()) == 4
+
+
+def test_the_check_of_pairs_can_fail(f, tokens, monkeypatch):
+    """Weights that are not the model's predict something else."""
+    met = f.active_interactions(tokens, 3, limit=50)
+    cross = met.rows != met.columns
+    from tl_bilinear import TopInteractions
+
+    pairs = TopInteractions(met.rows[cross][:3], met.columns[cross][:3], met.means[cross][:3])
+    wrong = 1.5 * f.tensor
+    monkeypatch.setattr(f, "tensor", wrong)
+    assert (f.verify_pairs(tokens, 3, pairs).difference > 0.01).all()

@@ -1,0 +1,180 @@
+"""One pre-activation at one token as a sum over pairs of input features, exactly.
+
+With the activation at the input dictionary's hook split into rows, ``r = sum_m r_m`` (each active
+feature times its decoder row, b_dec, error, ...), and ``x = (r A) / s + b`` the layer's input,
+
+    ``e . f(x) = sum_mn r_m^T Q r_n / s^2 + sum_m l . r_m / s + constant``,
+
+Q and l the interaction and linear parts of ``e . layer`` after the norm (biases, where there are any,
+enter l and the constant). The output dictionary adds its own constants: ``- e . b_dec`` and ``b_enc``.
+Contributions sum to the pre-activation that the model has, to rounding; nothing is left over or
+approximated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+    from tl_bilinear.features.interactions import FeatureInteractions
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution(Storable):
+    """What made an output feature's pre-activation at one token.
+
+    Attributes
+    ----------
+    feature: the output feature; position: the token's
+    features: [m], the active input features; labels: their names
+    activations: [m], in units of the decoder's rows
+    rest_names: the r other parts of the activation ("b_dec", "error", ...)
+    quadratic: [m + r, m + r], symmetric; the features' rows first. An entry off the diagonal is half of
+        its pair's contribution
+    linear: [m + r], contributions of the layer's bias terms with each row
+    constants: name to value: "layer constant", "b_out", "- e . b_dec", "b_enc"
+    measured: the pre-activation in the model's own run
+    """
+
+    feature: int
+    position: int
+    features: Int[Tensor, " m"]
+    activations: Float[Tensor, " m"]
+    labels: list[str]
+    rest_names: list[str]
+    quadratic: Float[Tensor, "rows rows"]
+    linear: Float[Tensor, " rows"]
+    constants: dict[str, float]
+    measured: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all contributions."""
+        parts = self.quadratic.double().sum() + self.linear.double().sum()
+        return float(parts) + sum(self.constants.values())
+
+    @property
+    def error(self) -> float:
+        """``|total - measured|`` relative to the largest of the contributions and of the two."""
+        size = max(
+            abs(self.measured),
+            abs(self.total),
+            float(self.quadratic.abs().max()) if self.quadratic.numel() else 0.0,
+            *(abs(value) for value in self.constants.values()),
+        )
+        return abs(self.total - self.measured) / size if size else 0.0
+
+    @property
+    def pairs(self) -> Float[Tensor, "m m"]:
+        """[m, m], the part between features; off the diagonal half of a pair's contribution."""
+        m = len(self.features)
+        return self.quadratic[:m, :m]
+
+    def terms(self) -> dict[str, float]:
+        """Everything in a few named sums, which add up to `total`."""
+        m, r = len(self.features), len(self.rest_names)
+        names = ["features", *self.rest_names]
+        bounds = [0, m, *range(m + 1, m + r + 1)]
+        parts = [slice(bounds[i], bounds[i + 1]) for i in range(len(names))]
+        found = {}
+        for i, (one, rows) in enumerate(zip(names, parts, strict=True)):
+            found[f"{one} x {one}"] = float(self.quadratic[rows, rows].sum())
+            for other, columns in zip(names[i + 1 :], parts[i + 1 :], strict=True):
+                found[f"{one} x {other}"] = 2 * float(self.quadratic[rows, columns].sum())
+        if bool(self.linear.any()):
+            for name, rows in zip(names, parts, strict=True):
+                found[f"bias x {name}"] = float(self.linear[rows].sum())
+        return found | self.constants
+
+    def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
+        """The k pairs (all) of largest contribution: b, c, kind, labels, value."""
+        import pandas as pd
+
+        m = len(self.features)
+        rows, columns = torch.triu_indices(m, m, device=self.pairs.device)
+        values = self.pairs[rows, columns] * torch.where(rows == columns, 1.0, 2.0)
+        order = values.abs().argsort(descending=True, stable=True)[:k]
+        rows, columns, values = rows[order], columns[order], values[order]
+        return pd.DataFrame(
+            {
+                "b": self.features[rows].tolist(),
+                "c": self.features[columns].tolist(),
+                "kind": ["self" if i == j else "cross" for i, j in zip(rows, columns, strict=True)],
+                "label_b": [self.labels[i] for i in rows.tolist()],
+                "label_c": [self.labels[i] for i in columns.tolist()],
+                "contribution": values.tolist(),
+                "share": (values / self.total).tolist() if self.total else [0.0] * len(values),
+            }
+        )
+
+    def text(self, k: int = 10) -> str:
+        """The k strongest pairs and the rest, line by line."""
+        lines = [
+            f"feature {self.feature} at position {self.position}: {self.measured:+.4f} "
+            f"(contributions sum to {self.total:+.4f})"
+        ]
+        for row in self.to_pandas(k).to_dict("records"):
+            names = " x ".join(
+                [row["label_b"], row["label_c"]][: 1 if row["kind"] == "self" else 2]
+            )
+            lines.append(f"  {row['contribution']:+.4f}  {names}")
+        lines += [f"  {value:+.4f}  {name}" for name, value in self.terms().items() if value]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def attribute(
+    self: FeatureInteractions, tokens: Tensor, feature: int, position: int
+) -> Attribution:
+    """See :meth:`FeatureInteractions.attribute`."""
+    index = int(self._features(feature))
+    run = self.run(tokens)
+    length = run.x.shape[1]
+    if run.x.shape[0] != 1:
+        raise ValueError(f"an attribution is of one sequence, got a batch of {run.x.shape[0]}")
+    if not -length <= position < length:
+        raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
+    position %= length
+    at = (0, position)
+    reading = self.inputs.read(run.activations[at], None if run.source is None else run.source[at])
+    active = reading.coefficients.nonzero()[:, 0]
+    z = reading.coefficients[active]
+    rows = torch.cat(
+        [z[:, None] * self.input_directions[active].to(z), torch.stack(list(reading.rest.values()))]
+    )
+    rows = rows / run.scale[at]
+    parts = self.tensor.project(self.directions[index][None]).parts()
+    gain = run.output_scale[at].to(rows)
+    Q = parts.interaction.interaction()[0]
+    quadratic = gain * Q.fold(rows.to(Q.dtype)).dense()
+    linear = gain * (rows.to(Q.dtype) @ parts.linear[0])
+    bias_out = self.tensor.bias_out
+    at_output = 0.0 if bias_out is None else float(gain * (self.directions[index] @ bias_out))
+    constants = {"layer constant": float(gain * parts.constant[0]) - at_output, "b_out": at_output}
+    if self.output == "encoder":
+        for name, values in (
+            ("- e . b_dec", self.outputs.encoder_offset),
+            ("b_enc", self.outputs.encoder_bias),
+        ):
+            constants[name] = 0.0 if values is None else float(values[index])
+    return Attribution(
+        feature=index,
+        position=position,
+        features=active,
+        activations=z,
+        labels=[self.inputs.label(int(i)) for i in active],
+        rest_names=list(reading.rest),
+        quadratic=quadratic,
+        linear=linear,
+        constants={name: value for name, value in constants.items() if value},
+        measured=float(self.outputs_of(run.output[at], torch.tensor([index]))[0]),
+    )

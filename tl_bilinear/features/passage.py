@@ -1,0 +1,97 @@
+"""What lies between a hook and a bilinear layer.
+
+A layer reads ``x = mlp.hook_in``. An SAE may sit before that:
+
+| hook | the layer's input |
+| --- | --- |
+| ``blocks.L.mlp.hook_in`` | x itself |
+| ``blocks.L.ln2.hook_normalized`` | ``x = n * w + b``: norm weight and (LayerNorm) bias |
+| ``blocks.L.hook_resid_mid`` | ``x = ((r C) * w) / s + b``: C centres (LayerNorm), s the norm's scale |
+
+All but s is linear and enters the weights. s > 0 is a number of the token: what is said of a feature's
+interactions from weights alone holds up to the factor 1/s^2 (1/s for terms linear in x), which changes
+no sign, no ratio and no order of interactions; activations and exact attributions take it from the
+run. With parallel attention the MLP reads ``hook_resid_pre``, which stands in for hook_resid_mid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_bilinear.tensor import BilinearTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """How activations r at a hook become a layer's input: ``x = (r @ matrix) / s + offset``.
+
+    Attributes
+    ----------
+    hook: where r is
+    layer_hook: where x is
+    matrix: [d, d], None for the identity
+    offset: [d], None for zero
+    scale_hook: hook of s; None where there is no norm in between (s = 1)
+    """
+
+    hook: str
+    layer_hook: str
+    matrix: Float[Tensor, "d d"] | None = None
+    offset: Float[Tensor, " d"] | None = None
+    scale_hook: str | None = None
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether statements about activations need the token's norm scale."""
+        return self.scale_hook is not None
+
+    def map(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """Rows at the hook as they reach the layer, before the scale and without the offset."""
+        return rows if self.matrix is None else rows @ self.matrix.to(rows.dtype)
+
+    def fold(self, tensor: BilinearTensor) -> BilinearTensor:
+        """The layer as a function of ``r / s``."""
+        if self.matrix is None and self.offset is None:
+            return tensor
+        matrix = torch.eye(tensor.d_in, dtype=tensor.dtype) if self.matrix is None else self.matrix
+        return tensor.fold(matrix.to(tensor.left), self.offset, space=self.hook)
+
+
+def input_passages(model: Any, layer: int) -> dict[str, Passage]:
+    """The hooks that an input dictionary of a layer may sit at, nearest first."""
+    block, cfg = model.blocks[layer], model.cfg
+    name = f"blocks.{layer}"
+    into = f"{name}.mlp.hook_in"
+    found = {into: Passage(into, into)}
+    before = f"{name}.hook_resid_pre" if cfg.parallel_attn_mlp else f"{name}.hook_resid_mid"
+    if cfg.normalization_type is None:
+        found[before] = Passage(before, into)
+        return found
+    weight = getattr(block.ln2, "w", None)
+    bias = getattr(block.ln2, "b", None)
+    weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+    if bias is not None and not bool(bias.any()):
+        bias = None
+    scaling = None if weight is None or bool((weight == 1).all()) else torch.diag(weight)
+    normalized = f"{name}.ln2.hook_normalized"
+    found[normalized] = Passage(normalized, into, scaling, bias)
+    matrix = scaling
+    if cfg.normalization_type in ("LN", "LNPre"):
+        d = cfg.d_model
+        like = block.mlp.W_gate
+        centring = torch.eye(d, dtype=like.dtype, device=like.device) - 1 / d
+        matrix = centring if scaling is None else centring @ scaling
+    found[before] = Passage(before, into, matrix, bias, f"{name}.ln2.hook_scale")
+    return found
+
+
+def output_hooks(model: Any, layer: int) -> list[str]:
+    """The hooks that an output dictionary of a layer may sit at: where its own output stands."""
+    hooks = [f"blocks.{layer}.mlp.hook_out", f"blocks.{layer}.hook_mlp_out"]
+    # Another norm follows the MLP: what hook_mlp_out holds is no longer the layer's output.
+    return hooks[:1] if getattr(model.cfg, "use_normalization_before_and_after", False) else hooks

@@ -1,0 +1,212 @@
+"""A whole dictionary of output directions, each with the head of its spectrum.
+
+Which features of a layer have a strong, simple interaction matrix? Norm and trace of every one come
+first, exactly and without an eigendecomposition,
+
+    ``||Q_u||_F^2 = u^T G u``,  ``G = out M out^T``,  ``tr Q_u = u . out rowsum(left * right)``
+
+(G the output Gram of ``hosvd``), and can screen a shortlist. Then eigenpairs, batch by batch:
+
+>>> sweep = tensor.spectrum(sae.W_enc.T, k=3, screen=1000, checkpoint="sweep/")
+>>> sweep.to_pandas().sort_values("share")          # one row a direction
+>>> tensor.interaction(sae.W_enc.T[sweep.top(8).index]).eigh(3)    # their eigenvectors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_bilinear.tensor import _checks, _grams, _krylov
+from tl_bilinear.tensor._sweeps import Rows, digest_of, human_bytes, sweep
+from tl_bilinear.tensor.eigen import participation
+from tl_bilinear.tensor.interaction import Method, Which
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+    from tl_bilinear.tensor.bilinear import BilinearTensor
+
+_MOST_PER_BATCH = 256
+"""Directions a batch: more do not make the products faster, and less is lost when interrupted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum(Storable):
+    """Heads of the spectra of m of n interaction matrices, ordered by falling |lambda_1|.
+
+    Attributes
+    ----------
+    index: [m], which rows of the directions given were decomposed
+    values: [m, k], eigenvalues of largest magnitude (or of the end asked for), falling
+    residuals: [m, k], ``||Q v - lambda v||``
+    bound: [m], upper bound on the spectral norm of what the k pairs leave out
+    converged: [m], whether every residual is within the tolerance
+    norms, traces: [n], of *all* directions given: ``||Q||_F`` and ``tr Q``, exact
+    effective_rank: [m], ``(L1 / L2)^2`` of all d eigenvalues (appendix D), where it was asked for
+    bound_failure: probability that `bound` of one direction does not hold
+    space: what the inputs of the matrices are
+    """
+
+    index: Int[Tensor, " m"]
+    values: Float[Tensor, "m k"]
+    residuals: Float[Tensor, "m k"]
+    bound: Float[Tensor, " m"]
+    converged: Bool[Tensor, " m"]
+    norms: Float[Tensor, " n"]
+    traces: Float[Tensor, " n"]
+    effective_rank: Float[Tensor, " m"] | None = None
+    bound_failure: float = 0.0
+    space: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def share(self) -> Float[Tensor, " m"]:
+        """[m], part of ``||Q||_F^2`` that the k pairs hold: 1 for a matrix of rank k."""
+        squares = self.norms[self.index].square()
+        return self.values.square().sum(-1) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+
+    def __getitem__(self, rows: slice | Tensor) -> Spectrum:
+        """Some of the directions; `norms` and `traces` stay those of all."""
+        chosen = {
+            name: getattr(self, name)[rows]
+            for name in ("index", "values", "residuals", "bound", "converged")
+        }
+        rank = self.effective_rank
+        return replace(self, **chosen, effective_rank=None if rank is None else rank[rows])
+
+    def top(self, count: int) -> Spectrum:
+        """The first `count` directions."""
+        _checks.require_count("count", count, len(self), "the directions held")
+        return self[:count]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a direction: direction, norm, trace, value_1 ... value_k, share, bound, converged."""
+        import pandas as pd
+
+        def column(values: Tensor) -> object:
+            return values.detach().cpu().numpy()
+
+        columns = {
+            "direction": column(self.index),
+            "norm": column(self.norms[self.index]),
+            "trace": column(self.traces[self.index]),
+        }
+        for rank in range(self.values.shape[1]):
+            columns[f"value_{rank + 1}"] = column(self.values[:, rank])
+        columns["share"] = column(self.share)
+        if self.effective_rank is not None:
+            columns["effective_rank"] = column(self.effective_rank)
+        columns["bound"] = column(self.bound)
+        columns["converged"] = column(self.converged)
+        return pd.DataFrame(columns)
+
+
+def spectrum(
+    tensor: BilinearTensor,
+    directions: Tensor | None,
+    k: int,
+    *,
+    which: Which,
+    screen: int | None,
+    effective_rank: bool,
+    method: Method,
+    tol: float | None,
+    seed: int,
+    max_bytes: int,
+    checkpoint: str | Path | None,
+    progress: bool,
+) -> Spectrum:
+    """See :meth:`BilinearTensor.spectrum`."""
+    _checks.require_count("k", k, tensor.d_in, "d_in, the width of the interaction matrices")
+    norms, traces = _norms_and_traces(tensor, directions)
+    index = torch.arange(len(norms), device=tensor.device)
+    if screen is not None:
+        _checks.require_count("screen", screen, max(1, len(norms)), "the directions given")
+        index = norms.topk(min(screen, len(norms))).indices.sort().values
+
+    each = _krylov.bytes_per_direction(tensor.d_in, tensor.d_hidden, k, tensor.dtype.itemsize)
+    if effective_rank or method == "dense":
+        each = max(each, 4 * tensor.d_in**2 * tensor.dtype.itemsize)
+    batch = min(_MOST_PER_BATCH, max(1, max_bytes // each))
+
+    def work(rows: slice) -> Rows:
+        wanted = index[rows]
+        if directions is None:
+            matrices = tensor.interaction()[wanted]
+        else:
+            matrices = tensor.interaction(directions[wanted])
+        pairs = matrices.eigh(
+            k, which=which, method=method, tol=tol, seed=seed, max_bytes=max_bytes
+        )
+        found = {
+            "values": pairs.values,
+            "residuals": pairs.residuals,
+            "bound": pairs.bound,
+            "converged": pairs.converged,
+            "failure": torch.full_like(pairs.bound, pairs.bound_failure),
+        }
+        if effective_rank:
+            every = torch.linalg.eigvalsh(matrices.dense(max_bytes=2**62))
+            found["effective_rank"] = participation(every)
+        return found
+
+    settings = {
+        "k": k,
+        "which": which,
+        "screen": screen,
+        "effective_rank": effective_rank,
+        "method": method,
+        "tol": tol,
+        "seed": seed,
+        "batch": batch,
+        "device": tensor.device.type,
+    }
+    weights = {
+        "left": tensor.left,
+        "right": tensor.right,
+        "out": tensor.out,
+        "directions": directions,
+    }
+    found = sweep(
+        work,
+        len(index),
+        batch,
+        checkpoint=checkpoint,
+        identity=lambda: digest_of(weights, settings),
+        progress=progress,
+        unit="direction",
+        describe=f"spectra, about {human_bytes(batch * each)}",
+    )
+    found = {name: values.to(tensor.device) for name, values in found.items()}
+    failure = found.pop("failure")
+    result = Spectrum(
+        index,
+        **found,
+        norms=norms,
+        traces=traces,
+        bound_failure=float(failure.max()) if len(failure) else 0.0,
+        space=tensor.input_space,
+    )
+    return result[result.values.abs().amax(-1).argsort(descending=True, stable=True)]
+
+
+def _norms_and_traces(tensor: BilinearTensor, directions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``||Q_u||_F`` and ``tr Q_u`` [n]; of many directions through the Gram of the outputs."""
+    if directions is None or len(directions) < tensor.d_out or tensor.d_out > tensor.d_hidden:
+        matrices = tensor.interaction(directions)
+        return matrices.frobenius_norm(), matrices.trace()
+    traces = directions @ (tensor.out @ (tensor.left * tensor.right).sum(1))
+    gram = _grams.congruence(tensor.out, tensor.left, tensor.right)
+    step = max(1, _grams.TILE_BYTES // (tensor.d_out * gram.dtype.itemsize))
+    wide = (rows.to(gram.dtype) for rows in directions.split(step))
+    squares = torch.cat([(rows @ gram).mul_(rows).sum(1) for rows in wide])
+    return squares.clamp_min(0).sqrt().to(tensor.dtype), traces
