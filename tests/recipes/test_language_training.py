@@ -37,7 +37,7 @@ from tl_bilinear.recipes.language import (
 TINY = LanguageConfig(
     n_layers=2, d_model=16, d_mlp=24, n_heads=2, batch=16, steps=20, learning_rate=2e-2
 )
-OPTIONS = {"device": "cpu", "progress": False}
+OPTIONS = {"device": "cpu", "progress": False, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +247,20 @@ def test_the_micro_batch_changes_nothing(run, data, tmp_path):
         assert abs(small.loss - run.loss) < 1e-4
 
 
+def test_mixed_precision_is_close(run, data, tmp_path):
+    options = {**OPTIONS, "precision": "bf16"}
+    mixed = train_language_model(data, TINY, folder=tmp_path / "bf16", **options)
+    assert 0 < abs(mixed.loss - run.loss) < 0.05  # it was in use, and it did no harm
+    assert mixed.llama().dtype == torch.float32
+
+
+@pytest.mark.parametrize("feature", [None, "avx512_bf16", "amx_bf16"])
+def test_bf16_is_chosen_where_the_processor_has_it(data, tmp_path, monkeypatch, feature):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
+    arguments = train._arguments(tmp_path, TINY, 20, 16, 1, "auto", "cpu", (), False)
+    assert (arguments.bf16, arguments.fp16) == (feature is not None, False)
+
+
 def test_interrupted_and_started_again(run, data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -278,13 +292,23 @@ def test_a_finished_run_is_only_read(run, data, monkeypatch):
     assert (again.loss, again.sample) == (run.loss, run.sample)
 
 
-def command(data, out, *options, launcher=()):
+def command(data, out, launcher=()):
     settings = {**dataclasses.asdict(TINY), "steps": 300}
     arguments = []
     for name in ("n_layers", "d_model", "d_mlp", "n_heads", "batch", "steps", "learning_rate"):
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     module = ["-m", "tl_bilinear.cli", "train", "lm", str(data.folder), "--out", str(out)]
-    fixed = ["--warmup", "0", "--weight-decay", "0.1", "--device", "cpu", "--quiet"]
+    fixed = [
+        "--warmup",
+        "0",
+        "--weight-decay",
+        "0.1",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--quiet",
+    ]
     return [sys.executable, *launcher, *module, *arguments, *fixed, *options]
 
 
@@ -442,7 +466,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 def test_options_that_do_not_fit(data, tmp_path, monkeypatch):
     def start(config=TINY, **options):
-        train_language_model(data, config, folder=tmp_path / "run", **OPTIONS, **options)
+        train_language_model(data, config, folder=tmp_path / "run", **{**OPTIONS, **options})
 
     with pytest.raises(ValueError, match="unknown config 'huge'; there are paper, small, nano"):
         choose_config("huge")

@@ -324,7 +324,8 @@ def train_language_model(
         Default: as many as divide it, up to 64. It does not change the result, and nor do the number
         of processes and where it is interrupted (to rounding).
     precision:
-        "auto" is bf16 where the accelerator has it, and fp32 otherwise.
+        "auto" is bf16 (matrix products; weights and optimiser stay fp32) where the accelerator or
+        the processor computes in it, and fp32 otherwise.
     device:
         "cpu" keeps the run from an accelerator; by default it takes what is there.
     report_to:
@@ -398,7 +399,8 @@ def _arguments(
     use_cpu = device == "cpu"
     accelerated = not use_cpu and torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if accelerated and torch.cuda.is_bf16_supported() else "fp32"
+        fast = torch.cuda.is_bf16_supported() if accelerated else _processor_has_bf16()
+        precision = "bf16" if fast else "fp32"
     return TrainingArguments(
         # Trainer writes where nobody looks, and what is whole is moved out of there.
         output_dir=str(folder / WRITING),
@@ -445,6 +447,12 @@ def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: 
         raise KeyboardInterrupt(
             f"interrupted; the same command goes on from step {step} of {arguments.max_steps}"
         ) from None
+
+
+def _processor_has_bf16() -> bool:
+    """In hardware: emulated it is slower than fp32. PyTorch tells since 2.10."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _make_trainer(
@@ -532,7 +540,7 @@ def _finish(folder: Path, config: LanguageConfig, data: LanguageData, arguments:
             "sample": sample_text(llama, data.tokenizer),
             "history": _history(state.log_history),
         }
-        llama.config.use_cache = True  # which Trainer turns off
+        llama.config.use_cache = True  # which Trainer turned off
         save_llama(llama.cpu(), data.tokenizer, folder / MODEL)
         write_json(folder / RESULT, result)
     _everyone()
