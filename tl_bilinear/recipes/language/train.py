@@ -183,13 +183,15 @@ class LanguageRun:
         """The trained LlamaForCausalLM."""
         from transformers import LlamaForCausalLM
 
-        return LlamaForCausalLM.from_pretrained(self.model_folder)
+        with _no_file_bars():
+            return LlamaForCausalLM.from_pretrained(self.model_folder)
 
     def hooked(self, **options: Any) -> Any:
         """The trained model as a `HookedBilinearTransformer`; options are those of `from_hf`."""
         from tl_bilinear.models import HookedBilinearTransformer
 
-        return HookedBilinearTransformer.from_hf(self.model_folder, **options)
+        with _no_file_bars():
+            return HookedBilinearTransformer.from_hf(self.model_folder, **options)
 
     def to_pandas(self) -> pd.DataFrame:
         """The curve, one row for each step that was logged."""
