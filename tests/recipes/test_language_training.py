@@ -236,6 +236,20 @@ def test_the_callers_random_numbers_stay(data, tmp_path):
     assert draw() == expected
 
 
+def test_the_figure_shows_both_losses_of_each_run(run):
+    from tl_bilinear.plots import loss_figure
+
+    curve = run.to_pandas()
+    figure = loss_figure({"a": curve, "b": curve.assign(loss=curve["loss"] + 1)})
+    assert [trace.name for trace in figure.data] == [
+        *("a, training", "a, validation", "b, training", "b, validation"),
+    ]
+    training, validation = figure.data[:2]
+    assert list(training.y) == list(curve["loss"])
+    assert list(validation.x) == list(range(2, 21, 2))
+    assert figure.data[0].line.color != figure.data[2].line.color
+
+
 # ---------------------------------------------------------------------- the same result
 
 
@@ -284,6 +298,21 @@ def test_interrupted_and_started_again(run, data, tmp_path, monkeypatch):
     assert list(resumed.to_pandas()["step"]) == list(range(1, 21))
     assert resumed.seconds > 0
     assert names(folder) == names(run.folder)
+
+
+def test_a_run_that_is_damaged_or_of_another_version(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    result = tmp_path / "run" / "result.json"
+    stored = json.loads(result.read_text())
+    for content, message in (
+        ("{", "is not JSON, or not all of it"),
+        ("[]", "is not a table of values"),
+        (json.dumps({**stored, "colour": "blue"}), "was not written by this version .*colour"),
+        (json.dumps({"loss": 1.0}), "was not written by this version .*history"),
+    ):
+        result.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            LanguageRun.load(tmp_path / "run")
 
 
 def test_a_finished_run_is_only_read(run, data, monkeypatch):

@@ -86,8 +86,9 @@ def from_hf(
     from tl_bilinear.models.component import BilinearTransformerConfig
 
     if isinstance(source, str | PathLike):
-        llama, found = _load(str(source), dtype)
-        tokenizer = found if tokenizer is None else tokenizer
+        source = Path(source).expanduser() if Path(source).expanduser().exists() else source
+        llama = _load(str(source), dtype)
+        tokenizer = _load_tokenizer(str(source)) if tokenizer is None else tokenizer
     else:
         llama = source
     _require_bilinear(llama)
@@ -173,14 +174,12 @@ def _rotary_from_hf(config: Any) -> dict[str, Any]:
     return fields
 
 
-def _load(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """A Llama and its tokenizer (None where it has none), from a folder or by its name on the hub."""
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+def _load(source: str, dtype: torch.dtype | None) -> Any:
+    """A Llama from a folder or by its name on the hub."""
+    from transformers import AutoConfig, LlamaForCausalLM
 
-    folder = Path(source).expanduser()
-    if folder.exists():
-        _require_hf_folder(folder)
-        source = str(folder)
+    if Path(source).exists():
+        _require_hf_folder(Path(source))
     # The config first: a model that will be refused is not downloaded.
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "llama":
@@ -190,11 +189,17 @@ def _load(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
         )
     if config.hidden_act not in ("linear", "identity"):
         raise ValueError(gated_through(source, config.hidden_act))
-    llama = LlamaForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-    names = ("tokenizer_config.json", "tokenizer.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in names):
-        return llama, None
-    return llama, AutoTokenizer.from_pretrained(source)
+    return LlamaForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+
+
+def _load_tokenizer(source: str) -> Any:
+    """None for a folder without one."""
+    from transformers import AutoTokenizer
+
+    files = [Path(source) / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if Path(source).is_dir() and not any(file.is_file() for file in files):
+        return None
+    return AutoTokenizer.from_pretrained(source)
 
 
 def _require_hf_folder(folder: Path) -> None:

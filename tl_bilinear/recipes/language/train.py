@@ -210,11 +210,13 @@ class LanguageRun:
             state = "is not finished" if (folder / SETTINGS).is_file() else "is not there"
             raise FileNotFoundError(f"the run {folder} {state}: `tl-bilinear train lm` makes it")
         stored = _read_json(folder / RESULT)
-        return cls(
-            folder,
-            LanguageConfig(**_read_json(folder / SETTINGS)["config"]),
-            **{**stored, "history": tuple(stored["history"])},
-        )
+        try:
+            config = LanguageConfig(**_read_json(folder / SETTINGS)["config"])
+            return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder} was not written by this version of `tl-bilinear train lm`: {error}"
+            ) from error
 
 
 # ---------------------------------------------------------------------- the model
