@@ -15,7 +15,6 @@ TransformerLens is imported where a model of its is made, so that training needs
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
 from tl_bilinear.tensor.readers import read_mlp
-from tl_bilinear.tensor.storage import whole_directory
+from tl_bilinear.tensor.storage import read_json, whole_directory
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -208,11 +207,7 @@ def _require_hf_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
-    try:
-        stored = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON, or not all of it: {error}") from error
-    if isinstance(stored, dict) and stored.get("format") == FORMAT:
+    if read_json(config).get("format") == FORMAT:
         raise ValueError(
             f"{folder} is in tl_bilinear's own format: load it with "
             "HookedBilinearTransformer.from_pretrained"
@@ -376,7 +371,6 @@ def _is_llama_folder(directory: Path) -> bool:
         if entry.name not in known and not entry.name.startswith(("model", "tokenizer")):
             return False
     try:
-        stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return read_json(directory / "config.json").get("model_type") == "llama"
     except (OSError, ValueError):
         return False
-    return isinstance(stored, dict) and stored.get("model_type") == "llama"

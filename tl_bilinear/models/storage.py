@@ -7,7 +7,6 @@ beside its destination and renamed, so that it is there whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_bilinear.models.component import BilinearTransformerConfig
-from tl_bilinear.tensor.storage import whole_directory
+from tl_bilinear.tensor.storage import read_json, whole_directory, write_json
 
 FORMAT = "tl_bilinear.HookedBilinearTransformer"
 FORMAT_VERSION = 1
@@ -35,7 +34,7 @@ _ROTARY = ("attn.rotary_sin", "attn.rotary_cos")
 def save(model: Any, directory: str | PathLike[str]) -> None:
     """See HookedBilinearTransformer.save_pretrained."""
     with whole_directory(directory, _is_ours) as staging:
-        _write_json(staging / CONFIG, _describe(model))
+        write_json(staging / CONFIG, _describe(model))
         save_file(_tensors_to_save(model), staging / WEIGHTS, metadata={"format": "pt"})
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging / TOKENIZER)
@@ -46,10 +45,9 @@ def _is_ours(directory: Path) -> bool:
     if {entry.name for entry in directory.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER}:
         return False
     try:
-        stored = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        return read_json(directory / CONFIG).get("format") == FORMAT
     except (OSError, ValueError):
         return False
-    return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
 def _describe(model: Any) -> dict[str, Any]:
@@ -65,10 +63,6 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensors_to_save(model: Any) -> dict[str, Tensor]:
@@ -157,11 +151,8 @@ def _require_directory(cls: type, directory: str | PathLike[str]) -> Path:
 def _read_config(path: Path) -> BilinearTransformerConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+    stored = read_json(path)
+    if stored.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by save_pretrained: its 'format' should be {FORMAT!r}"
         )

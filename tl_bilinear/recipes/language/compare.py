@@ -20,8 +20,8 @@ from tl_bilinear.recipes.language.train import (
     LanguageConfig,
     LanguageRun,
     train_language_model,
-    write_json,
 )
+from tl_bilinear.tensor.storage import write_json
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from tl_bilinear.recipes.language.text import (
     story_digest,
 )
 from tl_bilinear.recipes.language.tokenizer import load_tokenizer
-from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
+from tl_bilinear.tensor.storage import read_json, refuse_foreign, whole_directory, write_json
 
 FORMAT = "tl_bilinear language data"
 PARTS = ("train", "validation")
@@ -175,7 +174,7 @@ def prepare_text(
             "cleaning": dataclasses.asdict(cleaner.report()),
             "fingerprint": "-".join(writer.fingerprint for writer in writers.values()),
         }
-        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(staging / REPORT, report)
     return LanguageData.load(folder)
 
 
@@ -287,11 +286,8 @@ def _read_report(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not prepared text (it has no {REPORT}): make it with `tl-bilinear data`"
         )
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
+    report = read_json(path)
+    if report.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by `tl-bilinear data`: its 'format' is not {FORMAT!r}"
         )

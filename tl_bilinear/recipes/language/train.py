@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import random
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from tl_bilinear.models.huggingface import save_llama
 from tl_bilinear.recipes.language.data import LanguageData
-from tl_bilinear.tensor.storage import refuse_foreign
+from tl_bilinear.tensor.storage import read_json, refuse_foreign, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,9 +208,9 @@ class LanguageRun:
         if not (folder / RESULT).is_file():
             state = "is not finished" if (folder / SETTINGS).is_file() else "is not there"
             raise FileNotFoundError(f"the run {folder} {state}: `tl-bilinear train lm` makes it")
-        stored = _read_json(folder / RESULT)
+        stored = read_json(folder / RESULT)
         try:
-            config = LanguageConfig(**_read_json(folder / SETTINGS)["config"])
+            config = LanguageConfig(**read_json(folder / SETTINGS)["config"])
             return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -443,7 +442,7 @@ def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: 
     trainer, clock = _make_trainer(folder, config, data, arguments)
     last = _last_checkpoint(folder)
     if last is not None:
-        clock.seconds = _read_json(last / SECONDS)["seconds"]
+        clock.seconds = read_json(last / SECONDS)["seconds"]
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except KeyboardInterrupt:
@@ -540,7 +539,7 @@ def _finish(folder: Path, config: LanguageConfig, data: LanguageData, arguments:
             "parameters": sum(p.numel() for n, p in llama.named_parameters() if "norm" not in n),
             "steps": state.global_step,
             "tokens": state.global_step * config.batch * data.n_ctx,
-            "seconds": _read_json(last / SECONDS)["seconds"],
+            "seconds": read_json(last / SECONDS)["seconds"],
             "sample": sample_text(llama, data.tokenizer),
             "history": _history(state.log_history),
         }
@@ -575,7 +574,7 @@ def _enter(folder: Path, config: LanguageConfig, data: LanguageData) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)
         return
-    stored = _read_json(folder / SETTINGS)
+    stored = read_json(folder / SETTINGS)
     if stored.get("format") != FORMAT:
         raise ValueError(f"{folder / SETTINGS} does not describe a run of `tl-bilinear train lm`")
     before, now = ({**s["config"], **s["data"]} for s in (stored, settings))
@@ -612,23 +611,6 @@ def _fresh_place_to_write(folder: Path) -> Iterator[None]:
     finally:
         if is_first_process():
             shutil.rmtree(folder / WRITING, ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a table of values")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a table of values, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def is_first_process() -> bool:
