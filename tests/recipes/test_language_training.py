@@ -22,6 +22,7 @@ from tl_bilinear import BilinearTensor
 from tl_bilinear.recipes.language import (
     ACTIVATIONS,
     CONFIGS,
+    ActivationComparison,
     LanguageConfig,
     LanguageData,
     LanguageRun,
@@ -543,7 +544,9 @@ def test_activations_compared(data, tmp_path, monkeypatch):
     assert (
         compared.constant_time[1] > compared.constant_epochs[1]
     )  # three steps learn less than six
-    assert json.loads((tmp_path / "c" / "comparison.json").read_text())["steps"] == [6, 6]
+    assert ActivationComparison.load(tmp_path / "c") == compared
+    with pytest.raises(FileNotFoundError, match="holds no comparison"):
+        ActivationComparison.load(tmp_path)
     assert "constant_epochs" in str(compared)
     StopAt(1, AssertionError("trained again")).install(monkeypatch)
     assert compare_activations(data, config, **options) == compared

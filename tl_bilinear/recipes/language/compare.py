@@ -21,7 +21,7 @@ from tl_bilinear.recipes.language.train import (
     LanguageRun,
     train_language_model,
 )
-from tl_bilinear.tensor.storage import write_json
+from tl_bilinear.tensor.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,23 @@ class ActivationComparison:
         import pandas as pd
 
         return pd.DataFrame(dataclasses.asdict(self)).set_index("activations")
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> ActivationComparison:
+        """Read the table that `compare_activations` left in its folder.
+
+        Raises FileNotFoundError, or ValueError for a damaged one.
+        """
+        path = Path(folder).expanduser() / _TABLE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no comparison: `tl-bilinear train compare` makes it"
+            )
+        stored = read_json(path)
+        try:
+            return cls(**{name: tuple(values) for name, values in stored.items()})
+        except TypeError as error:
+            raise ValueError(f"{path} is not a table of this version: {error}") from error
 
     def __str__(self) -> str:
         return str(self.to_pandas().to_string(float_format="{:.3f}".format))
