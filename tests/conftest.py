@@ -7,6 +7,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -22,7 +23,14 @@ jaxtyping.install_import_hook(
         "tl_bilinear.tensor.hosvd",
         "tl_bilinear.tensor.interaction",
         "tl_bilinear.tensor.spectrum",
+        "tl_bilinear.features.activity",
+        "tl_bilinear.features.attribution",
+        "tl_bilinear.features.dictionary",
+        "tl_bilinear.features.interactions",
+        "tl_bilinear.features.results",
+        "tl_bilinear.features.verification",
         "tl_bilinear.models.component",
+        "tl_bilinear.models.published",
         "tl_bilinear.models.transformer",
     ],
     "tests.typecheck.check",
@@ -57,3 +65,24 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs real data that this machine does not have: {SHARED / 'data'}")
     return SHARED / "data"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A Hugging Face hub that is a folder: ``owner/name/file``. Everything else is out of reach."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    root = tmp_path / "hub"
+    root.mkdir()
+
+    def hf_hub_download(repo_id, filename, **_):
+        response = SimpleNamespace(headers={}, request=None)  # what the errors below read
+        if not (root / repo_id).is_dir():
+            raise errors.RepositoryNotFoundError(f"no repository {repo_id}", response=response)
+        if not (root / repo_id / filename).is_file():
+            raise errors.RemoteEntryNotFoundError(f"no file {filename}", response=response)
+        return str(root / repo_id / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return root

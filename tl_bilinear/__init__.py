@@ -4,8 +4,9 @@ The whole public API. Data flows one way:
 
     weights -> BilinearTensor -> fold / project -> InteractionMatrix -> Eigendecomposition -> plot
 
-Importing this package gives TransformerLens's class ``HookedTransformer.from_config(bilinear=True)``
-and imports neither TransformerLens nor SAELens: names that need them are loaded at first use.
+Importing this package gives TransformerLens's class ``HookedTransformer.from_config(bilinear=True)`` and
+SAELens the SAEs that the paper's authors published, and imports neither TransformerLens nor SAELens:
+names that need them are loaded at first use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_bilinear import models
+from tl_bilinear.features import registration as _sae_registration
 from tl_bilinear.tensor import (
     CP,
     HOSVD,
@@ -78,6 +80,7 @@ _LAZY = {
 }
 
 models.register()
+_sae_registration.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -216,7 +216,7 @@ def test_a_file_in_the_way(tmp_path):
         bilinear_model().save_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("step", ["save_file", "write_json", "fsync", "_put_in_place"])
+@pytest.mark.parametrize("step", ["save_file", "_write_json", "fsync", "_put_in_place"])
 @pytest.mark.parametrize(
     "error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
 )
@@ -305,7 +305,7 @@ def test_weights_with_bytes_too_many_or_of_another_format(saved):
     [
         ('{"format": "tl_bil', "is not JSON, or not all of it"),
         ("", "is not JSON"),
-        ("[]", "is not a table of values"),
+        ("[]", "was not written by save_pretrained"),
         ('{"n_head": 8, "n_layer": 6, "bilinear": true}', "was not written by save_pretrained"),
     ],
 )

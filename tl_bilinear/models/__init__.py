@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+    from tl_bilinear.models.published import AttentionScales, compare_attention_scales
     from tl_bilinear.models.transformer import (
         HookedBilinearSAETransformer,
         HookedBilinearTransformer,
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AttentionScales",
     "BilinearMLP",
     "BilinearTransformerConfig",
     "HookedBilinearSAETransformer",
     "HookedBilinearTransformer",
     "bilinear_class",
+    "compare_attention_scales",
     "register",
 ]
 
 _LAZY = {
+    "AttentionScales": "tl_bilinear.models.published",
     "BilinearMLP": "tl_bilinear.models.component",
     "BilinearTransformerConfig": "tl_bilinear.models.component",
     "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
     "HookedBilinearTransformer": "tl_bilinear.models.transformer",
     "bilinear_class": "tl_bilinear.models.transformer",
+    "compare_attention_scales": "tl_bilinear.models.published",
 }
 
 

@@ -25,9 +25,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tl_bilinear.models.files import read_table
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
 from tl_bilinear.tensor.readers import read_mlp
-from tl_bilinear.tensor.storage import read_json, whole_directory
+from tl_bilinear.tensor.storage import whole_directory
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -202,12 +203,12 @@ def _load_tokenizer(source: str) -> Any:
 
 
 def _require_hf_folder(folder: Path) -> None:
-    from tl_bilinear.models.storage import FORMAT
+    from tl_bilinear.models.storage import is_ours
 
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
-    if read_json(config).get("format") == FORMAT:
+    if is_ours(read_table(config)):
         raise ValueError(
             f"{folder} is in tl_bilinear's own format: load it with "
             "HookedBilinearTransformer.from_pretrained"
@@ -371,6 +372,6 @@ def _is_llama_folder(directory: Path) -> bool:
         if entry.name not in known and not entry.name.startswith(("model", "tokenizer")):
             return False
     try:
-        return read_json(directory / "config.json").get("model_type") == "llama"
+        return read_table(directory / "config.json").get("model_type") == "llama"
     except (OSError, ValueError):
         return False

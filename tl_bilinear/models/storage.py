@@ -1,27 +1,28 @@
 """A bilinear transformer in a directory: ``model.safetensors``, ``config.json``, ``tokenizer/``.
 
-No pickle: nothing in the directory runs when it is loaded, and nothing is downloaded. It is written
-beside its destination and renamed, so that it is there whole or not at all.
+No pickle: nothing in the directory runs when it is loaded. It is written beside its destination and
+renamed, so that it is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_bilinear.models.component import BilinearTransformerConfig
-from tl_bilinear.tensor.storage import read_json, whole_directory, write_json
+from tl_bilinear.models.files import CONFIG, WEIGHTS
+from tl_bilinear.tensor.storage import whole_directory
 
 FORMAT = "tl_bilinear.HookedBilinearTransformer"
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+TOKENIZER = "tokenizer"
 
 # Where the model runs is decided where it is loaded; n_params follows from the shapes.
 _NOT_STORED = frozenset({"device", "n_devices", "n_params"})
@@ -34,7 +35,7 @@ _ROTARY = ("attn.rotary_sin", "attn.rotary_cos")
 def save(model: Any, directory: str | PathLike[str]) -> None:
     """See HookedBilinearTransformer.save_pretrained."""
     with whole_directory(directory, _is_ours) as staging:
-        write_json(staging / CONFIG, _describe(model))
+        _write_json(staging / CONFIG, _describe(model))
         save_file(_tensors_to_save(model), staging / WEIGHTS, metadata={"format": "pt"})
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging / TOKENIZER)
@@ -45,9 +46,10 @@ def _is_ours(directory: Path) -> bool:
     if {entry.name for entry in directory.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER}:
         return False
     try:
-        return read_json(directory / CONFIG).get("format") == FORMAT
+        stored = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return is_ours(stored)
 
 
 def _describe(model: Any) -> dict[str, Any]:
@@ -65,10 +67,14 @@ def _to_json(value: Any) -> Any:
     return value
 
 
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _tensors_to_save(model: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in _stored_state(model).items():
+    for name, tensor in stored_state(model).items():
         tensor = tensor.detach().cpu().contiguous()
         # safetensors refuses tensors that share memory, such as tied embeddings.
         if tensor.data_ptr() in seen:
@@ -78,7 +84,7 @@ def _tensors_to_save(model: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _stored_state(model: Any) -> dict[str, Tensor]:
+def stored_state(model: Any) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     for name, tensor in state.items():
         if name.endswith(_ROTARY):
@@ -91,71 +97,13 @@ def _stored_state(model: Any) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------- load
 
 
-def load(
-    cls: type,
-    directory: str | PathLike[str],
-    *,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    tokenizer: Any,
-    move_to_device: bool,
-) -> Any:
-    """See HookedBilinearTransformer.from_pretrained."""
-    source = _require_directory(cls, directory)
-    config = _read_config(source / CONFIG)
-    tensors = _read_tensors(source / WEIGHTS)
-    if tokenizer is None and (source / TOKENIZER).is_dir():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZER, local_files_only=True)
-
-    # Loading neither initialises weights, nor seeds the caller's random numbers, nor fetches a
-    # tokenizer by name: those fields are put back when the model stands.
-    as_stored = {name: getattr(config, name) for name in ("seed", "init_weights", "tokenizer_name")}
-    config.seed, config.init_weights, config.tokenizer_name = None, False, None
-    if device is not None:
-        config.device = str(device)
-    model = cls(config, tokenizer=tokenizer, move_to_device=False)
-    for name, value in as_stored.items():
-        setattr(model.cfg, name, value)
-
-    _require_same_tensors(source / WEIGHTS, tensors, _stored_state(model))
-    # assign: each tensor keeps the dtype it was stored with.
-    model.load_state_dict(tensors, assign=True)
-    if dtype is not None:
-        model.to(dtype, print_details=False)
-    if move_to_device:
-        model.move_model_modules_to_device()
-    return model
+def is_ours(stored: Any) -> bool:
+    """Whether the content of a config.json is what `save` writes."""
+    return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
-def _require_directory(cls: type, directory: str | PathLike[str]) -> Path:
-    source = Path(directory).expanduser().resolve()
-    if source.is_dir():
-        return source
-    takes = f"{cls.__name__}.from_pretrained takes a directory that save_pretrained wrote"
-    if source.exists():
-        raise NotADirectoryError(f"{takes}; {source} is a file")
-    interrupted = sorted(source.parent.glob(f".{source.name}.*.old"))
-    if interrupted:
-        raise FileNotFoundError(
-            f"{source} is missing: replacing it was interrupted. The model that was there before is "
-            f"whole in {interrupted[-1]}: rename that back"
-        )
-    raise FileNotFoundError(
-        f"{takes}; {str(directory)!r} is not a directory. A pretrained model is loaded by its name "
-        f"with HookedTransformer.from_pretrained({str(directory)!r})"
-    )
-
-
-def _read_config(path: Path) -> BilinearTransformerConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
-    stored = read_json(path)
-    if stored.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by save_pretrained: its 'format' should be {FORMAT!r}"
-        )
+def read_config(path: Path, stored: dict[str, Any]) -> BilinearTransformerConfig:
+    """The config that `stored`, the content of `path`, describes."""
     if stored.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {stored.get('format_version')}, this version of tl_bilinear "
@@ -174,31 +122,3 @@ def _read_config(path: Path) -> BilinearTransformerConfig:
         raise ValueError(f"{path} does not describe a bilinear transformer: {error}") from error
     config.seed = seed
     return config
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is truncated, or not a safetensors file ({path.stat().st_size} bytes): {error}"
-        ) from error
-    return tensors
-
-
-def _require_same_tensors(
-    path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]
-) -> None:
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"{name} is not in the model" for name in sorted(tensors.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)} where the config makes it "
-        f"{list(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    if problems:
-        rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(problems[:8])}{rest}")

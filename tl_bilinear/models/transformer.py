@@ -33,7 +33,7 @@ from transformer_lens.config.hooked_transformer_config import HookedTransformerC
 from transformer_lens.HookedTransformer import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from tl_bilinear.models import huggingface, storage
+from tl_bilinear.models import huggingface, pretrained, storage
 from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
 
 if TYPE_CHECKING:
@@ -169,28 +169,36 @@ class HookedBilinearTransformer(HookedTransformer):
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | PathLike[str],
+        name: str | PathLike[str],
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         move_to_device: bool = True,
+        attn_scale: float | None = None,
     ) -> Any:
-        """Load a model that `save_pretrained` wrote: equal logits, folded weights included.
+        """Load a model that `save_pretrained` wrote, or one that the paper's authors published.
+
+        `name` is a folder or, where there is none, a repository on the Hugging Face hub, which is
+        downloaded into the hub's cache: "tdooms/ts-medium", "tdooms/fw-small", "tdooms/fw-medium", or
+        any other of either format. A saved model has equal logits, folded weights included.
 
         `device` defaults to TransformerLens's choice, `dtype` to the stored one, `tokenizer` to the
-        stored one. Nothing is downloaded.
+        stored one. `attn_scale` is for published models: the factor on attention's output, folded into
+        W_O. By default the model's config and name decide (see `tl_bilinear.models.published`).
 
-        Raises FileNotFoundError or NotADirectoryError if `directory` is not one, ValueError for a
-        file that is truncated or not such a model, naming the file and what is wrong with it.
+        Raises FileNotFoundError or NotADirectoryError if there is no such model, ConnectionError if the
+        hub is out of reach, ValueError for a file that is truncated or not such a model, naming the
+        file and what is wrong with it.
         """
-        return storage.load(
+        return pretrained.load(
             cls,
-            directory,
+            name,
             device=device,
             dtype=dtype,
             tokenizer=tokenizer,
             move_to_device=move_to_device,
+            attn_scale=attn_scale,
         )
 
     # What is stored is loaded unprocessed, so there is one way of loading, under both names.

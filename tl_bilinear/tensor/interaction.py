@@ -19,7 +19,7 @@ stands before ``x_i x_j``: Q[i,i] for a self-interaction, 2 Q[i,j] for a cross-i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -445,13 +445,16 @@ class TopInteractions(Storable):
             self.rows[..., :k], self.columns[..., :k], self.values[..., :k], self.space
         )
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row an interaction: matrix (of a flattened batch), i, j, kind, value, coefficient."""
+    def to_pandas(self, labels: Sequence[str] | None = None) -> pandas.DataFrame:
+        """One row an interaction: matrix (of a flattened batch), i, j, kind, value, coefficient.
+
+        `labels`, a name for each input, adds the columns label_i and label_j.
+        """
         import pandas as pd
 
         k = self.rows.shape[-1]
         count = self.rows.shape[:-1].numel()
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "matrix": torch.arange(count).repeat_interleave(k).numpy(),
                 "i": self.rows.flatten().cpu().numpy(),
@@ -461,3 +464,7 @@ class TopInteractions(Storable):
                 "coefficient": self.coefficients.detach().flatten().cpu().numpy(),
             }
         )
+        if labels is not None:
+            table["label_i"] = [labels[i] for i in self.rows.flatten().tolist()]
+            table["label_j"] = [labels[j] for j in self.columns.flatten().tolist()]
+        return table

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,28 +52,6 @@ def load_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
         raise ValueError(
             f"{path} is truncated or not a result file of tl_bilinear: {error}"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A table of values from a JSON file. Raises ValueError for a file that is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a table of values")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a table of values to a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     ACTIVATIONS,
@@ -21,7 +22,6 @@ from tl_bilinear.recipes.language.train import (
     LanguageRun,
     train_language_model,
 )
-from tl_bilinear.tensor.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ class ActivationComparison:
             raise FileNotFoundError(
                 f"{folder} holds no comparison: `tl-bilinear train compare` makes it"
             )
-        stored = read_json(path)
+        stored = read_table(path)
         try:
             return cls(**{name: tuple(values) for name, values in stored.items()})
         except TypeError as error:
@@ -105,7 +105,7 @@ def compare_activations(
         tuple(run.steps for run in equal_time.values()),
         tuple(run.tokens_per_second for run in equal_epochs.values()),
     )
-    write_json(folder / _TABLE, dataclasses.asdict(compared))
+    write_table(folder / _TABLE, dataclasses.asdict(compared))
     return compared
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.recipes.language.text import (
     TINYSTORIES,
     Cleaner,
@@ -32,7 +33,7 @@ from tl_bilinear.recipes.language.text import (
     story_digest,
 )
 from tl_bilinear.recipes.language.tokenizer import load_tokenizer
-from tl_bilinear.tensor.storage import read_json, refuse_foreign, whole_directory, write_json
+from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
 
 FORMAT = "tl_bilinear language data"
 PARTS = ("train", "validation")
@@ -174,7 +175,7 @@ def prepare_text(
             "cleaning": dataclasses.asdict(cleaner.report()),
             "fingerprint": "-".join(writer.fingerprint for writer in writers.values()),
         }
-        write_json(staging / REPORT, report)
+        write_table(staging / REPORT, report)
     return LanguageData.load(folder)
 
 
@@ -286,7 +287,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not prepared text (it has no {REPORT}): make it with `tl-bilinear data`"
         )
-    report = read_json(path)
+    report = read_table(path)
     if report.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by `tl-bilinear data`: its 'format' is not {FORMAT!r}"

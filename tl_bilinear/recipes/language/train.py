@@ -35,9 +35,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.models.huggingface import save_llama
 from tl_bilinear.recipes.language.data import LanguageData
-from tl_bilinear.tensor.storage import read_json, refuse_foreign, write_json
+from tl_bilinear.tensor.storage import refuse_foreign
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,9 +209,9 @@ class LanguageRun:
         if not (folder / RESULT).is_file():
             state = "is not finished" if (folder / SETTINGS).is_file() else "is not there"
             raise FileNotFoundError(f"the run {folder} {state}: `tl-bilinear train lm` makes it")
-        stored = read_json(folder / RESULT)
+        stored = read_table(folder / RESULT)
         try:
-            config = LanguageConfig(**read_json(folder / SETTINGS)["config"])
+            config = LanguageConfig(**read_table(folder / SETTINGS)["config"])
             return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -442,7 +443,7 @@ def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: 
     trainer, clock = _make_trainer(folder, config, data, arguments)
     last = _last_checkpoint(folder)
     if last is not None:
-        clock.seconds = read_json(last / SECONDS)["seconds"]
+        clock.seconds = read_table(last / SECONDS)["seconds"]
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except KeyboardInterrupt:
@@ -512,7 +513,7 @@ def _make_trainer(
 
 def _keep_checkpoint(folder: Path, name: str, seconds: float) -> None:
     written = folder / WRITING / name
-    write_json(written / SECONDS, {"seconds": seconds})
+    write_table(written / SECONDS, {"seconds": seconds})
     for path in written.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
@@ -539,13 +540,13 @@ def _finish(folder: Path, config: LanguageConfig, data: LanguageData, arguments:
             "parameters": sum(p.numel() for n, p in llama.named_parameters() if "norm" not in n),
             "steps": state.global_step,
             "tokens": state.global_step * config.batch * data.n_ctx,
-            "seconds": read_json(last / SECONDS)["seconds"],
+            "seconds": read_table(last / SECONDS)["seconds"],
             "sample": sample_text(llama, data.tokenizer),
             "history": _history(state.log_history),
         }
         llama.config.use_cache = True  # which Trainer turned off
         save_llama(llama.cpu(), data.tokenizer, folder / MODEL)
-        write_json(folder / RESULT, result)
+        write_table(folder / RESULT, result)
     _everyone()
 
 
@@ -572,9 +573,9 @@ def _enter(folder: Path, config: LanguageConfig, data: LanguageData) -> None:
     refuse_foreign(folder, lambda place: (place / SETTINGS).is_file())
     if not (folder / SETTINGS).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
+        write_table(folder / SETTINGS, settings)
         return
-    stored = read_json(folder / SETTINGS)
+    stored = read_table(folder / SETTINGS)
     if stored.get("format") != FORMAT:
         raise ValueError(f"{folder / SETTINGS} does not describe a run of `tl-bilinear train lm`")
     before, now = ({**s["config"], **s["data"]} for s in (stored, settings))

@@ -1,0 +1,193 @@
+"""Where a model's files come from, a folder or the Hugging Face hub, and how they are read.
+
+Every error names the file, what is wrong with it and what to do. No framework is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, or a repository of the hub, of which each file is downloaded when it is asked for.
+
+    `location` is the folder, or ``owner/name``. `part` is a sub-folder of it ("" for none). `kind`
+    says in errors what it should be.
+    """
+
+    location: Path | str
+    part: str = ""
+    kind: str = "saved model"
+    force_download: bool = False
+
+    @property
+    def on_hub(self) -> bool:
+        return isinstance(self.location, str)
+
+    def __str__(self) -> str:
+        return f"{self.location}/{self.part}" if self.part else str(self.location)
+
+    def require(self, filename: str) -> Path:
+        """The file. Raises FileNotFoundError where there is none, ConnectionError as `download`."""
+        if isinstance(self.location, str):
+            path = download(self.location, self._within(filename), force=self.force_download)
+        else:
+            path = self.location / self._within(filename)
+        if not path.is_file():
+            raise FileNotFoundError(f"{self} is not a {self.kind}: it has no {filename}")
+        return path
+
+    def find(self, filename: str) -> Path | None:
+        """The file, or None."""
+        try:
+            return self.require(filename)
+        except (FileNotFoundError, ConnectionError):
+            return None
+
+    def find_tokenizer(self, folder: str = "") -> Path | None:
+        """The folder that holds a tokenizer's files, or None."""
+        prefix = f"{folder}/" if folder else ""
+        config = self.find(prefix + _TOKENIZER_FILES[0])
+        if config is None:
+            return None
+        for name in _TOKENIZER_FILES[1:]:
+            self.find(prefix + name)
+        return config.parent
+
+    def _within(self, filename: str) -> str:
+        return f"{self.part}/{filename}" if self.part else filename
+
+
+def is_repository(name: str) -> bool:
+    """Whether a string has the form ``owner/name`` of a repository on the hub."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def download(repository: str, filename: str, *, force: bool = False) -> Path:
+    """A file of a repository of the hub, in huggingface_hub's own cache.
+
+    Raises FileNotFoundError if the repository or the file does not exist, ConnectionError if the
+    hub is out of reach and the file is not in the cache.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo_id=repository, filename=filename, force_download=force
+            )
+        )
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"the Hugging Face hub has no repository {repository!r} that you may read (it is no "
+            f"folder here either): {error}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise _out_of_reach(repository, filename, error) from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repository} on the hub has no file {filename}") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise _out_of_reach(repository, filename, error) from error
+
+
+def _out_of_reach(repository: str, filename: str, error: Exception) -> ConnectionError:
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    offline = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub does not answer"
+    return ConnectionError(
+        f"cannot download {filename} of {repository!r} (it is no folder here): {offline}, and the "
+        f"file is not in the cache {HF_HUB_CACHE}. Load it once with a connection, or give the path "
+        f"of a folder that holds a copy. The hub's client says: {error}"
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError for a file that is not JSON or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not a JSON table, or not whole."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a table of values")
+    return content
+
+
+def write_table(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON table, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError for a file that is not safetensors or not whole."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated, or not a safetensors file ({path.stat().st_size} bytes): {error}"
+        ) from error
+    return tensors
+
+
+def require_sizes(path: Path, stored: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError unless the fields `names` of a config are positive integers."""
+    wrong = [
+        f"{name} is {stored[name]!r}"
+        for name in names
+        if type(stored[name]) is not int or stored[name] <= 0
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)}; expected a positive integer")
+
+
+def require_shapes(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise ValueError unless `tensors` are exactly those of `expected`, naming each that is not."""
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{name} is not in the model" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)} where the config makes it "
+        f"{list(expected[name])}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if list(tensors[name].shape) != list(expected[name])
+    ]
+    if problems:
+        rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{path} does not fit its {CONFIG}: {'; '.join(problems[:8])}{rest}")
