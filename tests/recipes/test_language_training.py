@@ -502,6 +502,8 @@ def test_options_that_do_not_fit(data, tmp_path, monkeypatch):
         choose_config("huge")
     with pytest.raises(ValueError, match="micro_batch=5 does not divide the 16 rows"):
         start(micro_batch=5)
+    with pytest.raises(ValueError, match="device is 'cpu' or left out, got 'cuda:1'"):
+        start(device="cuda:1")
     with pytest.raises(ValueError, match="unknown precision 'int4'"):
         start(precision="int4")
     with pytest.raises(

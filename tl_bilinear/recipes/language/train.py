@@ -346,6 +346,10 @@ def train_language_model(
     micro_batch = _micro_batch(config.batch, world, micro_batch)
     if precision not in _PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; there are {', '.join(_PRECISIONS)}")
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"device is 'cpu' or left out, got {device!r}: CUDA_VISIBLE_DEVICES chooses among GPUs"
+        )
     _require_reporters(report_to)
     arguments = _arguments(
         folder, config, steps, micro_batch, world, precision, device, report_to, progress
@@ -398,14 +402,14 @@ def _arguments(
     from transformers import TrainingArguments
 
     if "tensorboard" in report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     every = math.ceil(steps / _CHECKPOINTS)
     use_cpu = device == "cpu"
     accelerated = not use_cpu and torch.cuda.is_available()
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if accelerated else _processor_has_bf16()
         precision = "bf16" if fast else "fp32"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         # Trainer writes where nobody looks, and what is whole is moved out of there.
         output_dir=str(folder / WRITING),
         max_steps=steps,
@@ -436,6 +440,9 @@ def _arguments(
         report_to=list(report_to) or "none",
         disable_tqdm=not progress,
     )
+    # One process uses one GPU: left to itself Trainer gives each of them a batch (nn.DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any) -> None:
