@@ -328,18 +328,8 @@ def command(data, out, launcher=()):
     for name in ("n_layers", "d_model", "d_mlp", "n_heads", "batch", "steps", "learning_rate"):
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     module = ["-m", "tl_bilinear.cli", "train", "lm", str(data.folder), "--out", str(out)]
-    fixed = [
-        "--warmup",
-        "0",
-        "--weight-decay",
-        "0.1",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--quiet",
-    ]
-    return [sys.executable, *launcher, *module, *arguments, *fixed, *options]
+    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    return [sys.executable, *launcher, *module, *arguments]
 
 
 def environment():
