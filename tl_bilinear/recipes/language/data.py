@@ -275,6 +275,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _is_ours(folder: Path) -> bool:
+    """Whether a folder is what `prepare_text` wrote, and holds nothing else."""
+    if {entry.name for entry in folder.iterdir()} - {*PARTS, TOKENIZER, REPORT}:
+        return False
     try:
         return bool(_read_report(folder))
     except (OSError, ValueError):

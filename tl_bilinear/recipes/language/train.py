@@ -461,7 +461,7 @@ def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: 
 
 
 def _processor_has_bf16() -> bool:
-    """In hardware: emulated it is slower than fp32. PyTorch tells since 2.10."""
+    """In hardware: emulated it is slower than fp32. An older PyTorch does not tell."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
