@@ -5,6 +5,7 @@ A side is a function of nothing that returns a dict of what it found; building t
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +151,48 @@ def norm_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]
     return {"relative error": float(((ours["values"][: len(exact)] - exact) / exact).abs().max())}
 
 
+def training_sides(
+    steps: int, precision: str, batch: int, vocabulary: int, **sizes: Any
+) -> dict[str, Side]:
+    """The recipe for language models beside a plain loop over the same HookedTransformer.
+
+    The text is one batch of rows, so that both see the same rows at every step. The recipe's side is
+    all of it: checkpoints, evaluations, the final measurement and a sample.
+    """
+    from tests.benchmarks.training import plain_loop, random_data
+    from tl_bilinear.recipes.language import LanguageConfig, train_language_model
+
+    data = random_data(rows=batch, vocabulary=vocabulary)
+    config = LanguageConfig(batch=batch, steps=steps, **sizes)
+
+    def ours() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            run = train_language_model(
+                data,
+                config,
+                folder=f"{folder}/run",
+                precision=precision,
+                device="cpu",
+                progress=False,
+            )
+        curve = run.to_pandas()["loss"]
+        return {"loss": float(curve.iloc[-1]), "tokens a second": run.tokens_per_second}
+
+    return {"ours": ours, "dense": lambda: plain_loop(data, config)}
+
+
+def training_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    names = ("tokens a second", "loss")
+    return {
+        **{name: ours[name] for name in names},
+        **{f"plain loop's {name}": dense[name] for name in names},
+    }
+
+
+def training_difference(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    return {"loss": abs(ours["loss"] - dense["loss"]) / dense["loss"]}
+
+
 def pair_sides(k: int) -> dict[str, Side]:
     tensor, decoder = trained_dictionary()
     Q = tensor.interaction(directions(1, tensor.d_out)[0])
@@ -184,7 +227,7 @@ def pair_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def training_sides(data: ImageData, config: TrainingConfig) -> dict[str, Side]:
+def image_sides(data: ImageData, config: TrainingConfig) -> dict[str, Side]:
     def ours() -> dict[str, Any]:
         return {"accuracy": train_classifier(data, config, progress=False).accuracy}
 
@@ -227,7 +270,7 @@ def seeds_sides(data: ImageData, config: TrainingConfig, seeds: int) -> dict[str
     return {"ours": together, "dense": one_by_one}
 
 
-def training_accuracies(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+def image_accuracies(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
     return {"accuracy": ours["accuracy"], "the loop's": dense["accuracy"]}
 
 
@@ -304,8 +347,8 @@ CASES = [
         "images-mnist",
         "60,000 MNIST images, size 256, 20 epochs; beside a DataLoader loop",
         "2x",
-        lambda: training_sides(load_images(SHARED / "mnist"), TrainingConfig()),
-        training_accuracies,
+        lambda: image_sides(load_images(SHARED / "mnist"), TrainingConfig()),
+        image_accuracies,
         repeats=2,
     ),
     Case(
@@ -313,7 +356,16 @@ CASES = [
         "10 seeds at once, 4,000 images, size 64; beside one by one",
         "faster",
         lambda: seeds_sides(load_images(), TrainingConfig(size=64, batch=256, epochs=10), 10),
-        training_accuracies,
+        image_accuracies,
+    ),
+        "training-128",
+        "training, d=128, 4 layers, V=2048, bf16 products; beside a loop over HookedTransformer",
+        "1.8x",
+        lambda: training_sides(
+            *(100, "auto", 16, 2048), n_layers=4, d_model=128, d_mlp=512, n_heads=4
+        ),
+        training_errors,
+        repeats=2,
     ),
 ]
 
@@ -342,5 +394,13 @@ QUICK = [
         norm_errors,
         repeats=1,
         scaled=16,
+    ),
+    Case(
+        "training-16",
+        "training a language model, d=16, 1 layer, V=180",
+        "runs",
+        lambda: training_sides(*(4, "fp32", 4, 180), n_layers=1, d_model=16, d_mlp=32, n_heads=2),
+        training_difference,
+        repeats=1,
     ),
 ]

@@ -1,5 +1,6 @@
 """Plotly figures of results; nothing is computed here. Importing it needs plotly."""
 
+from tl_bilinear.plots.curves import loss_figure
 from tl_bilinear.plots.features import (
     correlation_figure,
     geometry_figure,
@@ -36,6 +37,7 @@ __all__ = [
     "gallery_figure",
     "geometry_figure",
     "hosvd_figure",
+    "loss_figure",
     "mask_effect_figure",
     "masks_figure",
     "mosaic_figure",
