@@ -358,6 +358,7 @@ CASES = [
         lambda: seeds_sides(load_images(), TrainingConfig(size=64, batch=256, epochs=10), 10),
         image_accuracies,
     ),
+    Case(
         "training-128",
         "training, d=128, 4 layers, V=2048, bf16 products; beside a loop over HookedTransformer",
         "1.8x",
