@@ -16,7 +16,7 @@ KINDS = [
     {},
     {"positional_embedding_type": "rotary"},
     {"positional_embedding_type": "shortformer"},
-    {"positional_embedding_type": "rotary", "n_key_value_heads": 1},
+    {"positional_embedding_type": "rotary", "n_key_value_heads": 2, "d_head": 4},
     {"parallel_attn_mlp": True},
     {"bilinear_bias": False},
     {"attention_dir": "bidirectional"},

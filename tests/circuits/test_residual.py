@@ -59,7 +59,7 @@ def test_unembedding_is_the_logit(norm):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"n_key_value_heads": 1}, {"normalization_type": None}], ids=str
+    "fields", [{}, {"n_key_value_heads": 2, "d_head": 4}, {"normalization_type": None}], ids=str
 )
 def test_a_token_through_a_head_is_what_the_head_writes(fields):
     """Up to its attention and the norm's scale, which a run has: there it is the component."""
