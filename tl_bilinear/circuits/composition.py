@@ -37,7 +37,8 @@ def composed(
     rank: as `QuarticForm.of`
 
     Coordinates are the residual stream before the first MLP, r [d_model]; with biases (of the layers or
-    their norms) or a residual connection [r, 1].
+    their norms) or a residual connection [r, 1], a form whose `leading` directions may have any last
+    coordinate: they are of the terms of degree four and the lower ones together.
 
     Raises ValueError for layers in another order, or a scale that is not positive.
     """
