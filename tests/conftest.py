@@ -18,10 +18,16 @@ import tests.typecheck  # noqa: F401  the hook below names it
 
 jaxtyping.install_import_hook(
     [
+        "tl_bilinear.circuits.composition",
+        "tl_bilinear.circuits.graph",
+        "tl_bilinear.circuits.paths",
+        "tl_bilinear.circuits.residual",
+        "tl_bilinear.circuits.upstream",
         "tl_bilinear.tensor.bilinear",
         "tl_bilinear.tensor.eigen",
         "tl_bilinear.tensor.hosvd",
         "tl_bilinear.tensor.interaction",
+        "tl_bilinear.tensor.quartic",
         "tl_bilinear.tensor.spectrum",
         "tl_bilinear.features.activity",
         "tl_bilinear.features.attribution",

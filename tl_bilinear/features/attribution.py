@@ -65,13 +65,7 @@ class Attribution(Storable):
     @property
     def error(self) -> float:
         """``|total - measured|`` relative to the largest of the contributions and of the two."""
-        size = max(
-            abs(self.measured),
-            abs(self.total),
-            float(self.quadratic.abs().max()) if self.quadratic.numel() else 0.0,
-            *(abs(value) for value in self.constants.values()),
-        )
-        return abs(self.total - self.measured) / size if size else 0.0
+        return relative_error(self.total, self.measured, self.quadratic, self.constants)
 
     @property
     def pairs(self) -> Float[Tensor, "m m"]:
@@ -129,6 +123,15 @@ class Attribution(Storable):
             lines.append(f"  {row['contribution']:+.4f}  {names}")
         lines += [f"  {value:+.4f}  {name}" for name, value in self.terms().items() if value]
         return "\n".join(lines)
+
+
+def relative_error(
+    total: float, measured: float, quadratic: Tensor, constants: dict[str, float]
+) -> float:
+    """``|total - measured|`` relative to the largest of the contributions and of the two."""
+    largest = float(quadratic.abs().max()) if quadratic.numel() else 0.0
+    size = max(abs(measured), abs(total), largest, *(abs(value) for value in constants.values()))
+    return abs(total - measured) / size if size else 0.0
 
 
 @torch.no_grad()

@@ -72,22 +72,27 @@ def input_passages(model: Any, layer: int) -> dict[str, Passage]:
     if cfg.normalization_type is None:
         found[before] = Passage(before, into)
         return found
-    weight = getattr(block.ln2, "w", None)
     bias = getattr(block.ln2, "b", None)
-    weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-    if bias is not None and not bool(bias.any()):
-        bias = None
-    scaling = None if weight is None or bool((weight == 1).all()) else torch.diag(weight)
+    bias = None if bias is None or not bool(bias.any()) else bias.detach()
     normalized = f"{name}.ln2.hook_normalized"
-    found[normalized] = Passage(normalized, into, scaling, bias)
-    matrix = scaling
-    if cfg.normalization_type in ("LN", "LNPre"):
-        d = cfg.d_model
-        like = block.mlp.W_gate
-        centring = torch.eye(d, dtype=like.dtype, device=like.device) - 1 / d
-        matrix = centring if scaling is None else centring @ scaling
+    found[normalized] = Passage(normalized, into, _weight_of(block.ln2), bias)
+    matrix = norm_matrix(cfg, block.ln2, block.mlp.W_gate)
     found[before] = Passage(before, into, matrix, bias, f"{name}.ln2.hook_scale")
     return found
+
+
+def norm_matrix(cfg: Any, norm: Any, like: Tensor) -> Float[Tensor, "d d"] | None:
+    """The linear part of a norm: rows r leave it as ``(r @ matrix) / s + b``; None for the identity."""
+    scaling = _weight_of(norm)
+    if cfg.normalization_type not in ("LN", "LNPre"):
+        return scaling
+    centring = torch.eye(cfg.d_model, dtype=like.dtype, device=like.device) - 1 / cfg.d_model
+    return centring if scaling is None else centring @ scaling
+
+
+def _weight_of(norm: Any) -> Tensor | None:
+    weight = getattr(norm, "w", None)
+    return None if weight is None or bool((weight == 1).all()) else torch.diag(weight.detach())
 
 
 def output_hooks(model: Any, layer: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -37,14 +37,19 @@ class Run:
     output_scale: Float[Tensor, "batch pos"]
 
 
-@torch.no_grad()
-def run(self: FeatureInteractions, tokens: Tensor) -> Run:
-    """See :meth:`FeatureInteractions.run`."""
-    if attached := list(getattr(self.model, "acts_to_saes", {})):
+def refuse_attached(model: Any) -> None:
+    """Raise ValueError for a model that runs with SAEs in place of its own activations."""
+    if attached := list(getattr(model, "acts_to_saes", {})):
         raise ValueError(
             f"SAEs are attached to the model at {', '.join(attached)}, so its activations are no longer "
             f"its own: call model.reset_saes() first"
         )
+
+
+@torch.no_grad()
+def run(self: FeatureInteractions, tokens: Tensor) -> Run:
+    """See :meth:`FeatureInteractions.run`."""
+    refuse_attached(self.model)
     passage = self.passage
     encodes = self.inputs.encoder_hook if self.inputs.encode is not None else None
     source = encodes if encodes not in (None, passage.hook) else None

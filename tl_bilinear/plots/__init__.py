@@ -1,5 +1,6 @@
 """Plotly figures of results; nothing is computed here. Importing it needs plotly."""
 
+from tl_bilinear.plots.circuits import graph_figure, paths_figure
 from tl_bilinear.plots.curves import loss_figure
 from tl_bilinear.plots.features import (
     correlation_figure,
@@ -36,6 +37,7 @@ __all__ = [
     "explanation_figure",
     "gallery_figure",
     "geometry_figure",
+    "graph_figure",
     "hosvd_figure",
     "loss_figure",
     "mask_effect_figure",
@@ -44,6 +46,7 @@ __all__ = [
     "neuron_gallery_figure",
     "neurons_figure",
     "parts_figure",
+    "paths_figure",
     "scatter_figure",
     "similarity_figure",
     "sizes_truncation_figure",

@@ -11,6 +11,7 @@ from tl_bilinear.tensor.cp import CP
 from tl_bilinear.tensor.eigen import Eigendecomposition, EigenProjector
 from tl_bilinear.tensor.hosvd import HOSVD, Tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
+from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.readers import register_mlp_reader, register_model_reader
 from tl_bilinear.tensor.reexpress import Reexpression
 from tl_bilinear.tensor.spectrum import Spectrum
@@ -24,6 +25,8 @@ __all__ = [
     "Eigendecomposition",
     "EigenvectorMatch",
     "InteractionMatrix",
+    "QuarticDirections",
+    "QuarticForm",
     "Reexpression",
     "Spectrum",
     "TopInteractions",
@@ -33,4 +36,5 @@ __all__ = [
     "pairwise_similarity",
     "register_mlp_reader",
     "register_model_reader",
+    "with_residual",
 ]

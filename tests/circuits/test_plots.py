@@ -1,0 +1,35 @@
+"""Figures show the numbers of their results."""
+
+import pytest
+import torch
+
+from tests.circuits.building import DIRECTION, TOKENS, D, model
+from tl_bilinear.circuits import FeatureCircuit, embedding, paths
+from tl_bilinear.plots import graph_figure, paths_figure
+
+
+def test_paths_figure():
+    found = paths(model(), TOKENS, 1, DIRECTION, 3)
+    heatmap, bars = paths_figure(found, 5).data
+    strongest = found.shares.abs().topk(5).indices.sort().values
+    assert list(heatmap.x) == list(heatmap.y) == list(bars.y)
+    assert list(bars.y) == [found.labels[i] for i in strongest]
+    assert list(bars.x) == pytest.approx(found.shares[strongest].tolist())
+    assert heatmap.z[0][1] == pytest.approx(float(found.quadratic[strongest[0], strongest[1]]))
+    assert len(paths_figure(found, 1000).data[1].x) == len(found.labels)
+
+
+def test_graph_figure():
+    built = model(positional_embedding_type="rotary")
+    rows = torch.randn(4, D, dtype=torch.float64)
+    circuit = FeatureCircuit(built, {0: rows, 1: rows}, {"embed": embedding(built)})
+    graph = circuit.graph(6)
+    figure = graph_figure(graph)
+    *lines, pairs, features = figure.data
+    assert len(lines) == len(pairs.x) == len(graph.pairs) == 12
+    assert list(features.hovertext) == graph.labels
+    widths = torch.tensor([line.line.width for line in lines])
+    assert bool((widths[:-1] >= widths[1:]).all())
+    blue = [line.line.color == "#2166ac" for line in lines]
+    assert blue == [value >= 0 for value in graph.coefficients.tolist()]
+    assert list(figure.layout.xaxis.ticktext) == ["embed", "mlp 0", "mlp 1"]

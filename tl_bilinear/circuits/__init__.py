@@ -1,0 +1,40 @@
+"""Bilinear layers inside the mathematical framework for transformer circuits (Sharkey 2023).
+
+What a prompt adds up, exactly (`paths`); what the weights say of tokens, heads and earlier layers
+(`embedding`, `through_head`, `source_pairs`, `direct_path` into `FeatureInteractions`) and of
+features over several layers (`FeatureCircuit`); two layers as one form of degree four (`composed`).
+"""
+
+from tl_bilinear.circuits.composition import composed
+from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
+from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
+from tl_bilinear.circuits.residual import (
+    SourcePairs,
+    VirtualWeights,
+    direct_path,
+    embedding,
+    positions,
+    source_pairs,
+    through_head,
+    unembedding,
+    virtual_weights,
+)
+
+__all__ = [
+    "FeatureCircuit",
+    "FeatureGraph",
+    "PathCheck",
+    "Paths",
+    "SourcePairs",
+    "VirtualWeights",
+    "check_paths",
+    "composed",
+    "direct_path",
+    "embedding",
+    "paths",
+    "positions",
+    "source_pairs",
+    "through_head",
+    "unembedding",
+    "virtual_weights",
+]

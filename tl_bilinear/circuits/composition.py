@@ -1,0 +1,67 @@
+"""Two layers of a model composed: what the first writes for the second to read, as one quartic form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_bilinear.features.passage import input_passages
+from tl_bilinear.tensor import BilinearTensor, QuarticForm, with_residual
+
+
+def composed(
+    model: Any,
+    first: int,
+    second: int,
+    direction: Float[Tensor, " d_model"],
+    *,
+    residual: bool = False,
+    scales: tuple[float, float] = (1.0, 1.0),
+    rank: int | None = None,
+) -> QuarticForm:
+    """A direction of the second layer's output through the first layer, as a function of its input.
+
+    Parameters
+    ----------
+    first, second: layers, the second after the first
+    direction: [d_model], read from the second layer's output
+    residual: bool
+        Let the second layer read what the first one read as well, beside what it wrote. What attention
+        and the layers in between write is left out.
+    scales: (s_first, s_second)
+        The norms' scales, of a prompt say (`Paths.scale`). Without biases and residual the form holds up
+        to ``1 / (s_first^4 s_second^2)`` for any.
+    rank: as `QuarticForm.of`
+
+    Coordinates are the residual stream before the first MLP, r [d_model]; with biases (of the layers or
+    their norms) or a residual connection [r, 1], a form whose `leading` directions may have any last
+    coordinate: they are of the terms of degree four and the lower ones together.
+
+    Raises ValueError for layers in another order, or a scale that is not positive.
+    """
+    count = len(model.blocks)
+    if not 0 <= first < second < count:
+        raise ValueError(
+            f"composed layers are two of 0 to {count - 1}, the first before the second, got {first} and "
+            f"{second}"
+        )
+    if min(scales) <= 0:
+        raise ValueError(f"a norm's scale is positive, got {scales}")
+    early, late = (
+        _before_norm(model, layer, scale)
+        for layer, scale in zip((first, second), scales, strict=True)
+    )
+    if residual or early.has_biases or late.has_biases:
+        early, late = with_residual(early, residual=residual), late.augmented()
+    return QuarticForm.of(early, late, direction.to(late.out), rank=rank)
+
+
+def _before_norm(model: Any, layer: int, scale: float) -> BilinearTensor:
+    """The layer as a function of the residual stream, at a scale of its norm."""
+    passage = list(input_passages(model, layer).values())[-1]
+    tensor = BilinearTensor.from_model(model, layer)
+    shrunk = torch.eye(tensor.d_in, dtype=tensor.dtype, device=tensor.device) / scale
+    return passage.fold(tensor).fold(shrunk, space=passage.hook)

@@ -1,0 +1,416 @@
+"""A graph of features over layers: which pairs of earlier features make which later one.
+
+An edge of a bilinear layer joins *two* inputs to an output, ``coefficient * z_b z_c`` adds to the
+output feature. So a pair is a node of its own: feature b -> pair <- feature c, pair -> feature a (a
+self-interaction has one input). From weights alone the strongest pairs are taken, layer by layer, or
+backward from chosen features; on a prompt, those whose features are active there.
+
+>>> circuit = FeatureCircuit(model, {0: sae_0, 2: sae_2}, {"embed": embedding(model)})
+>>> graph = circuit.graph(20, targets={2: [1882]})       # from weights
+>>> there = circuit.prune(graph, tokens, position=7)     # what of it is active, with contributions
+>>> there.to_graphml("circuit.graphml")
+
+Everything is along the direct path through the residual stream (a source of `through_head` adds a
+head's), and up to the norm's scale until a prompt gives it. GraphML rather than the JSON of
+circuit-tracer's viewer: that format has no document, changed its node ids in 2026, and its links join
+one feature to one feature, with no place for pairs.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_bilinear.circuits.residual import EMBED, direct_path, reaches
+from tl_bilinear.circuits.upstream import as_tokens
+from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.passage import input_passages
+from tl_bilinear.features.running import refuse_attached
+from tl_bilinear.tensor import TopInteractions, _checks
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureGraph(Storable):
+    """Features of several dictionaries and the pairs between them, strongest pair first.
+
+    Attributes
+    ----------
+    dictionaries: their names, upstream first
+    nodes: [n, 2], the number of a node's dictionary and its feature in that
+    labels: [n] names
+    pairs: [m, 3], nodes (b, c, a): b and c make a; b == c for a self-interaction
+    coefficients: [m], what stands before ``z_b z_c`` (twice the entry for b != c), up to ``1 / s^2``
+    contributions: [m], ``coefficient z_b z_c / s^2`` on a prompt; None for a graph of weights alone
+    activations: [n], of the nodes on the prompt; NaN for output directions that have none
+    position: the token's, None for weights alone
+    """
+
+    dictionaries: list[str]
+    nodes: Int[Tensor, "n 2"]
+    labels: list[str]
+    pairs: Int[Tensor, "m 3"]
+    coefficients: Float[Tensor, " m"]
+    contributions: Float[Tensor, " m"] | None = None
+    activations: Float[Tensor, " n"] | None = None
+    position: int | None = None
+
+    @property
+    def strengths(self) -> Float[Tensor, " m"]:
+        """What pairs are ordered by: contributions where there are any, coefficients otherwise."""
+        return self.coefficients if self.contributions is None else self.contributions
+
+    def top(self, k: int) -> FeatureGraph:
+        """The k strongest pairs and the features that they join."""
+        _checks.require_count("k", k, max(1, len(self.pairs)), "the pairs of the graph")
+        return self._choose(torch.arange(len(self.pairs))[:k])
+
+    def _choose(self, kept: Tensor) -> FeatureGraph:
+        """The graph of some pairs, strongest first; its nodes by dictionary and feature."""
+        kept = kept[self.strengths[kept].abs().argsort(descending=True, stable=True)]
+        used = self.pairs[kept].unique()
+        used = used[
+            [i for i, _ in sorted(enumerate(self.nodes[used].tolist()), key=lambda n: n[1])]
+        ]
+        places = torch.empty(len(self.nodes), dtype=torch.long)
+        places[used] = torch.arange(len(used))
+        return FeatureGraph(
+            self.dictionaries,
+            self.nodes[used],
+            [self.labels[i] for i in used.tolist()],
+            places[self.pairs[kept]],
+            self.coefficients[kept],
+            None if self.contributions is None else self.contributions[kept],
+            None if self.activations is None else self.activations[used],
+            self.position,
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair: b, c and what they make, with labels, kind, coefficient, contribution."""
+        import pandas as pd
+
+        columns: dict[str, list[Any]] = {}
+        for name, index in zip(("b", "c", "makes"), self.pairs.T.tolist(), strict=True):
+            columns[name] = [self.labels[i] for i in index]
+        columns["kind"] = ["self" if b == c else "cross" for b, c, _ in self.pairs.tolist()]
+        columns["coefficient"] = self.coefficients.tolist()
+        if self.contributions is not None:
+            columns["contribution"] = self.contributions.tolist()
+        return pd.DataFrame(columns)
+
+    def networkx(self) -> networkx.DiGraph:
+        """A directed graph of feature nodes and pair nodes.
+
+        Feature nodes have `kind` ("feature"), `dictionary`, `depth`, `feature` and `label`; pair nodes
+        `kind` ("self" or "cross") and `coefficient`; on a prompt also `activation` and `contribution`.
+        Edges carry the pair's strength as `weight`.
+        """
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        names = []
+        for i, (depth, feature) in enumerate(self.nodes.tolist()):
+            names.append(f"{self.dictionaries[depth]}/{feature}")
+            data = {
+                "kind": "feature",
+                "dictionary": self.dictionaries[depth],
+                "depth": depth,
+                "feature": feature,
+                "label": self.labels[i],
+            }
+            if self.activations is not None:
+                data["activation"] = float(self.activations[i])
+            graph.add_node(names[-1], **data)
+        for i, (b, c, a) in enumerate(self.pairs.tolist()):
+            name = f"{names[b]} x {names[c]} -> {names[a]}"
+            data = {
+                "kind": "self" if b == c else "cross",
+                "coefficient": float(self.coefficients[i]),
+            }
+            if self.contributions is not None:
+                data["contribution"] = float(self.contributions[i])
+            graph.add_node(name, **data)
+            for source, target in dict.fromkeys(
+                [(names[b], name), (names[c], name), (name, names[a])]
+            ):
+                graph.add_edge(source, target, weight=float(self.strengths[i]))
+        return graph
+
+    def to_graphml(self, path: str | Path) -> None:
+        """Write `networkx()` as GraphML (Gephi, Cytoscape, yEd, networkx), whole or not at all.
+
+        Raises FileNotFoundError for a folder that does not exist.
+        """
+        import networkx as nx
+
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            nx.write_graphml(self.networkx(), temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class FeatureCircuit:
+    """Dictionaries of several layers' outputs, each read through those upstream of it.
+
+    Parameters
+    ----------
+    model: a bilinear HookedTransformer
+    outputs: layer to SAE, transcoder, Dictionary or matrix [n, d_model]
+        Features of a layer's output, at ``hook_mlp_out`` or ``mlp.hook_out`` (a bare matrix is taken
+        to be there). Read as `FeatureInteractions` reads outputs; they write along the decoder.
+    sources: name to dictionary, optional
+        What else is upstream: `embedding(model)`, `through_head(...)`, SAEs on the residual stream
+        (which hold what others wrote before them: their pairs say it again). Each enters the layers
+        that come after it.
+
+    Attributes
+    ----------
+    interactions: layer to FeatureInteractions, for the layers that have something upstream
+
+    Raises ValueError where a dictionary does not fit its layer, or nothing is upstream of any layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        outputs: Mapping[int, Any],
+        sources: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        layers = len(model.blocks)
+        for layer in outputs:
+            if not 0 <= layer < layers:
+                raise IndexError(f"layer {layer} does not exist: there are {layers}, from 0")
+        self._written = {name: Dictionary.of(source) for name, source in (sources or {}).items()}
+        self._depth = dict(zip(self._written, range(len(self._written)), strict=True))
+        self.interactions: dict[int, FeatureInteractions] = {}
+        self._upstream: dict[int, list[str]] = {}
+        for layer in sorted(outputs):
+            name = layer_name(layer)
+            if name in self._written:
+                raise ValueError(
+                    f"a source cannot be called {name!r}: that is layer {layer}'s output"
+                )
+            own = _at_output(Dictionary.of(outputs[layer]), layer)
+            found = [each for each in self._written if reaches(model, self._written[each], layer)]
+            if found:
+                inputs = direct_path(model, layer, *(self._written[each] for each in found))
+                self.interactions[layer] = FeatureInteractions(model, layer, inputs, outputs[layer])
+                self._upstream[layer] = found
+            self._written[name] = own
+            self._depth[name] = len(self._depth)
+        if not self.interactions:
+            raise ValueError(
+                f"nothing is upstream of the layers {sorted(outputs)}: give outputs of two layers, or "
+                f"sources such as {{'embed': embedding(model)}}"
+            )
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {d.n}" for name, d in self._written.items())
+        return f"FeatureCircuit(features {parts}; layers read: {list(self.interactions)})"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all dictionaries, sources first, then ``mlp L`` by layer."""
+        return list(self._written)
+
+    # ------------------------------------------------------------------ from weights
+
+    def graph(
+        self, k: int = 20, targets: Mapping[int, Sequence[int]] | None = None
+    ) -> FeatureGraph:
+        """The strongest pairs, from weights alone.
+
+        Parameters
+        ----------
+        k: int
+            Pairs of each layer over all its output features, or, with targets, of each feature met.
+        targets: layer to features, optional
+            Go backward from these: the k pairs of each, then those of the features in them, and so on.
+
+        Raises ValueError for a target layer that has nothing upstream, IndexError for a feature that
+        does not exist.
+        """
+        rows: list[tuple[int, int, int]] = []
+        values: list[Tensor] = []
+        index: dict[tuple[str, int], int] = {}
+
+        def node(name: str, feature: int) -> int:
+            return index.setdefault((name, feature), len(index))
+
+        wanted: dict[int, dict[int, None]] = {}
+        for layer, features in (targets or {}).items():
+            if layer not in self.interactions:
+                raise ValueError(
+                    f"no interactions at layer {layer}: there are at {list(self.interactions)}"
+                )
+            wanted[layer] = dict.fromkeys(int(f) for f in features)
+        for layer in sorted(self.interactions, reverse=True):
+            made, pairs = self._strongest(
+                layer, k, None if targets is None else wanted.get(layer, {})
+            )
+            values.append(pairs.coefficients.detach().cpu())
+            for b, c, a in zip(
+                pairs.rows.tolist(), pairs.columns.tolist(), made.tolist(), strict=True
+            ):
+                inputs = [self._place(layer, i) for i in (b, c)]
+                rows.append((node(*inputs[0]), node(*inputs[1]), node(layer_name(layer), a)))
+                for name, feature in inputs:
+                    earlier = self._layer_of.get(name)
+                    if targets is not None and earlier is not None:
+                        wanted.setdefault(earlier, {})[feature] = None
+        return FeatureGraph(
+            self.names,
+            torch.tensor([(self._depth[name], f) for name, f in index]).reshape(-1, 2),
+            [f"{name}: {self._written[name].label(f)}" for name, f in index],
+            torch.tensor(rows, dtype=torch.long).reshape(-1, 3),
+            torch.cat(values),
+        )._choose(torch.arange(len(rows)))
+
+    def _strongest(
+        self, layer: int, k: int, features: dict[int, None] | None
+    ) -> tuple[Tensor, TopInteractions]:
+        """(output features [m], pairs [m]) of a layer: of chosen features, or over all."""
+        found = self.interactions[layer]
+        n = found.inputs.n
+        most = n * (n + 1) // 2
+        if features is None:
+            return found.top_overall(min(k, most * found.outputs.n))
+        chosen = torch.tensor(list(features), dtype=torch.long)
+        pairs = found.top(chosen, min(k, most))
+        made = chosen[:, None].expand_as(pairs.rows).flatten()
+        rows, columns, values = (t.flatten() for t in (pairs.rows, pairs.columns, pairs.values))
+        return made, TopInteractions(rows, columns, values, pairs.space)
+
+    def _place(self, layer: int, index: int) -> tuple[str, int]:
+        """Which (dictionary, feature) an input of a layer's interactions is."""
+        for name in self._upstream[layer]:
+            if index < self._written[name].n:
+                return name, index
+            index -= self._written[name].n
+        raise AssertionError("an input beyond all dictionaries")
+
+    @property
+    def _layer_of(self) -> dict[str, int]:
+        return {layer_name(layer): layer for layer in self.interactions}
+
+    # ------------------------------------------------------------------ on a prompt
+
+    @torch.no_grad()
+    def activations(
+        self, tokens: Tensor | str, position: int = -1
+    ) -> tuple[dict[str, Tensor | None], dict[int, float]]:
+        """Activations [n] of every dictionary at one token, and the norm's scale of every layer.
+
+        Token embeddings are active (1) for the token that is there. None for directions that have no
+        activation (a matrix, a source through a head).
+
+        Raises IndexError for a position that does not exist.
+        """
+        refuse_attached(self.model)
+        rows = as_tokens(self.model, tokens)
+        length = rows.shape[1]
+        if not -length <= position < length:
+            raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
+        scales = {
+            layer: list(input_passages(self.model, layer).values())[-1].scale_hook
+            for layer in self.interactions
+        }
+        hooks = {hook for hook in scales.values() if hook is not None}
+        for found in self._written.values():
+            if found.encode is not None:
+                hooks |= {hook for hook in (found.hook, found.encoder_hook) if hook is not None}
+        _, cache = self.model.run_with_cache(
+            rows, names_filter=lambda name: name in hooks, return_type=None
+        )
+
+        def active(found: Dictionary) -> Tensor | None:
+            if found.encode is not None and found.hook is not None:
+                source = found.encoder_hook
+                reads = None if source in (None, found.hook) else cache[source][0, position]
+                return found.read(cache[found.hook][0, position], reads).coefficients
+            if found.hook == EMBED:
+                one_hot = torch.zeros(found.n, dtype=found.decoder.dtype)
+                one_hot[rows[0, position]] = 1
+                return one_hot
+            return None
+
+        return (
+            {name: active(found) for name, found in self._written.items()},
+            {
+                layer: 1.0 if hook is None else float(cache[hook][0, position])
+                for layer, hook in scales.items()
+            },
+        )
+
+    def prune(self, graph: FeatureGraph, tokens: Tensor | str, position: int = -1) -> FeatureGraph:
+        """The pairs of a graph whose features are active at a token, with their contributions.
+
+        A contribution ``coefficient z_b z_c / s^2`` is exact: so much does the pair add to the product
+        of the layer's output with the feature's direction. Output features that have no activation
+        (a matrix of directions) are kept.
+
+        Raises ValueError for a graph of other dictionaries, and for inputs that have no activations.
+        """
+        if graph.dictionaries != self.names:
+            raise ValueError(
+                f"the graph is of {', '.join(graph.dictionaries)}, this circuit of "
+                f"{', '.join(self.names)}"
+            )
+        found, scales = self.activations(tokens, position)
+        inputs = set(graph.pairs[:, :2].flatten().tolist())
+        z = torch.full((len(graph.labels),), torch.nan, dtype=graph.coefficients.dtype)
+        for i, (depth, feature) in enumerate(graph.nodes.tolist()):
+            active = found[self.names[depth]]
+            if active is not None:
+                z[i] = float(active[feature])
+            elif i in inputs:
+                raise ValueError(
+                    f"{self.names[depth]!r} has directions but no activations, so that a graph with its "
+                    f"features has no contributions on a prompt; `paths` takes heads on a prompt apart"
+                )
+        b, c, a = graph.pairs.unbind(1)
+        by_name = {layer_name(layer): scale for layer, scale in scales.items()}
+        made_at = [by_name[self.names[depth]] for depth in graph.nodes[a, 0].tolist()]
+        s = torch.tensor(made_at, dtype=z.dtype)
+        contributions = graph.coefficients * z[b] * z[c] / s.square()
+        kept = (z[b] != 0) & (z[c] != 0) & (z[a] != 0)
+        length = as_tokens(self.model, tokens).shape[1]
+        return FeatureGraph(
+            **{
+                **vars(graph),
+                "contributions": contributions,
+                "activations": z,
+                "position": position % length,
+            }
+        )._choose(kept.nonzero()[:, 0])
+
+
+def layer_name(layer: int) -> str:
+    """What the output dictionary of a layer is called in a graph."""
+    return f"mlp {layer}"
+
+
+def _at_output(found: Dictionary, layer: int) -> Dictionary:
+    """An output dictionary with the hook where its decoder writes."""
+    if found.hook is not None:
+        return found
+    return Dictionary(**{**vars(found), "hook": f"blocks.{layer}.hook_mlp_out"})

@@ -1,0 +1,294 @@
+"""Pairs of upstream components that make a bilinear layer's output at one token, exactly.
+
+The layer reads ``x = (r A) / s + b`` (`features.passage`), ``r = sum_m r_m`` over upstream components
+(`circuits.upstream`). With the attention patterns as they are and the norm's scale s frozen at its
+value, the output along a direction u is a sum over pairs,
+
+    ``u . f(x) = sum_mn r_m^T Q r_n / s^2 + sum_m l . r_m / s + constant``,
+
+Q and l the interaction and linear parts of the layer along u after the norm's weight. Nothing is
+approximated: `Paths.error` is rounding, and taking a component out of the model along its direct path
+changes the output by what `Paths.effect` says (`check_paths`).
+
+>>> found = paths(model, tokens, 2, readout)       # u: [d_model], say a row of `unembedding(model)`
+>>> print(found.text(5))
+>>> found.to_pandas(10)                            # the strongest pairs
+>>> check_paths(model, tokens, found).to_pandas()  # predicted, and measured by path patching
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_bilinear.circuits.upstream import By, Upstream
+from tl_bilinear.features.attribution import relative_error
+from tl_bilinear.tensor import BilinearTensor, TopInteractions, _checks
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class Paths(Storable):
+    """What pairs of upstream components contribute to ``u . f(x)`` at one token.
+
+    Attributes
+    ----------
+    layer, position: where; by: how attention is split ("sources", "heads" or "layers")
+    direction: [d_model], u
+    labels: the n components' names
+    kinds: "embed", "position", "head", "attention bias", "mlp" or "mlp bias"
+    where: [n, 3], a component's layer, head and source position, -1 where there is none
+    vectors: [n, d_model], what each wrote into the residual stream
+    quadratic: [n, n], symmetric, float64. An entry off the diagonal is half of its pair's contribution
+    linear: [n], contributions of the layer's and the norm's biases with each component
+    constants: name to value: "layer constant", "b_out"
+    scale: the norm's scale s (1 without a norm), the number that is frozen
+    measured: ``u . f(x)`` in the model's own run
+    """
+
+    layer: int
+    position: int
+    by: str
+    direction: Float[Tensor, " d"]
+    labels: list[str]
+    kinds: list[str]
+    where: Int[Tensor, "n 3"]
+    vectors: Float[Tensor, "n d"]
+    quadratic: Float[Tensor, "n n"]
+    linear: Float[Tensor, " n"]
+    constants: dict[str, float]
+    scale: float
+    measured: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all contributions."""
+        return self.without([])
+
+    @property
+    def error(self) -> float:
+        """``|total - measured|`` relative to the largest of the contributions and of the two."""
+        return relative_error(self.total, self.measured, self.quadratic, self.constants)
+
+    @property
+    def shares(self) -> Float[Tensor, " n"]:
+        """[n], each component's part, pairs halved between their two: sums to total less constants."""
+        return self.quadratic.sum(1) + self.linear
+
+    def without(self, components: Sequence[int]) -> float:
+        """What ``u . f(x)`` would be without these components, everything else held."""
+        kept = torch.ones(len(self.labels), dtype=torch.bool)
+        kept[list(components)] = False
+        kept = kept.to(self.quadratic.device)
+        parts = self.quadratic[kept][:, kept].sum() + self.linear[kept].sum()
+        return float(parts) + sum(self.constants.values())
+
+    def effect(self, components: Sequence[int]) -> float:
+        """``without(components) - total``: the change when these are taken out together."""
+        return self.without(components) - self.total
+
+    def top(self, k: int) -> TopInteractions:
+        """The k pairs of largest contribution; numbers index `labels`."""
+        n = len(self.labels)
+        _checks.require_count("k", k, n * (n + 1) // 2, f"the pairs of {n} components")
+        doubled = (2 * self.quadratic).triu_(1) + self.quadratic.diagonal().diag()
+        chosen = doubled.abs().flatten().topk(k).indices
+        rows, columns = chosen // n, chosen % n
+        return TopInteractions(rows, columns, self.quadratic[rows, columns], "components")
+
+    def terms(self) -> dict[str, float]:
+        """Sums over kinds of components, which add up to `total`."""
+        kinds = list(dict.fromkeys(self.kinds))
+        member = self.quadratic.new_zeros(len(kinds), len(self.kinds))
+        member[[kinds.index(kind) for kind in self.kinds], range(len(self.kinds))] = 1
+        between = (member @ self.quadratic @ member.T).tolist()
+        found = {}
+        for i, one in enumerate(kinds):
+            found[f"{one} x {one}"] = between[i][i]
+            found |= {f"{one} x {kinds[j]}": 2 * between[i][j] for j in range(i + 1, len(kinds))}
+        if bool(self.linear.any()):
+            linear = (member @ self.linear).tolist()
+            found |= {f"bias x {kind}": value for kind, value in zip(kinds, linear, strict=True)}
+        return found | self.constants
+
+    def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
+        """The k pairs (all) of largest contribution: i, j, kind, labels, contribution, share."""
+        n = len(self.labels)
+        table = self.top(n * (n + 1) // 2 if k is None else k).to_pandas(self.labels)
+        table = table.drop(columns=["matrix", "value"]).rename(
+            columns={"coefficient": "contribution"}
+        )
+        table["share"] = table["contribution"] / (self.total or float("nan"))
+        return table
+
+    def text(self, k: int = 10) -> str:
+        """The k strongest pairs and the sums over kinds, line by line."""
+        lines = [
+            f"layer {self.layer} at position {self.position}: {self.measured:+.4f} "
+            f"(contributions sum to {self.total:+.4f})"
+        ]
+        n = len(self.labels)
+        pairs = self.top(min(k, n * (n + 1) // 2))
+        for i, j, value in zip(
+            pairs.rows.tolist(), pairs.columns.tolist(), pairs.coefficients.tolist(), strict=True
+        ):
+            names = self.labels[i] if i == j else f"{self.labels[i]} x {self.labels[j]}"
+            lines.append(f"  {value:+.4f}  {names}")
+        lines.append("by kind:")
+        lines += [f"  {value:+.4f}  {name}" for name, value in self.terms().items()]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def paths(
+    model: Any,
+    tokens: Tensor | str,
+    layer: int,
+    direction: Float[Tensor, " d_model"],
+    position: int = -1,
+    *,
+    by: By = "sources",
+    words: Sequence[str] | None = None,
+    max_bytes: int = _checks.MAX_DENSE_BYTES,
+) -> Paths:
+    """Split a layer's output along a direction over pairs of upstream components.
+
+    Parameters
+    ----------
+    model: a bilinear HookedTransformer, folded or not
+    tokens: [pos] or [1, pos], or text
+    layer: int
+        From 0; negative from the end.
+    direction: [d_model], u, read from the layer's output (``mlp.hook_out``)
+    position: int
+        Negative from the end.
+    by: "sources", "heads" or "layers"
+        A component for each head and source token, for each head, or for each layer's attention.
+    words: [pos], optional
+        The tokens' names for labels; by default the tokenizer's, or their numbers.
+    max_bytes: int
+        The pairs are an n x n matrix: for long prompts and deep models sum over sources.
+
+    Accumulated in float64 whatever the model's dtype. Raises IndexError for a layer or position that
+    does not exist; ValueError for several sequences, a direction of another width, a layer that is not
+    bilinear, and a model whose residual stream is not a plain sum; MemoryError above `max_bytes`.
+    """
+    tensor = BilinearTensor.from_model(model, layer)
+    tensor = tensor.to(_checks.gram_dtype(tensor.left))
+    direction = _checks.require_rows("direction", direction, tensor.d_out, "d_model", tensor.out)
+    if direction.ndim != 1:
+        raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
+    run = Upstream(model, tokens, layer, position)
+    if words is not None and len(words) != run.tokens.shape[1]:
+        raise ValueError(f"{len(words)} words for {run.tokens.shape[1]} tokens")
+    found = run.components().group(by)
+    n = len(found.kinds)
+    _checks.require_affordable(
+        f"the pairs of {n} components",
+        n * n,
+        run.dtype,
+        max_bytes,
+        "sum over sources with by='heads', or over heads with by='layers'",
+    )
+    whole = tensor.project(direction[None])
+    parts = run.passage.fold(whole).parts()
+    rows = found.vectors / run.scale
+    b_out = 0.0 if whole.bias_out is None else float(whole.bias_out[0])
+    constants = {"layer constant": float(parts.constant[0]) - b_out, "b_out": b_out}
+    return Paths(
+        layer=run.layer,
+        position=run.position,
+        by=by,
+        direction=direction,
+        labels=found.labels(run.words if words is None else list(words)),
+        kinds=found.kinds,
+        where=found.where,
+        vectors=found.vectors,
+        quadratic=parts.interaction.interaction()[0].fold(rows).dense(max_bytes),
+        linear=rows @ parts.linear[0],
+        constants={name: value for name, value in constants.items() if value},
+        scale=run.scale,
+        measured=float(run.at(run.output_hook) @ direction),
+    )
+
+
+# ---------------------------------------------------------------------- by intervention
+
+
+@dataclass(frozen=True, eq=False)
+class PathCheck(Storable):
+    """Effects of taking components out, predicted from `Paths` and measured by path patching.
+
+    Attributes
+    ----------
+    removed: the components of each intervention; labels: their names
+    predicted, measured: [m], changes of ``u . f(x)``
+    """
+
+    removed: list[list[int]]
+    labels: list[str]
+    predicted: Float[Tensor, " m"]
+    measured: Float[Tensor, " m"]
+
+    @property
+    def difference(self) -> float:
+        """The largest ``|predicted - measured|`` relative to the largest effect."""
+        size = max(float(self.predicted.abs().max()), float(self.measured.abs().max()))
+        return float((self.predicted - self.measured).abs().max()) / size if size else 0.0
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row an intervention: removed, predicted, measured."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "removed": self.labels,
+                "predicted": self.predicted.tolist(),
+                "measured": self.measured.tolist(),
+            }
+        )
+
+
+def check_paths(
+    model: Any,
+    tokens: Tensor | str,
+    found: Paths,
+    removed: Sequence[Sequence[int]] | int = 10,
+) -> PathCheck:
+    """Take components out of the model along their direct path, and compare with `Paths.effect`.
+
+    Parameters
+    ----------
+    removed: sets of components, each taken out together, or a number: so many single components, those
+        of largest effect. The interaction of a pair is the second difference:
+        ``-effect([i]) - effect([j]) + effect([i, j]) = 2 quadratic[i, j]``.
+
+    A component is removed where it is written (``hook_embed``, ``attn.hook_z``, ``hook_mlp_out``, ...),
+    with attention patterns, values, the other MLPs' outputs and the norm's scale held at the clean run.
+    """
+    if isinstance(removed, int):
+        effects = torch.tensor([found.effect([i]) for i in range(len(found.labels))])
+        count = min(removed, len(effects))
+        removed = [[i] for i in effects.abs().topk(count).indices.tolist()]
+    run = Upstream(model, tokens, found.layer, found.position)
+    clean = run.output_without([], [])
+    places = found.where.tolist()
+    direction = found.direction.to(clean)
+    measured = []
+    for chosen in removed:
+        output = run.output_without([found.kinds[i] for i in chosen], [places[i] for i in chosen])
+        measured.append(float((output - clean) @ direction))
+    return PathCheck(
+        removed=[list(chosen) for chosen in removed],
+        labels=[" and ".join(found.labels[i] for i in chosen) for chosen in removed],
+        predicted=torch.tensor([found.effect(chosen) for chosen in removed], dtype=clean.dtype),
+        measured=torch.tensor(measured, dtype=clean.dtype),
+    )

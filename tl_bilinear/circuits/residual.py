@@ -1,0 +1,356 @@
+"""What tokens, heads and earlier layers write, as dictionaries of directions that a later layer reads.
+
+The residual stream is a sum, so a direction written early arrives as it is at every later layer (the
+direct path), and through a head as ``d W_V W_O``. As dictionaries both go into `FeatureInteractions`,
+which then reads a layer's weights between them, with nothing run and no V x V matrix formed:
+
+>>> tokens = embedding(model)
+>>> previous = through_head(model, tokens, 0, 3)             # a token, seen through head 0.3
+>>> sources = direct_path(model, 1, tokens, previous)        # both, as layer 1's MLP meets them
+>>> features = FeatureInteractions(model, 1, sources, unembedding(model))
+>>> features.top(42, k=20)             # which pairs of sources make token 42's logit
+>>> source_pairs(model, 1, u, tokens, previous)      # a token with another that the head brings
+
+**Up to positive factors.** Norms divide by a number of the token: an interaction of two sources holds
+up to ``1 / s^2`` of the layer's norm, a source through a head up to the weight that the head gives it
+and ``1 / s`` of the norm before it, a logit up to ``1 / s`` of the last norm. Signs hold, and so do
+ratios within one source; ratios between sources hold at equal factors. `paths` has the exact numbers
+of a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.passage import input_passages, norm_matrix
+from tl_bilinear.tensor import Eigendecomposition, _checks
+from tl_bilinear.tensor._top import BLOCK_ELEMENTS
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+EMBED = "hook_embed"
+_BEFORE_ATTENTION = ("hook_resid_pre",)
+_BEFORE_MLP = (*_BEFORE_ATTENTION, "hook_attn_out", "hook_resid_mid")
+_AFTER_MLP = ("mlp.hook_out", "hook_mlp_out", "hook_resid_post")
+_STREAM = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, _BEFORE_MLP + _AFTER_MLP))})")
+
+
+def embedding(model: Any) -> Dictionary:
+    """Every token's embedding, ``W_E`` [d_vocab, d_model], at ``hook_embed``.
+
+    Raises ValueError for a model that normalises its embeddings (`post_embedding_ln`).
+    """
+    if getattr(model.cfg, "post_embedding_ln", False):
+        raise ValueError(
+            "this model normalises its embeddings (post_embedding_ln=True), so that a row of W_E is not "
+            "what a token writes: give Dictionary(rows, hook='hook_embed') with the rows you mean"
+        )
+    rows = model.W_E.detach()
+    return Dictionary(rows, hook=EMBED, labels=_words(model, len(rows)))
+
+
+def positions(model: Any) -> Dictionary:
+    """Every learned position's embedding, ``W_pos`` [n_ctx, d_model].
+
+    Raises ValueError for a model without (rotary, say).
+    """
+    kind = model.cfg.positional_embedding_type
+    if kind != "standard":
+        raise ValueError(
+            f"only learned positions are written into the residual stream; this model's are {kind!r}"
+        )
+    rows = model.W_pos.detach()
+    labels = [f"position {i}" for i in range(len(rows))]
+    return Dictionary(rows, hook="hook_pos_embed", labels=labels)
+
+
+def unembedding(model: Any) -> Dictionary:
+    """The directions that raise tokens' logits, [d_vocab_out, d_model], through the last norm's weight.
+
+    ``logit_t = u_t . r / s + constant`` for the final residual stream r. As output directions of a
+    layer: what it writes for each token directly.
+    """
+    rows = model.W_U.detach().T
+    norm = getattr(model, "ln_final", None)
+    matrix = None if norm is None else norm_matrix(model.cfg, norm, rows)
+    rows = rows if matrix is None else rows @ matrix.T
+    return Dictionary(rows, labels=_words(model, len(rows)))
+
+
+def through_head(model: Any, source: Any, layer: int, head: int) -> Dictionary:
+    """Directions through a head's OV circuit: ``d C w W_V W_O`` [n, d_model], at ``hook_attn_out``.
+
+    C and w are the centring and weight of the norm before attention (its bias, and b_V, do not depend
+    on the source). `source` may have gone through an earlier head already (virtual heads).
+
+    Raises IndexError for a head that does not exist, ValueError for a source that the head cannot see.
+    """
+    layer = _existing(layer, model.cfg.n_layers, "layer")
+    head = _existing(head, model.cfg.n_heads, "head")
+    block = model.blocks[layer]
+    found = _upstream(source, layer, _BEFORE_ATTENTION, f"head {layer}.{head}", model)
+    W_V, W_O = block.attn.W_V[head].detach(), block.attn.W_O[head].detach()
+    matrix = norm_matrix(model.cfg, getattr(block, "ln1", None), W_V)
+    rows = found.decoder.to(W_V)
+    rows = (rows if matrix is None else rows @ matrix) @ W_V @ W_O
+    labels = found.labels or [str(i) for i in range(found.n)]
+    name = f"through {layer}.{head}"
+    return Dictionary(
+        rows, hook=f"blocks.{layer}.hook_attn_out", labels=[f"{label} {name}" for label in labels]
+    )
+
+
+def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
+    """Directions written upstream as they arrive, unchanged, before a layer's MLP: [sum of n, d_model].
+
+    Sources are dictionaries (or SAEs) of what is written into the residual stream before that MLP;
+    several are put one after another. What `FeatureInteractions` takes as `sae_in`; it handles the
+    norm's weight, and says that interactions hold up to its scale.
+
+    Raises ValueError, naming it, for a source that is not in the residual stream or comes after the
+    layer.
+    """
+    if not sources:
+        raise ValueError("direct_path needs at least one source: a dictionary, an SAE or a matrix")
+    layer = _existing(layer, model.cfg.n_layers, "layer")
+    found = [_upstream(s, layer, _seen(model), f"the MLP of layer {layer}", model) for s in sources]
+    labels = None
+    if any(each.labels is not None for each in found):
+        labels = [
+            label for each in found for label in (each.labels or [str(i) for i in range(each.n)])
+        ]
+    rows = torch.cat([each.decoder.to(model.W_E) for each in found])
+    hook = list(input_passages(model, layer))[-1]
+    return Dictionary(rows, hook=hook, labels=labels)
+
+
+def _existing(index: int, count: int, what: str) -> int:
+    if not -count <= index < count:
+        raise IndexError(f"{what} {index} does not exist: there are {count} (0 to {count - 1})")
+    return index % count
+
+
+def reaches(model: Any, source: Dictionary, layer: int) -> bool:
+    """Whether the MLP of a layer sees what a dictionary writes into the residual stream.
+
+    Raises ValueError for one that does not write into it.
+    """
+    return _is_before(source, layer, _seen(model))
+
+
+def _seen(model: Any) -> Sequence[str]:
+    """Hooks of a layer that its MLP comes after."""
+    return _BEFORE_ATTENTION if model.cfg.parallel_attn_mlp else _BEFORE_MLP
+
+
+def _is_before(source: Dictionary, layer: int, same_layer: Sequence[str]) -> bool:
+    if source.hook in (None, EMBED, "hook_pos_embed"):
+        return True
+    place = _STREAM.fullmatch(source.hook)
+    if place is None:
+        raise ValueError(
+            f"{source!r} does not write into the residual stream: a source lies at hook_embed or at a "
+            f"block's hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_out or hook_resid_post"
+        )
+    written = int(place[1])
+    return written < layer or (written == layer and place[2] in same_layer)
+
+
+def _upstream(
+    source: Any, layer: int, same_layer: Sequence[str], reader: str, model: Any
+) -> Dictionary:
+    """`source` as a dictionary, if what it writes is in the residual stream that `reader` sees."""
+    found = Dictionary.of(source)
+    if found.d != model.cfg.d_model:
+        raise ValueError(f"{found!r} has width {found.d}, the residual stream {model.cfg.d_model}")
+    if not _is_before(found, layer, same_layer):
+        raise ValueError(f"{found.hook} is not upstream of {reader}, which cannot see {found!r}")
+    return found
+
+
+def _words(model: Any, count: int) -> list[str] | None:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return None
+    known = tokenizer.convert_ids_to_tokens(list(range(min(count, len(tokenizer)))))
+    return [str(word) for word in known] + [""] * (count - len(known))
+
+
+# ---------------------------------------------------------------------- pairs of two sources
+
+
+@dataclass(frozen=True, eq=False)
+class SourcePairs(Storable):
+    """The strongest pairs of a direction of one source with a direction of another.
+
+    Attributes
+    ----------
+    layer: whose MLP reads both
+    rows, columns: [k], indices in the first and the second source, by falling absolute coefficient
+    coefficients: [k], ``2 d_row^T Q d_column``, what stands before the product of their activations
+    row_labels, column_labels: [k] names
+    """
+
+    layer: int
+    rows: Int[Tensor, " k"]
+    columns: Int[Tensor, " k"]
+    coefficients: Float[Tensor, " k"]
+    row_labels: list[str]
+    column_labels: list[str]
+
+    def top(self, k: int) -> SourcePairs:
+        """The first k of them."""
+        _checks.require_count("k", k, len(self.rows), "the pairs held")
+        return SourcePairs(self.layer, *(getattr(self, name)[:k] for name in _PAIR_COLUMNS))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair: first, second, coefficient."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "first": self.row_labels,
+                "second": self.column_labels,
+                "coefficient": self.coefficients.tolist(),
+            }
+        )
+
+
+_PAIR_COLUMNS = ("rows", "columns", "coefficients", "row_labels", "column_labels")
+
+
+def source_pairs(
+    model: Any,
+    layer: int,
+    direction: Float[Tensor, " d_model"],
+    first: Any,
+    second: Any,
+    k: int = 20,
+) -> SourcePairs:
+    """The strongest pairs across two sources for a direction of a layer's output, from weights alone.
+
+    A position holds one token, so that two embeddings never meet there; a token and another one that a
+    head brings do: ``source_pairs(model, 0, u, embedding(model), through_head(model, tokens, 0, h))``
+    is the table of token pairs that head h makes. (Of one dictionary with itself, features of an SAE
+    say, `FeatureInteractions.top`.) Streamed: the n x m table is never held.
+
+    Up to positive factors (see the module). Errors as `direct_path`.
+    """
+    one, other = (direct_path(model, layer, each) for each in (first, second))
+    Q = FeatureInteractions(model, layer, one, _one_row(direction)).interaction(
+        0, basis="activations"
+    )
+    _checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
+    columns = 2 * (Q @ other.decoder.to(Q.left).T)
+    values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
+    step = max(1, BLOCK_ELEMENTS // other.n)
+    for start in range(0, one.n, step):
+        block = (one.decoder[start : start + step].to(columns) @ columns).flatten()
+        values = torch.cat([values, block])
+        places = torch.cat([places, torch.arange(len(block), device=Q.device) + start * other.n])
+        kept = values.abs().topk(min(k, len(values))).indices
+        values, places = values[kept], places[kept]
+    rows, columns_met = places // other.n, places % other.n
+    return SourcePairs(
+        layer=range(len(model.blocks))[layer],
+        rows=rows,
+        columns=columns_met,
+        coefficients=values,
+        row_labels=[one.label(i) for i in rows.tolist()],
+        column_labels=[other.label(i) for i in columns_met.tolist()],
+    )
+
+
+def _one_row(direction: Tensor) -> Tensor:
+    if direction.ndim != 1:
+        raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
+    return direction[None]
+
+
+# ---------------------------------------------------------------------- virtual weights
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualWeights(Storable):
+    """How directions written upstream are read by the eigenvectors of a later layer.
+
+    For a residual stream ``sum_b z_b d_b``, up to the linear part of biases,
+    ``u . f(x) = sum_i values_i (sum_b z_b weights[b,i])^2 / s^2``.
+
+    Attributes
+    ----------
+    layer: the later layer
+    values: [k], eigenvalues of u's interaction matrix before the norm, by falling absolute value
+    weights: [n, k], ``d_b . v_i``
+    residual: how much of the matrix the k pairs leave out, in spectral norm (a bound)
+    labels: names of the n directions
+    """
+
+    layer: int
+    values: Float[Tensor, " k"]
+    weights: Float[Tensor, "n k"]
+    residual: float
+    labels: list[str]
+
+    def top(self, k: int, pair: int = 0) -> pandas.DataFrame:
+        """The k directions that eigenvector `pair` reads most: index, label, weight, contribution.
+
+        `contribution` is ``value * weight^2``, what the direction alone makes at unit activation.
+        """
+        import pandas as pd
+
+        _checks.require_count("k", k, len(self.weights), "the directions")
+        column = self.weights[:, pair]
+        chosen = column.abs().topk(k).indices
+        return pd.DataFrame(
+            {
+                "index": chosen.tolist(),
+                "label": [self.labels[i] for i in chosen.tolist()],
+                "weight": column[chosen].tolist(),
+                "contribution": (self.values[pair] * column[chosen].square()).tolist(),
+            }
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All weights: one row a direction, one column an eigenvector, headed by its eigenvalue."""
+        import pandas as pd
+
+        columns = [f"{i}: {value:+.4g}" for i, value in enumerate(self.values.tolist())]
+        return pd.DataFrame(self.weights.cpu().numpy(), index=self.labels, columns=columns)
+
+
+def virtual_weights(
+    model: Any, source: Any, layer: int, direction: Float[Tensor, " d_model"], k: int = 5
+) -> VirtualWeights:
+    """An earlier layer's output directions (or any source) against a later layer's eigenvectors.
+
+    Parameters
+    ----------
+    source: dictionary, SAE or matrix [n, d_model], upstream of the layer's MLP (`direct_path`)
+    layer, direction: whose interaction matrix; direction [d_model] is read from the layer's output
+    k: int
+        Eigenpairs.
+
+    From weights alone, along the direct path, up to the norm's scale. Errors as `direct_path`.
+    """
+    inputs = direct_path(model, layer, source)
+    features = FeatureInteractions(model, layer, inputs, _one_row(direction))
+    spectrum: Eigendecomposition = features.interaction(0, basis="activations").eigh(k)
+    return VirtualWeights(
+        layer=features.layer,
+        values=spectrum.values,
+        weights=features.input_directions @ spectrum.vectors.T,
+        residual=float(spectrum.bound),
+        labels=[inputs.label(i) for i in range(inputs.n)],
+    )
