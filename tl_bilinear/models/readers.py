@@ -6,7 +6,8 @@ loaded already, and is recognised by the names of its classes.
 Plain modules are recognised by the names of their three maps:
 
 - ``left``, ``right``, ``out``
-- ``gate_proj``, ``up_proj``, ``down_proj`` (Hugging Face's Llama with ``hidden_act="linear"``)
+- ``gate_proj``, ``up_proj``, ``down_proj`` (Hugging Face's Llama with ``hidden_act="linear"``; the
+  whole model is read by `from_model`)
 - ``W_gate``, ``W_in``, ``W_out``, tensors in TransformerLens's layout, with ``b_gate``, ``b_in``,
   ``b_out`` where there are biases
 
@@ -46,6 +47,7 @@ def register() -> None:
     register_mlp_reader("left/right/out", read_left_right_out)
     register_mlp_reader("transformer-lens", read_tl_mlp)
     register_model_reader("transformer-lens", read_hooked_transformer)
+    register_model_reader("hugging-face-llama", read_llama)
 
 
 # ---------------------------------------------------------------------- TransformerLens
@@ -80,7 +82,7 @@ def _read_tl(
 ) -> BilinearTensor:
     if _runs_as(mlp, "tl_bilinear", "BilinearMLP"):
         b_gate, b_in, b_out = (_bias(getattr(mlp, b)) for b in ("b_gate", "b_in", "b_out"))
-    elif _runs_as(mlp, "transformer_lens", "GatedMLP") and _is_identity(mlp.act_fn):
+    elif _runs_as(mlp, "transformer_lens", "GatedMLP") and is_identity(mlp.act_fn):
         b_gate = b_in = None
         # Its b_in is added after the product: a constant b_in W_out at the output.
         b_out = _bias(mlp.b_out.detach() + mlp.b_in.detach() @ mlp.W_out.detach())
@@ -116,6 +118,15 @@ def _not_bilinear(mlp: Any, name: str) -> str:
     )
 
 
+_AFTER = {
+    None: "no normalisation",
+    "RMS": "after RMSNorm and its weight",
+    "RMSPre": "after RMSNorm without a weight",
+    "LN": "after LayerNorm, its weight and its bias",
+    "LNPre": "after LayerNorm without weight and bias",
+}
+
+
 def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     """Where a block's MLP reads and writes, in words that results carry along."""
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
@@ -123,14 +134,7 @@ def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     # TransformerLens's own MLP has no hook_in.
     reads = f"{name}.mlp.hook_in" if hasattr(block.mlp, "hook_in") else f"input of {name}.mlp"
     post_norm = cfg.original_architecture in POST_NORM_ARCHITECTURES
-    norm = {
-        None: "no normalisation",
-        "RMS": "after RMSNorm and its weight",
-        "RMSPre": "after RMSNorm without a weight",
-        "LN": "after LayerNorm, its weight and its bias",
-        "LNPre": "after LayerNorm without weight and bias",
-    }[None if post_norm else cfg.normalization_type]
-    reads += f" (input of the MLP, {norm})"
+    reads += f" (input of the MLP, {_AFTER[None if post_norm else cfg.normalization_type]})"
     if post_norm or cfg.use_normalization_before_and_after:
         hook = f"{name}.mlp.hook_out" if hasattr(block.mlp, "hook_out") else f"output of {name}.mlp"
         return reads, f"{hook} (before the norm that follows the MLP)"
@@ -147,6 +151,45 @@ def _require_layer(layer: int | None, n_layers: int) -> int:
     if not -n_layers <= index < n_layers:
         raise IndexError(f"layer {index} does not exist: the model's layers are {valid}")
     return index % n_layers
+
+
+# ---------------------------------------------------------------------- Hugging Face
+
+
+def read_llama(model: Any, layer: int | None) -> BilinearTensor | None:
+    """A layer of a Hugging Face Llama with ``hidden_act="linear"``; None for another kind of model.
+
+    As it stands in the model, behind the norm and its weight. The spaces bear TransformerLens's
+    names, under which `HookedBilinearTransformer.from_hf` has them.
+    """
+    if not _is_a(model, "transformers", "LlamaPreTrainedModel"):
+        return None
+    layers = getattr(model, "model", model).layers
+    index = _require_layer(layer, len(layers))
+    block = layers[index]
+    refuse_nonlinear(block.mlp, f"model.layers.{index}.mlp")
+    # A weight of ones is none: the model is what from_hf makes of it with the norm folded.
+    norm = "RMSPre" if (block.post_attention_layernorm.weight == 1).all() else "RMS"
+    return dataclasses.replace(
+        read_mlp(block.mlp),
+        input_space=f"blocks.{index}.mlp.hook_in (input of the MLP, {_AFTER[norm]})",
+        output_space=f"blocks.{index}.hook_mlp_out",
+    )
+
+
+def refuse_nonlinear(mlp: Any, name: str) -> None:
+    """Raise ValueError for a Hugging Face MLP with an activation on its gate."""
+    if not is_identity(mlp.act_fn):
+        raise ValueError(gated_through(name, type(mlp.act_fn).__name__))
+
+
+def gated_through(name: str, activation: str) -> str:
+    """Why a gated MLP is refused, and the way to make it bilinear."""
+    return (
+        f"{name} is not bilinear: its gate goes through {activation}, where a bilinear Llama has "
+        "hidden_act='linear'. `tl-bilinear finetune` anneals the activation away (Pearce et al. "
+        "2025, appendix H)"
+    )
 
 
 # ---------------------------------------------------------------------- plain modules
@@ -194,7 +237,7 @@ def _read_plain(
 def _refuse_activation(module: Any) -> None:
     for name in _ACTIVATION_NAMES:
         activation = getattr(module, name, None)
-        if activation is not None and not _is_identity(activation):
+        if activation is not None and not is_identity(activation):
             shown = getattr(activation, "__name__", None) or str(activation)
             raise ValueError(
                 f"this {type(module).__name__} is not bilinear: its {name} is {shown}, "
@@ -273,7 +316,7 @@ def _runs_as(module: Any, package: str, class_name: str) -> bool:
     return owner.__name__ == class_name and owner.__module__.partition(".")[0] == package
 
 
-def _is_identity(activation: Any) -> bool:
+def is_identity(activation: Any) -> bool:
     """Whether an activation leaves every number as it is, found by trying."""
     if isinstance(activation, str):
         return activation in _IDENTITY_NAMES

@@ -1,5 +1,6 @@
 """Plotly figures of results; nothing is computed here. Importing it needs plotly."""
 
+from tl_bilinear.plots.curves import loss_figure
 from tl_bilinear.plots.features import (
     correlation_figure,
     geometry_figure,
@@ -13,6 +14,7 @@ __all__ = [
     "correlation_figure",
     "eigenvector_figure",
     "geometry_figure",
+    "loss_figure",
     "scatter_figure",
     "spectra_figure",
     "statistics_figure",
