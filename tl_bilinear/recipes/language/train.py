@@ -26,12 +26,12 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ SETTINGS, RESULT, MODEL, WRITING, SECONDS = (
     ".writing",
     "seconds.json",
 )
+Run = TypeVar("Run", bound="LanguageRun")
 # The nonlinearity on the gate, by the name of the unit that it makes, as transformers calls it.
 ACTIVATIONS = {"bilinear": "linear", "reglu": "relu", "swiglu": "silu", "geglu": "gelu"}
 
@@ -162,6 +163,8 @@ class LanguageRun:
     sample: str
     history: tuple[Mapping[str, float], ...]
 
+    _config_type: ClassVar[type] = LanguageConfig
+
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
@@ -200,7 +203,7 @@ class LanguageRun:
         return pd.DataFrame(self.history).groupby("step", as_index=False).first()
 
     @classmethod
-    def load(cls, folder: str | PathLike[str]) -> LanguageRun:
+    def load(cls: type[Run], folder: str | PathLike[str]) -> Run:
         """Read a finished run.
 
         Raises FileNotFoundError for a folder without one, ValueError for a damaged one.
@@ -212,7 +215,7 @@ class LanguageRun:
         stored = _read_json(folder / RESULT)
         return cls(
             folder,
-            LanguageConfig(**_read_json(folder / SETTINGS)["config"]),
+            cls._config_type(**_read_json(folder / SETTINGS)["config"]),
             **{**stored, "history": tuple(stored["history"])},
         )
 
@@ -337,7 +340,44 @@ def train_language_model(
     FileExistsError for a folder that holds something else; OSError where a checkpoint cannot be
     written (the ones before it are whole).
     """
+    from transformers import LlamaForCausalLM
+
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
+    complete_run(
+        folder,
+        config,
+        data,
+        build=lambda: build_llama(config, data.tokenizer, data.n_ctx),
+        restore=LlamaForCausalLM.from_pretrained,
+        micro_batch=micro_batch,
+        precision=precision,
+        device=device,
+        report_to=report_to,
+        progress=progress,
+    )
+    return LanguageRun.load(folder)
+
+
+def complete_run(
+    folder: str | PathLike[str],
+    config: Any,
+    data: LanguageData,
+    *,
+    build: Callable[[], Any],
+    restore: Callable[[Path], Any],
+    callbacks: Callable[[Any], Sequence[Any]] = lambda llama: (),
+    micro_batch: int | None,
+    precision: str,
+    device: str | None,
+    report_to: Sequence[str],
+    progress: bool,
+) -> None:
+    """Bring the run in a folder to its end, from wherever it stands; see `train_language_model`.
+
+    `config` is a dataclass with the settings of the loop under `LanguageConfig`'s names. `build` makes
+    the Llama to train, `callbacks` those of Trainer that go with it, `restore` makes the final model
+    from the last checkpoint.
+    """
     folder = Path(folder).expanduser().resolve()
     steps = config.total_steps(len(data.train))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -352,14 +392,16 @@ def train_language_model(
         _enter(folder, config, data)
     _everyone()
     if (folder / RESULT).is_file():
-        return LanguageRun.load(folder)
+        return
 
     with _own_random_numbers(), _fresh_place_to_write(folder), _no_file_bars():
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if _step_of(_last_checkpoint(folder)) < steps:
-            _train(folder, config, data, arguments)
-        _finish(folder, config, data, arguments)
-    return LanguageRun.load(folder)
+            llama = build()
+            _train(folder, llama, data, arguments, callbacks(llama))
+        last = _last_checkpoint(folder)
+        assert last is not None  # training ends with one
+        _finish(folder, last, restore(last), config, data, arguments)
 
 
 def _micro_batch(batch: int, world: int, wanted: int | None) -> int:
@@ -384,7 +426,7 @@ def _require_reporters(report_to: Sequence[str]) -> None:
 
 def _arguments(
     folder: Path,
-    config: LanguageConfig,
+    config: Any,
     steps: int,
     micro_batch: int,
     world: int,
@@ -436,9 +478,11 @@ def _arguments(
     )
 
 
-def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any) -> None:
+def _train(
+    folder: Path, llama: Any, data: LanguageData, arguments: Any, callbacks: Sequence[Any]
+) -> None:
     """From the last checkpoint, or the beginning, to the checkpoint of the last step."""
-    trainer, clock = _make_trainer(folder, config, data, arguments)
+    trainer, clock = _make_trainer(folder, llama, data, arguments, callbacks)
     last = _last_checkpoint(folder)
     if last is not None:
         clock.seconds = _read_json(last / SECONDS)["seconds"]
@@ -458,7 +502,7 @@ def _processor_has_bf16() -> bool:
 
 
 def _make_trainer(
-    folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any
+    folder: Path, llama: Any, data: LanguageData, arguments: Any, callbacks: Sequence[Any]
 ) -> tuple[Any, Any]:
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -495,15 +539,18 @@ def _make_trainer(
             self._mark = time.perf_counter()
 
     # Whole batches only, so that each step is the same for one process and for many.
-    rows = len(data.train) // config.batch * config.batch
+    batch = (
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    rows = len(data.train) // batch * batch
     clock = Clock()
     trainer = RecipeTrainer(
-        build_llama(config, data.tokenizer, data.n_ctx),
+        llama,
         arguments,
         data_collator=Collate(data.tokenizer.bos_token_id),
         train_dataset=data.train.with_format("numpy").select(range(rows)),
         eval_dataset=data.validation.with_format("numpy"),
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
@@ -522,14 +569,14 @@ def _keep_checkpoint(folder: Path, name: str, seconds: float) -> None:
         shutil.rmtree(folder / WRITING / old.name)
 
 
-def _finish(folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any) -> None:
+def _finish(
+    folder: Path, last: Path, llama: Any, config: Any, data: LanguageData, arguments: Any
+) -> None:
     """Measure what the last checkpoint holds; write it as the model, and the result."""
-    from transformers import LlamaForCausalLM, TrainerState
+    from transformers import TrainerState
 
-    last = _last_checkpoint(folder)
-    assert last is not None  # training ends with one
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    llama: Any = LlamaForCausalLM.from_pretrained(last).to(arguments.device)
+    llama = llama.to(arguments.device)
     bos, batch = data.tokenizer.bos_token_id, arguments.per_device_eval_batch_size
     loss = language_loss(llama, data.validation, bos, batch)
     if is_first_process():
@@ -557,7 +604,7 @@ def _history(logged: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------- the folder
 
 
-def _enter(folder: Path, config: LanguageConfig, data: LanguageData) -> None:
+def _enter(folder: Path, config: Any, data: LanguageData) -> None:
     """Claim the folder for these settings, or see that it is theirs already."""
     settings: dict[str, Any] = {
         "format": FORMAT,
