@@ -20,9 +20,11 @@ jaxtyping.install_import_hook(
     [
         "tl_bilinear.tensor.bilinear",
         "tl_bilinear.tensor.eigen",
+        "tl_bilinear.tensor.gated",
         "tl_bilinear.tensor.hosvd",
         "tl_bilinear.tensor.interaction",
         "tl_bilinear.tensor.spectrum",
+        "tl_bilinear.models.approximation",
         "tl_bilinear.models.component",
         "tl_bilinear.models.published",
         "tl_bilinear.models.transformer",

@@ -8,11 +8,13 @@ from tl_bilinear.plots.features import (
     statistics_figure,
     submatrix_figure,
 )
+from tl_bilinear.plots.finetuning import finetune_figure
 from tl_bilinear.plots.images import eigenvector_figure, spectra_figure, truncation_figure
 
 __all__ = [
     "correlation_figure",
     "eigenvector_figure",
+    "finetune_figure",
     "geometry_figure",
     "loss_figure",
     "scatter_figure",

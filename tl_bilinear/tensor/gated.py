@@ -282,12 +282,12 @@ def _parted(
 
 
 class _Moments(NamedTuple):
-    """Of the features [u, g u] and the targets act(g) u."""
+    """Of the features phi = [u, g u], f = 2 h of them, and the targets t = act(g) u."""
 
-    features: Float[Tensor, " 2*h"]  # E[phi]
+    features: Float[Tensor, " f"]  # E[phi]
     target: Float[Tensor, " h"]  # E[t]
-    gram: Float[Tensor, "2*h 2*h"]  # E[phi phi^T]
-    cross: Float[Tensor, "2*h h"]  # E[phi t^T]
+    gram: Float[Tensor, "f f"]  # E[phi phi^T]
+    cross: Float[Tensor, "f h"]  # E[phi t^T]
 
 
 def _features(layer: GatedLayer, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -430,12 +430,12 @@ def _solve(
 
 
 def _fit_output(
-    theta: Float[Tensor, " 2*h"],
+    theta: Float[Tensor, " f"],
     out: Float[Tensor, "d_out h"],
     true_out: Float[Tensor, "d_out h"],
-    gram: Float[Tensor, "2*h 2*h"],
-    cross: Float[Tensor, "2*h h"],
-) -> Float[Tensor, " 2*h"]:
+    gram: Float[Tensor, "f f"],
+    cross: Float[Tensor, "f h"],
+) -> Float[Tensor, " f"]:
     """The intercepts and slopes that minimise ``E|true_out t - out (a u + b g u)|^2``."""
     K = out.mT @ out
     normal = gram * K.repeat(2, 2)
@@ -444,11 +444,11 @@ def _fit_output(
 
 
 def _fit_map(
-    theta: Float[Tensor, " 2*h"],
+    theta: Float[Tensor, " f"],
     true_out: Float[Tensor, "d_out h"],
     out: Float[Tensor, "d_out h"],
-    gram: Float[Tensor, "2*h 2*h"],
-    cross: Float[Tensor, "2*h h"],
+    gram: Float[Tensor, "f f"],
+    cross: Float[Tensor, "f h"],
 ) -> Float[Tensor, "d_out h"]:
     """The output map that minimises the same error."""
     hidden = _combined(theta, _combined(theta, gram).mT)
@@ -456,7 +456,7 @@ def _fit_map(
     return out + _ridge(hidden, right - hidden @ out.mT).mT
 
 
-def _combined(theta: Float[Tensor, " 2*h"], features: Float[Tensor, "2*h ..."]) -> Tensor:
+def _combined(theta: Float[Tensor, " f"], features: Float[Tensor, "f ..."]) -> Tensor:
     """``a u + b g u`` along the first dimension."""
     shape = (-1,) + (1,) * (features.ndim - 1)
     a, b = theta.chunk(2)

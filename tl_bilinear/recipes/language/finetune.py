@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PATHS = ("affine", "beta", "closed", "none")
-_ANNEALED = ("affine", "beta")
 SCHEDULES = ("linear", "cosine", "even", "layers")
 BASELINE = "baseline"
 _TABLE = "comparison.json"
@@ -112,6 +111,11 @@ class FinetuneConfig:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
+    @property
+    def anneals(self) -> bool:
+        """Whether the gates change during the run, rather than before it or not at all."""
+        return self.path in ("affine", "beta")
+
     def total_steps(self, rows: int) -> int:
         """Optimiser steps over a data set of so many rows."""
         if self.batch > rows:
@@ -125,11 +129,13 @@ class FinetuneConfig:
 class FinetuneRun(LanguageRun):
     """A finished run, as `LanguageRun`; the model in it is bilinear unless its path is "none"."""
 
+    config: FinetuneConfig  # type: ignore[assignment]  # its settings, in place of a whole model's
+
     _config_type: ClassVar[type] = FinetuneConfig
 
     def __str__(self) -> str:
         path, schedule, anneal = (getattr(self.config, n) for n in ("path", "schedule", "anneal"))
-        how = f"path {path!r}" + (f", {schedule} over {anneal:.0%}" if path in _ANNEALED else "")
+        how = f"path {path!r}" + (f", {schedule} over {anneal:.0%}" if self.config.anneals else "")
         return (
             f"{self.folder}: {how}; {self.tokens:,} tokens in {self.seconds:.0f} s\n"
             f"validation loss {self.loss:.4f} nats a token"
@@ -370,7 +376,7 @@ def finetune(
         return llama.train()
 
     def restore(checkpoint: Path) -> Any:
-        if config.path not in _ANNEALED:
+        if not config.anneals:
             return LlamaForCausalLM.from_pretrained(checkpoint)
         return _folded(_load_for(model, data), config.path, checkpoint)
 
@@ -437,7 +443,7 @@ def _anneal(llama: Any, config: FinetuneConfig, even: Tensor | None) -> Any:
         """Moves the gates on before each step: a run that goes on from a checkpoint finds its place."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if config.path not in _ANNEALED:
+            if not config.anneals:
                 return
             length = config.anneal * state.max_steps
             progress = state.global_step / length if length else 1.0
