@@ -345,6 +345,9 @@ def finetune(
     anneal: Annotated[
         float | None, typer.Option(help="Share of the steps in which the gates change.")
     ] = None,
+    fit_rows: Annotated[
+        int | None, typer.Option(help="Rows of text that closed forms are fitted on.")
+    ] = None,
     learning_rate: _Rate = None,
     weight_decay: _Decay = None,
     warmup: _Warmup = None,
@@ -369,6 +372,7 @@ def finetune(
     given = {
         "schedule": schedule,
         "anneal": anneal,
+        "fit_rows": fit_rows,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "warmup": warmup,

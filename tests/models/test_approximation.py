@@ -131,7 +131,9 @@ def test_modules_that_are_something_else(monkeypatch):
     del nameless.act_fn
     with pytest.raises(ValueError, match="no activation under act_fn, act"):
         BilinearTensor.approximate(nameless, torch.randn(50, 4))
-    with pytest.raises(TypeError, match=r"no reader recognises this gated MLP: .*Linear.*GatedLayer"):
+    with pytest.raises(
+        TypeError, match=r"no reader recognises this gated MLP: .*Linear.*GatedLayer"
+    ):
         BilinearTensor.approximate(nn.Linear(4, 4), torch.randn(50, 4))
     with pytest.raises(ValueError, match="'transformer-lens' is registered already"):
         register_gated_reader("transformer-lens", lambda module: None)
@@ -228,7 +230,9 @@ def test_a_real_model(shared_data):
     gaussian = BilinearTensor.approximate(model.model.layers[0].mlp, moments, warn_below=-1e9)
     with torch.no_grad():
         want = model.model.layers[0].mlp(inputs)
-        errors = [(one.tensor(inputs) - want).square().mean() for one in (gaussian, found["refit"][0])]
+        errors = [
+            (one.tensor(inputs) - want).square().mean() for one in (gaussian, found["refit"][0])
+        ]
     assert errors[0] > 2 * errors[1]  # real inputs are not Gaussian
     neuron, refit = (loss_added(model, one, rows[-16:]).added for one in found.values())
     assert 0.2 < refit < 0.8 * neuron

@@ -275,7 +275,8 @@ def to_bilinear_llama(llama: Any, tensors: Mapping[int, BilinearTensor]) -> Any:
         raise ValueError(f"a bilinear Llama needs a bilinear layer everywhere; missing: {missing}")
     config = copy.deepcopy(llama.config)
     config.hidden_act = "linear"
-    config.mlp_bias = any(tensor.has_biases for tensor in tensors.values())
+    biases = [(t.bias_left, t.bias_right, t.bias_out) for t in tensors.values()]
+    config.mlp_bias = any(b is not None and bool(b.any()) for three in biases for b in three)
     state = llama.state_dict()
     for layer, tensor in tensors.items():
         prefix = f"model.layers.{layer}.mlp"
