@@ -52,6 +52,7 @@ from tl_bilinear.recipes.language.train import (
     complete_run,
     is_first_process,
     language_loss,
+    no_file_bars,
     write_json,
 )
 from tl_bilinear.tensor.readers import read_gated
@@ -485,7 +486,8 @@ def _load_for(model: str | PathLike[str], data: LanguageData) -> Any:
             f"{model} takes {config.vocab_size} and {config.max_position_embeddings}: prepare the text "
             "with the model's tokenizer (`tl-bilinear data SOURCE --tokenizer MODEL --context N`)"
         )
-    llama: Any = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with no_file_bars():
+        llama: Any = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     require_gated_llama(llama)
     return llama
 

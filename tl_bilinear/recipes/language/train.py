@@ -186,14 +186,14 @@ class LanguageRun:
         """The trained LlamaForCausalLM."""
         from transformers import LlamaForCausalLM
 
-        with _no_file_bars():
+        with no_file_bars():
             return LlamaForCausalLM.from_pretrained(self.model_folder)
 
     def hooked(self, **options: Any) -> Any:
         """The trained model as a `HookedBilinearTransformer`; options are those of `from_hf`."""
         from tl_bilinear.models import HookedBilinearTransformer
 
-        with _no_file_bars():
+        with no_file_bars():
             return HookedBilinearTransformer.from_hf(self.model_folder, **options)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -394,7 +394,7 @@ def complete_run(
     if (folder / RESULT).is_file():
         return
 
-    with _own_random_numbers(), _fresh_place_to_write(folder), _no_file_bars():
+    with _own_random_numbers(), _fresh_place_to_write(folder), no_file_bars():
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if _step_of(_last_checkpoint(folder)) < steps:
             llama = build()
@@ -689,7 +689,7 @@ def _everyone() -> None:
 
 
 @contextmanager
-def _no_file_bars() -> Iterator[None]:
+def no_file_bars() -> Iterator[None]:
     """Without the bars that transformers draws for each file it reads or writes."""
     from transformers.utils import logging
 
