@@ -71,7 +71,7 @@ def caught(expression: str) -> str:
 def test_import_is_light():
     heavy = ("transformer_lens", "sae_lens", "transformers", "plotly", "kornia", "mlxtend")
     printed = run(
-        "import sys, tl_bilinear\n"
+        "import sys, tl_bilinear, tl_bilinear.hooks\n"
         "dir(tl_bilinear), tl_bilinear.models.register()\n"
         f"print([name for name in {heavy!r} if name in sys.modules])\n" + TENSOR_WORKS
     )
@@ -131,6 +131,15 @@ def test_without_transformer_lens():
     assert lines[1] == lines[0]
     assert lines[2].startswith("ImportError BilinearMLP needs TransformerLens")
     assert all("pip install 'transformer-lens>=3.9,<4'" in line for line in lines)
+
+
+def test_training_a_language_model_needs_no_transformer_lens():
+    run(
+        BLOCK.format(blocked=("transformer_lens", "sae_lens"))
+        + "import sys\n"
+        + "from tl_bilinear.recipes.language import train_language_model, make_tokenizer\n"
+        + "assert 'transformers' not in sys.modules\n"
+    )
 
 
 def test_with_transformer_lens_4(tmp_path):

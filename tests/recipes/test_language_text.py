@@ -348,9 +348,10 @@ def test_what_is_there_is_replaced_only_if_it_is_such_a_folder(source, tokenizer
     prepare(source, tokenizer, tmp_path / "data")
     assert prepare(source, tokenizer, tmp_path / "data", n_ctx=12).n_ctx == 12
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-        prepare(source, tokenizer, tmp_path / "mine")
+    for folder in ("mine", "data"):
+        (tmp_path / folder / "thesis.tex").touch()
+        with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+            prepare(source, tokenizer, tmp_path / folder)
 
 
 def test_damaged_folders(source, tokenizer, tmp_path):

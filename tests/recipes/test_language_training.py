@@ -22,6 +22,7 @@ from tl_bilinear import BilinearTensor
 from tl_bilinear.recipes.language import (
     ACTIVATIONS,
     CONFIGS,
+    ActivationComparison,
     LanguageConfig,
     LanguageData,
     LanguageRun,
@@ -236,6 +237,20 @@ def test_the_callers_random_numbers_stay(data, tmp_path):
     assert draw() == expected
 
 
+def test_the_figure_shows_both_losses_of_each_run(run):
+    from tl_bilinear.plots import loss_figure
+
+    curve = run.to_pandas()
+    figure = loss_figure({"a": curve, "b": curve.assign(loss=curve["loss"] + 1)})
+    assert [trace.name for trace in figure.data] == [
+        *("a, training", "a, validation", "b, training", "b, validation"),
+    ]
+    training, validation = figure.data[:2]
+    assert list(training.y) == list(curve["loss"])
+    assert list(validation.x) == list(range(2, 21, 2))
+    assert figure.data[0].line.color != figure.data[2].line.color
+
+
 # ---------------------------------------------------------------------- the same result
 
 
@@ -286,6 +301,21 @@ def test_interrupted_and_started_again(run, data, tmp_path, monkeypatch):
     assert names(folder) == names(run.folder)
 
 
+def test_a_run_that_is_damaged_or_of_another_version(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    result = tmp_path / "run" / "result.json"
+    stored = json.loads(result.read_text())
+    for content, message in (
+        ("{", "is not JSON, or not all of it"),
+        ("[]", "is not a table of values"),
+        (json.dumps({**stored, "colour": "blue"}), "was not written by this version .*colour"),
+        (json.dumps({"loss": 1.0}), "was not written by this version .*history"),
+    ):
+        result.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            LanguageRun.load(tmp_path / "run")
+
+
 def test_a_finished_run_is_only_read(run, data, monkeypatch):
     StopAt(1, AssertionError("trained again")).install(monkeypatch)
     again = train_language_model(data, TINY, folder=run.folder, **OPTIONS)
@@ -298,18 +328,8 @@ def command(data, out, launcher=()):
     for name in ("n_layers", "d_model", "d_mlp", "n_heads", "batch", "steps", "learning_rate"):
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     module = ["-m", "tl_bilinear.cli", "train", "lm", str(data.folder), "--out", str(out)]
-    fixed = [
-        "--warmup",
-        "0",
-        "--weight-decay",
-        "0.1",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--quiet",
-    ]
-    return [sys.executable, *launcher, *module, *arguments, *fixed, *options]
+    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    return [sys.executable, *launcher, *module, *arguments]
 
 
 def environment():
@@ -472,6 +492,8 @@ def test_options_that_do_not_fit(data, tmp_path, monkeypatch):
         choose_config("huge")
     with pytest.raises(ValueError, match="micro_batch=5 does not divide the 16 rows"):
         start(micro_batch=5)
+    with pytest.raises(ValueError, match="device is 'cpu' or left out, got 'cuda:1'"):
+        start(device="cuda:1")
     with pytest.raises(ValueError, match="unknown precision 'int4'"):
         start(precision="int4")
     with pytest.raises(
@@ -494,14 +516,14 @@ def test_activations_compared(data, tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, steps=6)
     options = {"folder": tmp_path / "c", "activations": ("bilinear", "swiglu"), **OPTIONS}
     with monkeypatch.context() as patch:  # a machine on which swiglu takes exactly twice as long
-        original = train.write_json
+        original = train.write_table
 
         def write(path, content):
             if path.name == "result.json":
                 content = {**content, "seconds": 2.0 if path.parent.name == "swiglu" else 1.0}
             original(path, content)
 
-        patch.setattr(train, "write_json", write)
+        patch.setattr(train, "write_table", write)
         compared = compare_activations(data, config, **options)
     table = compared.to_pandas()
     assert list(table.index) == ["bilinear", "swiglu"]
@@ -514,7 +536,9 @@ def test_activations_compared(data, tmp_path, monkeypatch):
     assert (
         compared.constant_time[1] > compared.constant_epochs[1]
     )  # three steps learn less than six
-    assert json.loads((tmp_path / "c" / "comparison.json").read_text())["steps"] == [6, 6]
+    assert ActivationComparison.load(tmp_path / "c") == compared
+    with pytest.raises(FileNotFoundError, match="holds no comparison"):
+        ActivationComparison.load(tmp_path)
     assert "constant_epochs" in str(compared)
     StopAt(1, AssertionError("trained again")).install(monkeypatch)
     assert compare_activations(data, config, **options) == compared

@@ -15,7 +15,6 @@ TransformerLens is imported where a model of its is made, so that training needs
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -26,6 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tl_bilinear.models.files import read_table
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
 from tl_bilinear.tensor.readers import read_mlp
 from tl_bilinear.tensor.storage import whole_directory
@@ -86,8 +86,9 @@ def from_hf(
     from tl_bilinear.models.component import BilinearTransformerConfig
 
     if isinstance(source, str | PathLike):
-        llama, found = _load(str(source), dtype)
-        tokenizer = found if tokenizer is None else tokenizer
+        source = Path(source).expanduser() if Path(source).expanduser().exists() else source
+        llama = _load(str(source), dtype)
+        tokenizer = _load_tokenizer(str(source)) if tokenizer is None else tokenizer
     else:
         llama = source
     _require_bilinear(llama)
@@ -173,14 +174,12 @@ def _rotary_from_hf(config: Any) -> dict[str, Any]:
     return fields
 
 
-def _load(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """A Llama and its tokenizer (None where it has none), from a folder or by its name on the hub."""
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+def _load(source: str, dtype: torch.dtype | None) -> Any:
+    """A Llama from a folder or by its name on the hub."""
+    from transformers import AutoConfig, LlamaForCausalLM
 
-    folder = Path(source).expanduser()
-    if folder.exists():
-        _require_hf_folder(folder)
-        source = str(folder)
+    if Path(source).exists():
+        _require_hf_folder(Path(source))
     # The config first: a model that will be refused is not downloaded.
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "llama":
@@ -190,24 +189,26 @@ def _load(source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
         )
     if config.hidden_act not in ("linear", "identity"):
         raise ValueError(gated_through(source, config.hidden_act))
-    llama = LlamaForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-    names = ("tokenizer_config.json", "tokenizer.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in names):
-        return llama, None
-    return llama, AutoTokenizer.from_pretrained(source)
+    return LlamaForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+
+
+def _load_tokenizer(source: str) -> Any:
+    """None for a folder without one."""
+    from transformers import AutoTokenizer
+
+    files = [Path(source) / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if Path(source).is_dir() and not any(file.is_file() for file in files):
+        return None
+    return AutoTokenizer.from_pretrained(source)
 
 
 def _require_hf_folder(folder: Path) -> None:
-    from tl_bilinear.models.storage import FORMAT
+    from tl_bilinear.models.storage import is_ours
 
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
-    try:
-        stored = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON, or not all of it: {error}") from error
-    if isinstance(stored, dict) and stored.get("format") == FORMAT:
+    if is_ours(read_table(config)):
         raise ValueError(
             f"{folder} is in tl_bilinear's own format: load it with "
             "HookedBilinearTransformer.from_pretrained"
@@ -371,7 +372,6 @@ def _is_llama_folder(directory: Path) -> bool:
         if entry.name not in known and not entry.name.startswith(("model", "tokenizer")):
             return False
     try:
-        stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return read_table(directory / "config.json").get("model_type") == "llama"
     except (OSError, ValueError):
         return False
-    return isinstance(stored, dict) and stored.get("model_type") == "llama"

@@ -57,7 +57,7 @@ def read_hooked_transformer(model: Any, layer: int | None) -> BilinearTensor | N
     """A layer of a HookedTransformer or of any subclass; None for another kind of model."""
     if not _is_a(model, "transformer_lens", "HookedTransformer"):
         return None
-    index = _require_layer(layer, len(model.blocks))
+    index = require_layer(layer, len(model.blocks))
     block, name = model.blocks[index], f"blocks.{index}"
     if not hasattr(block, "mlp"):
         raise ValueError(f"{name} has no MLP: the model is attention only (attn_only=True)")
@@ -127,6 +127,16 @@ _AFTER = {
 }
 
 
+def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
+    """`input_space` and `output_space` of `from_model(model, layer)`, without reading a weight.
+
+    None for a model other than a HookedTransformer.
+    """
+    if not _is_a(model, "transformer_lens", "HookedTransformer"):
+        return None
+    return _spaces(model.cfg, model.blocks[layer], f"blocks.{layer}")
+
+
 def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     """Where a block's MLP reads and writes, in words that results carry along."""
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
@@ -141,7 +151,7 @@ def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     return reads, f"{name}.hook_mlp_out"
 
 
-def _require_layer(layer: int | None, n_layers: int) -> int:
+def require_layer(layer: int | None, n_layers: int) -> int:
     valid = f"0 to {n_layers - 1}, or {-n_layers} to -1 from the end"
     if layer is None:
         if n_layers != 1:
@@ -165,7 +175,7 @@ def read_llama(model: Any, layer: int | None) -> BilinearTensor | None:
     if not _is_a(model, "transformers", "LlamaPreTrainedModel"):
         return None
     layers = getattr(model, "model", model).layers
-    index = _require_layer(layer, len(layers))
+    index = require_layer(layer, len(layers))
     block = layers[index]
     refuse_nonlinear(block.mlp, f"model.layers.{index}.mlp")
     # A weight of ones is none: the model is what from_hf makes of it with the norm folded.

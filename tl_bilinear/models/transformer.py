@@ -89,12 +89,13 @@ class HookedBilinearTransformer(HookedTransformer):
         self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None
     ) -> None:
         """As HookedTransformer's, for tokenizers made in memory too."""
-        if "name_or_path" in tokenizer.init_kwargs:
-            super().set_tokenizer(tokenizer, default_padding_side)
+        from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+        is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
+        if not is_tokenizer or "name_or_path" in tokenizer.init_kwargs:
+            super().set_tokenizer(tokenizer, default_padding_side)  # which refuses other things
             return
         # TransformerLens reads it a second time, by a name that it does not have.
-        from transformers import AutoTokenizer
-
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             named = AutoTokenizer.from_pretrained(folder, local_files_only=True)

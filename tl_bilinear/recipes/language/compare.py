@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     ACTIVATIONS,
@@ -20,7 +21,6 @@ from tl_bilinear.recipes.language.train import (
     LanguageConfig,
     LanguageRun,
     train_language_model,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +45,23 @@ class ActivationComparison:
         import pandas as pd
 
         return pd.DataFrame(dataclasses.asdict(self)).set_index("activations")
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> ActivationComparison:
+        """Read the table that `compare_activations` left in its folder.
+
+        Raises FileNotFoundError, or ValueError for a damaged one.
+        """
+        path = Path(folder).expanduser() / _TABLE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no comparison: `tl-bilinear train compare` makes it"
+            )
+        stored = read_table(path)
+        try:
+            return cls(**{name: tuple(values) for name, values in stored.items()})
+        except TypeError as error:
+            raise ValueError(f"{path} is not a table of this version: {error}") from error
 
     def __str__(self) -> str:
         return str(self.to_pandas().to_string(float_format="{:.3f}".format))
@@ -88,7 +105,7 @@ def compare_activations(
         tuple(run.steps for run in equal_time.values()),
         tuple(run.tokens_per_second for run in equal_epochs.values()),
     )
-    write_json(folder / _TABLE, dataclasses.asdict(compared))
+    write_table(folder / _TABLE, dataclasses.asdict(compared))
     return compared
 
 

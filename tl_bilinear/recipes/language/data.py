@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.recipes.language.text import (
     TINYSTORIES,
     Cleaner,
@@ -175,7 +175,7 @@ def prepare_text(
             "cleaning": dataclasses.asdict(cleaner.report()),
             "fingerprint": "-".join(writer.fingerprint for writer in writers.values()),
         }
-        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_table(staging / REPORT, report)
     return LanguageData.load(folder)
 
 
@@ -275,6 +275,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _is_ours(folder: Path) -> bool:
+    """Whether a folder is what `prepare_text` wrote, and holds nothing else."""
+    if {entry.name for entry in folder.iterdir()} - {*PARTS, TOKENIZER, REPORT}:
+        return False
     try:
         return bool(_read_report(folder))
     except (OSError, ValueError):
@@ -287,11 +290,8 @@ def _read_report(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not prepared text (it has no {REPORT}): make it with `tl-bilinear data`"
         )
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
+    report = read_table(path)
+    if report.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by `tl-bilinear data`: its 'format' is not {FORMAT!r}"
         )

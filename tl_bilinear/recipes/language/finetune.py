@@ -27,7 +27,6 @@ s goes from 0 to 1 over the first `anneal` share of the steps, by a `schedule`:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from tl_bilinear.models.approximation import (
     require_gated_llama,
     to_bilinear_llama,
 )
+from tl_bilinear.models.files import write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     LanguageRun,
@@ -53,9 +53,9 @@ from tl_bilinear.recipes.language.train import (
     is_first_process,
     language_loss,
     no_file_bars,
-    write_json,
 )
 from tl_bilinear.tensor.readers import read_gated
+from tl_bilinear.tensor.storage import digest_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -356,8 +356,9 @@ def finetune(
     from transformers import LlamaForCausalLM
 
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
-    _load_for(model, data)  # before the folder is claimed
-    config = dataclasses.replace(config, model=_digest(model))
+    start = _load_for(model, data)  # refused, if it is, before the folder is claimed
+    settings = {"hidden_act": start.config.hidden_act}
+    config = dataclasses.replace(config, model=digest_of(start.state_dict(), settings))
     rows = torch.tensor(data.train[: config.fit_rows]["input_ids"])
     even: dict[str, Tensor] = {}
 
@@ -430,7 +431,7 @@ def compare_finetuning(
     start = language_loss(before, data.validation, data.tokenizer.bos_token_id)
     compared = FinetuneComparison(start, runs.pop(BASELINE), runs)
     if is_first_process():
-        write_json(
+        write_table(
             folder / _TABLE,
             {"start_loss": start, "runs": compared.to_pandas().to_dict(orient="index")},
         )
@@ -490,16 +491,3 @@ def _load_for(model: str | PathLike[str], data: LanguageData) -> Any:
         llama: Any = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     require_gated_llama(llama)
     return llama
-
-
-def _digest(model: str | PathLike[str]) -> str:
-    """Of the weights in a folder; a name on the hub stands for itself."""
-    files = sorted(Path(model).expanduser().glob("*.safetensors"))
-    if not files:
-        return str(model)
-    digest = hashlib.blake2b(digest_size=8)
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

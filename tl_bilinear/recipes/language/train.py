@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import random
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.models.huggingface import save_llama
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.tensor.storage import refuse_foreign
@@ -212,12 +212,14 @@ class LanguageRun:
         if not (folder / RESULT).is_file():
             state = "is not finished" if (folder / SETTINGS).is_file() else "is not there"
             raise FileNotFoundError(f"the run {folder} {state}: `tl-bilinear train lm` makes it")
-        stored = _read_json(folder / RESULT)
-        return cls(
-            folder,
-            cls._config_type(**_read_json(folder / SETTINGS)["config"]),
-            **{**stored, "history": tuple(stored["history"])},
-        )
+        stored = read_table(folder / RESULT)
+        try:
+            config = cls._config_type(**read_table(folder / SETTINGS)["config"])
+            return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder} was not written by this version of `tl-bilinear train lm`: {error}"
+            ) from error
 
 
 # ---------------------------------------------------------------------- the model
@@ -384,6 +386,10 @@ def complete_run(
     micro_batch = _micro_batch(config.batch, world, micro_batch)
     if precision not in _PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; there are {', '.join(_PRECISIONS)}")
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"device is 'cpu' or left out, got {device!r}: CUDA_VISIBLE_DEVICES chooses among GPUs"
+        )
     _require_reporters(report_to)
     arguments = _arguments(
         folder, config, steps, micro_batch, world, precision, device, report_to, progress
@@ -438,14 +444,14 @@ def _arguments(
     from transformers import TrainingArguments
 
     if "tensorboard" in report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     every = math.ceil(steps / _CHECKPOINTS)
     use_cpu = device == "cpu"
     accelerated = not use_cpu and torch.cuda.is_available()
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if accelerated else _processor_has_bf16()
         precision = "bf16" if fast else "fp32"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         # Trainer writes where nobody looks, and what is whole is moved out of there.
         output_dir=str(folder / WRITING),
         max_steps=steps,
@@ -476,6 +482,9 @@ def _arguments(
         report_to=list(report_to) or "none",
         disable_tqdm=not progress,
     )
+    # One process uses one GPU: left to itself Trainer gives each of them a batch (nn.DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _train(
@@ -485,7 +494,7 @@ def _train(
     trainer, clock = _make_trainer(folder, llama, data, arguments, callbacks)
     last = _last_checkpoint(folder)
     if last is not None:
-        clock.seconds = _read_json(last / SECONDS)["seconds"]
+        clock.seconds = read_table(last / SECONDS)["seconds"]
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except KeyboardInterrupt:
@@ -496,7 +505,7 @@ def _train(
 
 
 def _processor_has_bf16() -> bool:
-    """In hardware: emulated it is slower than fp32. PyTorch tells since 2.10."""
+    """In hardware: emulated it is slower than fp32. An older PyTorch does not tell."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -558,7 +567,7 @@ def _make_trainer(
 
 def _keep_checkpoint(folder: Path, name: str, seconds: float) -> None:
     written = folder / WRITING / name
-    write_json(written / SECONDS, {"seconds": seconds})
+    write_table(written / SECONDS, {"seconds": seconds})
     for path in written.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
@@ -585,13 +594,13 @@ def _finish(
             "parameters": sum(p.numel() for n, p in llama.named_parameters() if "norm" not in n),
             "steps": state.global_step,
             "tokens": state.global_step * config.batch * data.n_ctx,
-            "seconds": _read_json(last / SECONDS)["seconds"],
+            "seconds": read_table(last / SECONDS)["seconds"],
             "sample": sample_text(llama, data.tokenizer),
             "history": _history(state.log_history),
         }
         llama.config.use_cache = True  # which Trainer turned off
         save_llama(llama.cpu(), data.tokenizer, folder / MODEL)
-        write_json(folder / RESULT, result)
+        write_table(folder / RESULT, result)
     _everyone()
 
 
@@ -618,9 +627,9 @@ def _enter(folder: Path, config: Any, data: LanguageData) -> None:
     refuse_foreign(folder, lambda place: (place / SETTINGS).is_file())
     if not (folder / SETTINGS).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
+        write_table(folder / SETTINGS, settings)
         return
-    stored = _read_json(folder / SETTINGS)
+    stored = read_table(folder / SETTINGS)
     if stored.get("format") != FORMAT:
         raise ValueError(f"{folder / SETTINGS} does not describe a run of `tl-bilinear train lm`")
     before, now = ({**s["config"], **s["data"]} for s in (stored, settings))
@@ -657,23 +666,6 @@ def _fresh_place_to_write(folder: Path) -> Iterator[None]:
     finally:
         if is_first_process():
             shutil.rmtree(folder / WRITING, ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a table of values")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a table of values, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def is_first_process() -> bool:
