@@ -49,6 +49,7 @@ from tl_bilinear.models.files import write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     LanguageRun,
+    LoopConfig,
     complete_run,
     is_first_process,
     language_loss,
@@ -69,61 +70,38 @@ _GRID, _POOL = 256, 50_000  # of the even schedule: betas, pre-activations
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """The settings that decide the result.
+class FinetuneConfig(LoopConfig):
+    """The settings that decide the result; those of the loop are as in `LoopConfig`.
 
     `fit_rows`: rows of text that the affine gates, or the even schedule, are fitted on. The learning
-    rate is the paper's for a model of 1.1B parameters; small models take 10 to 100 times as much. It
-    falls linearly to zero, after rising over the first `warmup` share of the steps. `batch` counts rows
-    a step. `steps`, where given, goes before `epochs`. `model` tells the starting weights from others;
-    `finetune` fills it in.
+    rate is the paper's for a model of 1.1B parameters; small models take 10 to 100 times as much.
+    `model` tells the starting weights from others; `finetune` fills it in.
     """
 
+    learning_rate: float = 3e-5
+    warmup: float = 0.02
+    batch: int = 16
+    epochs: float = 1.0
     path: str = "affine"
     schedule: str = "linear"
     anneal: float = 0.3
     fit_rows: int = 64
-    learning_rate: float = 3e-5
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    warmup: float = 0.02
-    batch: int = 16
-    epochs: float = 1.0
-    steps: int | None = None
-    seed: int = 0
     model: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("path", PATHS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}"
                 )
-        for name in ("fit_rows", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "epochs"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("anneal", "warmup", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        self._require_positive("fit_rows")
+        self._require_shares("anneal")
 
     @property
     def anneals(self) -> bool:
         """Whether the gates change during the run, rather than before it or not at all."""
         return self.path in ("affine", "beta")
-
-    def total_steps(self, rows: int) -> int:
-        """Optimiser steps over a data set of so many rows."""
-        if self.batch > rows:
-            raise ValueError(
-                f"the {rows} rows of text do not fill a batch of {self.batch}: choose a smaller one"
-            )
-        return self.steps or max(1, round(self.epochs * (rows // self.batch)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,20 +65,13 @@ _PROMPT, _SAMPLE_TOKENS = "once upon a time", 80
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
-    """The settings that decide the result; the defaults are the paper's (Table 2).
+class LoopConfig:
+    """The settings of the loop, those of the paper's Table 2 by default.
 
-    `activation` is a key of `ACTIVATIONS`; `bias` puts biases on the three maps of each MLP.
     `batch` counts rows a step, over all processes. The learning rate falls linearly to zero, after
     rising over the first `warmup` share of the steps. `steps`, where given, goes before `epochs`.
     """
 
-    n_layers: int = 6
-    d_model: int = 512
-    d_mlp: int = 2048
-    n_heads: int = 8
-    activation: str = "bilinear"
-    bias: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -90,26 +83,23 @@ class LanguageConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "d_mlp", "n_heads", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._require_positive("batch")
         for name in ("learning_rate", "weight_decay", "epochs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        for name in ("warmup", "beta1", "beta2"):
+        if self.steps is not None:
+            self._require_positive("steps")
+        self._require_shares("warmup", "beta1", "beta2")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _require_shares(self, *names: str) -> None:
+        for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even "
-                "width, which rotary positions need"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
-            )
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps over a data set of so many rows."""
@@ -119,6 +109,35 @@ class LanguageConfig:
                 f"{rows}"
             )
         return self.steps or max(1, round(self.epochs * (rows // self.batch)))
+
+
+@dataclass(frozen=True)
+class LanguageConfig(LoopConfig):
+    """The settings that decide the result; the defaults are the paper's (Table 2).
+
+    `activation` is a key of `ACTIVATIONS`; `bias` puts biases on the three maps of each MLP. The
+    settings of the loop are those of `LoopConfig`.
+    """
+
+    n_layers: int = 6
+    d_model: int = 512
+    d_mlp: int = 2048
+    n_heads: int = 8
+    activation: str = "bilinear"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("n_layers", "d_model", "d_mlp", "n_heads")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even "
+                "width, which rotary positions need"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
+            )
 
 
 CONFIGS = {
@@ -362,7 +381,7 @@ def train_language_model(
 
 def complete_run(
     folder: str | PathLike[str],
-    config: Any,
+    config: LoopConfig,
     data: LanguageData,
     *,
     build: Callable[[], Any],
@@ -376,9 +395,8 @@ def complete_run(
 ) -> None:
     """Bring the run in a folder to its end, from wherever it stands; see `train_language_model`.
 
-    `config` is a dataclass with the settings of the loop under `LanguageConfig`'s names. `build` makes
-    the Llama to train, `callbacks` those of Trainer that go with it, `restore` makes the final model
-    from the last checkpoint.
+    `build` makes the Llama to train, `callbacks` those of Trainer that go with it, `restore` makes the
+    final model from the last checkpoint.
     """
     folder = Path(folder).expanduser().resolve()
     steps = config.total_steps(len(data.train))
@@ -432,7 +450,7 @@ def _require_reporters(report_to: Sequence[str]) -> None:
 
 def _arguments(
     folder: Path,
-    config: Any,
+    config: LoopConfig,
     steps: int,
     micro_batch: int,
     world: int,
@@ -579,7 +597,7 @@ def _keep_checkpoint(folder: Path, name: str, seconds: float) -> None:
 
 
 def _finish(
-    folder: Path, last: Path, llama: Any, config: Any, data: LanguageData, arguments: Any
+    folder: Path, last: Path, llama: Any, config: LoopConfig, data: LanguageData, arguments: Any
 ) -> None:
     """Measure what the last checkpoint holds; write it as the model, and the result."""
     from transformers import TrainerState
@@ -613,7 +631,7 @@ def _history(logged: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------- the folder
 
 
-def _enter(folder: Path, config: Any, data: LanguageData) -> None:
+def _enter(folder: Path, config: LoopConfig, data: LanguageData) -> None:
     """Claim the folder for these settings, or see that it is theirs already."""
     settings: dict[str, Any] = {
         "format": FORMAT,
