@@ -10,6 +10,7 @@ Rows are token numbers [n, n_ctx]. The mathematics is in `tl_bilinear.tensor.gat
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -155,7 +156,7 @@ def approximate_llama(
             llama.model.layers[layer].mlp,
             x,
             fit=fit,
-            warn_below=0.0 if warn_below > 0 else warn_below,
+            warn_below=-math.inf,  # one warning for all of them, below
             input_space=f"blocks.{layer}.mlp.hook_in",
             output_space=f"blocks.{layer}.hook_mlp_out",
         )

@@ -369,8 +369,7 @@ def _hermite(like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(*factors: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Coefficients, by power of z, of a product of linear functions m + c z."""
-    powers: list[Tensor] = [torch.ones(())]
-    powers[0] = powers[0].to(factors[0][0])
+    powers = [torch.ones_like(factors[0][0])]
     for m, c in factors:
         lower = [p * m for p in powers] + [torch.zeros_like(m)]
         upper = [torch.zeros_like(m)] + [p * c for p in powers]
@@ -481,8 +480,8 @@ def _fidelity(
     layer: GatedLayer, tensor: BilinearTensor, intercept: Tensor, slope: Tensor, x: Tensor
 ) -> tuple[float, Float[Tensor, " h"]]:
     """Variance of the output explained, and each neuron's own error relative to that variance."""
-    wrong = torch.zeros_like(x[0, 0])
-    total, squares, neurons = torch.zeros_like(layer.out[:, 0]), wrong.clone(), intercept * 0
+    wrong, squares = torch.zeros_like(x[0, 0]), torch.zeros_like(x[0, 0])
+    total, neurons = torch.zeros_like(layer.out[:, 0]), torch.zeros_like(intercept)
     for block in x.split(_BLOCK):
         g, u = layer.branches(block)
         y = layer(block)
