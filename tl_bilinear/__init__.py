@@ -19,11 +19,13 @@ from tl_bilinear.features import registration as _sae_registration
 from tl_bilinear.tensor import (
     CP,
     HOSVD,
+    Approximation,
     BilinearParts,
     BilinearTensor,
     Eigendecomposition,
     EigenProjector,
     EigenvectorMatch,
+    GatedLayer,
     InteractionMatrix,
     Reexpression,
     Spectrum,
@@ -32,6 +34,7 @@ from tl_bilinear.tensor import (
     functional_inner,
     match_eigenvectors,
     pairwise_similarity,
+    register_gated_reader,
     register_mlp_reader,
     register_model_reader,
 )
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CP",
     "HOSVD",
+    "Approximation",
     "BilinearMLP",
     "BilinearParts",
     "BilinearTensor",
@@ -58,6 +62,7 @@ __all__ = [
     "Eigendecomposition",
     "EigenvectorMatch",
     "FeatureInteractions",
+    "GatedLayer",
     "HookedBilinearTransformer",
     "InteractionMatrix",
     "Reexpression",
@@ -67,6 +72,7 @@ __all__ = [
     "functional_inner",
     "match_eigenvectors",
     "pairwise_similarity",
+    "register_gated_reader",
     "register_mlp_reader",
     "register_model_reader",
 ]

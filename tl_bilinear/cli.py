@@ -392,6 +392,82 @@ def compare(
         typer.echo(compared)
 
 
+@app.command()
+@_reporting
+def finetune(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a Hugging Face Llama, or its name on the hub.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Folder that `tl-bilinear data --tokenizer MODEL` wrote.")
+    ] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/finetune"),
+    path: Annotated[
+        str | None,
+        typer.Option(help="affine, beta (the paper's) or closed; several parted by commas."),
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine, even or layers.")] = None,
+    anneal: Annotated[
+        float | None, typer.Option(help="Share of the steps in which the gates change.")
+    ] = None,
+    fit_rows: Annotated[
+        int | None, typer.Option(help="Rows of text that closed forms are fitted on.")
+    ] = None,
+    learning_rate: _Rate = None,
+    weight_decay: _Decay = None,
+    warmup: _Warmup = None,
+    batch: _Batch = None,
+    epochs: _Epochs = None,
+    steps: _Steps = None,
+    seed: _Seed = None,
+    micro_batch: _Micro = None,
+    precision: _Precision = "auto",
+    device: _Device = None,
+    report_to: _Reporters = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Make a Llama with a gated MLP bilinear, beside the same finetuning of it as it is.
+
+    The same command goes on with runs that were interrupted. Each ends in OUT/PATH/model, a Hugging
+    Face Llama with hidden_act="linear"; OUT/curves.html shows the losses (Fig. 22).
+    """
+    from tl_bilinear.recipes.language.finetune import FinetuneConfig, compare_finetuning
+    from tl_bilinear.recipes.language.train import is_first_process
+
+    given = {
+        "schedule": schedule,
+        "anneal": anneal,
+        "fit_rows": fit_rows,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "batch": batch,
+        "epochs": epochs,
+        "steps": steps,
+        "seed": seed,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    paths = [FinetuneConfig.path] if path is None else path.split(",")
+    compared = compare_finetuning(
+        model,
+        data,
+        {one: FinetuneConfig(path=one, **settings) for one in paths},
+        folder=out,
+        micro_batch=micro_batch,
+        precision=precision,
+        device=device,
+        report_to=report_to or (),
+        progress=not quiet,
+    )
+    if is_first_process():
+        from tl_bilinear.plots import finetune_figure
+
+        temporary = out / ".curves.html.tmp"
+        finetune_figure(compared).write_html(temporary, include_plotlyjs=True)
+        temporary.replace(out / "curves.html")
+        typer.echo(compared)
+
+
 def main() -> None:
     """Run the command line: exit status 2 for bad input, 130 for Ctrl-C."""
     app()

@@ -46,9 +46,10 @@ def register() -> None:
 
     Called when `tl_bilinear` is imported; calling it again changes nothing.
     """
-    from tl_bilinear.models import readers, registration
+    from tl_bilinear.models import approximation, readers, registration
 
     readers.register()
+    approximation.register()
     registration.register()
 
 

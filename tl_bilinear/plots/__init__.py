@@ -9,6 +9,7 @@ from tl_bilinear.plots.features import (
     statistics_figure,
     submatrix_figure,
 )
+from tl_bilinear.plots.finetuning import finetune_figure
 from tl_bilinear.plots.images import eigenvector_figure, spectra_figure, truncation_figure
 from tl_bilinear.plots.mosaic import mosaic_figure
 from tl_bilinear.plots.studies import (
@@ -35,6 +36,7 @@ __all__ = [
     "correlation_figure",
     "eigenvector_figure",
     "explanation_figure",
+    "finetune_figure",
     "gallery_figure",
     "geometry_figure",
     "graph_figure",

@@ -9,21 +9,28 @@ from tl_bilinear.tensor.compare import (
 )
 from tl_bilinear.tensor.cp import CP
 from tl_bilinear.tensor.eigen import Eigendecomposition, EigenProjector
+from tl_bilinear.tensor.gated import Approximation, GatedLayer
 from tl_bilinear.tensor.hosvd import HOSVD, Tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
-from tl_bilinear.tensor.readers import register_mlp_reader, register_model_reader
+from tl_bilinear.tensor.readers import (
+    register_gated_reader,
+    register_mlp_reader,
+    register_model_reader,
+)
 from tl_bilinear.tensor.reexpress import Reexpression
 from tl_bilinear.tensor.spectrum import Spectrum
 
 __all__ = [
     "CP",
     "HOSVD",
+    "Approximation",
     "BilinearParts",
     "BilinearTensor",
     "EigenProjector",
     "Eigendecomposition",
     "EigenvectorMatch",
+    "GatedLayer",
     "InteractionMatrix",
     "QuarticDirections",
     "QuarticForm",
@@ -34,6 +41,7 @@ __all__ = [
     "functional_inner",
     "match_eigenvectors",
     "pairwise_similarity",
+    "register_gated_reader",
     "register_mlp_reader",
     "register_model_reader",
     "with_residual",

@@ -42,6 +42,7 @@ from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
     from tl_bilinear.tensor.cp import CP
+    from tl_bilinear.tensor.gated import Approximation, Fit, GatedLayer
     from tl_bilinear.tensor.hosvd import HOSVD, Mode, Tucker
     from tl_bilinear.tensor.reexpress import Reexpression
     from tl_bilinear.tensor.spectrum import Spectrum
@@ -116,6 +117,58 @@ class BilinearTensor(Storable):
     def from_mlp(cls, module: nn.Module) -> BilinearTensor:
         """One bilinear layer given as a module (see `register_mlp_reader`); errors as `from_model`."""
         return readers.read_mlp(module)
+
+    @classmethod
+    def approximate(
+        cls,
+        mlp: nn.Module | GatedLayer,
+        inputs: Tensor | tuple[Tensor, Tensor],
+        *,
+        fit: Fit = "refit",
+        held_out: float = 0.2,
+        warn_below: float = 0.9,
+        max_bytes: int = _checks.MAX_DENSE_BYTES,
+        input_space: str | None = None,
+        output_space: str | None = None,
+    ) -> Approximation:
+        """The bilinear layer nearest to a gated MLP that is not bilinear, and how near it is.
+
+        The activation of each hidden neuron becomes the affine function ``a + b g`` of its
+        pre-activation that is best under the layer's inputs (`tl_bilinear.tensor.gated` has the
+        mathematics), so the result is an exact BilinearTensor with biases.
+
+        Parameters
+        ----------
+        mlp: nn.Module or GatedLayer
+            A gated MLP of Hugging Face (``gate_proj``, ``up_proj``, ``down_proj``) or of
+            TransformerLens, with any activation that acts on each number by itself.
+        inputs: [..., d_in], or (mean [d_in], covariance [d_in, d_in])
+            Activations at the MLP's input, some tens for each hidden neuron, the last `held_out`
+            share of which the fidelity is measured on; or their first two moments, taken as
+            Gaussian. Real inputs are not: samples fit better.
+        fit: "neuron", "output" or "refit"
+            Each neuron by itself (cheap at any size); all jointly, for the least error of the
+            layer's output; or together with the output map and its bias.
+        warn_below: float
+            Variance explained below which a warning is given.
+        max_bytes: int
+            Of the moments that "output" and "refit" take, 80 d_hidden^2.
+
+        Raises TypeError for a module that no reader recognises; ValueError for inputs of another
+        width or too few, or an unknown fit; MemoryError above `max_bytes`, naming the way around.
+        """
+        from tl_bilinear.tensor.gated import GatedLayer, approximate
+
+        return approximate(
+            mlp if isinstance(mlp, GatedLayer) else readers.read_gated(mlp),
+            inputs,
+            fit=fit,
+            held_out=held_out,
+            warn_below=warn_below,
+            max_bytes=max_bytes,
+            input_space=input_space,
+            output_space=output_space,
+        )
 
     # ------------------------------------------------------------------ what it is
 

@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_bilinear.tensor.bilinear import BilinearTensor
+    from tl_bilinear.tensor.gated import GatedLayer
 
 MLPReader = Callable[[Any], "BilinearTensor | None"]
 ModelReader = Callable[[Any, "int | None"], "BilinearTensor | None"]
+GatedReader = Callable[[Any], "GatedLayer | None"]
 
 _mlp_readers: dict[str, MLPReader] = {}
 _model_readers: dict[str, ModelReader] = {}
+_gated_readers: dict[str, GatedReader] = {}
 
 
 def register_mlp_reader(name: str, reader: MLPReader) -> None:
@@ -48,6 +51,14 @@ def register_model_reader(name: str, reader: ModelReader) -> None:
     _register(_model_readers, name, reader)
 
 
+def register_gated_reader(name: str, reader: GatedReader) -> None:
+    """Let `BilinearTensor.approximate(mlp, inputs)` read another kind of gated module.
+
+    Raises ValueError if the name is taken.
+    """
+    _register(_gated_readers, name, reader)
+
+
 def read_mlp(module: Any) -> BilinearTensor:
     for reader in reversed(_mlp_readers.values()):
         tensor = reader(module)
@@ -62,6 +73,18 @@ def read_model(model: Any, layer: int | None) -> BilinearTensor:
         if tensor is not None:
             return tensor
     raise TypeError(_unknown("model", model, _model_readers, "register_model_reader"))
+
+
+def read_gated(module: Any) -> GatedLayer:
+    for reader in reversed(_gated_readers.values()):
+        layer = reader(module)
+        if layer is not None:
+            return layer
+    raise TypeError(
+        f"no reader recognises this gated MLP: {type(module).__module__}."
+        f"{type(module).__qualname__}. Readers asked: {', '.join(sorted(_gated_readers)) or 'none'}. "
+        "Build GatedLayer(gate, up, out, activation) from its weights and pass that"
+    )
 
 
 def _register(registry: dict[str, Any], name: str, reader: Any) -> None:

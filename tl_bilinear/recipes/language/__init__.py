@@ -1,11 +1,19 @@
 """Language models with gated MLPs, bilinear or not (Pearce et al. 2025, section 5, appendices F, G).
 
 Text becomes a tokenizer (`make_tokenizer`) and rows of tokens (`prepare_text`), rows become a model
-(`train_language_model`) that is a Hugging Face Llama and a HookedBilinearTransformer.
+(`train_language_model`) that is a Hugging Face Llama and a HookedBilinearTransformer. A trained Llama
+with another gate is made bilinear (`finetune`).
 """
 
 from tl_bilinear.recipes.language.compare import ActivationComparison, compare_activations
 from tl_bilinear.recipes.language.data import LanguageData, prepare_text
+from tl_bilinear.recipes.language.finetune import (
+    FinetuneComparison,
+    FinetuneConfig,
+    FinetuneRun,
+    compare_finetuning,
+    finetune,
+)
 from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, clean_story, read_stories
 from tl_bilinear.recipes.language.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
 from tl_bilinear.recipes.language.train import (
@@ -25,12 +33,17 @@ __all__ = [
     "ActivationComparison",
     "Cleaner",
     "CleaningReport",
+    "FinetuneComparison",
+    "FinetuneConfig",
+    "FinetuneRun",
     "LanguageConfig",
     "LanguageData",
     "LanguageRun",
     "choose_config",
     "clean_story",
     "compare_activations",
+    "compare_finetuning",
+    "finetune",
     "language_loss",
     "load_tokenizer",
     "make_tokenizer",

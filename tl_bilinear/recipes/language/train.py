@@ -25,12 +25,12 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ SETTINGS, RESULT, MODEL, WRITING, SECONDS = (
     ".writing",
     "seconds.json",
 )
+Run = TypeVar("Run", bound="LanguageRun")
 # The nonlinearity on the gate, by the name of the unit that it makes, as transformers calls it.
 ACTIVATIONS = {"bilinear": "linear", "reglu": "relu", "swiglu": "silu", "geglu": "gelu"}
 
@@ -64,20 +65,13 @@ _PROMPT, _SAMPLE_TOKENS = "once upon a time", 80
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
-    """The settings that decide the result; the defaults are the paper's (Table 2).
+class LoopConfig:
+    """The settings of the loop, those of the paper's Table 2 by default.
 
-    `activation` is a key of `ACTIVATIONS`; `bias` puts biases on the three maps of each MLP.
     `batch` counts rows a step, over all processes. The learning rate falls linearly to zero, after
     rising over the first `warmup` share of the steps. `steps`, where given, goes before `epochs`.
     """
 
-    n_layers: int = 6
-    d_model: int = 512
-    d_mlp: int = 2048
-    n_heads: int = 8
-    activation: str = "bilinear"
-    bias: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -89,26 +83,23 @@ class LanguageConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "d_mlp", "n_heads", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._require_positive("batch")
         for name in ("learning_rate", "weight_decay", "epochs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        for name in ("warmup", "beta1", "beta2"):
+        if self.steps is not None:
+            self._require_positive("steps")
+        self._require_shares("warmup", "beta1", "beta2")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _require_shares(self, *names: str) -> None:
+        for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even "
-                "width, which rotary positions need"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
-            )
 
     def total_steps(self, rows: int) -> int:
         """Optimiser steps over a data set of so many rows."""
@@ -118,6 +109,35 @@ class LanguageConfig:
                 f"{rows}"
             )
         return self.steps or max(1, round(self.epochs * (rows // self.batch)))
+
+
+@dataclass(frozen=True)
+class LanguageConfig(LoopConfig):
+    """The settings that decide the result; the defaults are the paper's (Table 2).
+
+    `activation` is a key of `ACTIVATIONS`; `bias` puts biases on the three maps of each MLP. The
+    settings of the loop are those of `LoopConfig`.
+    """
+
+    n_layers: int = 6
+    d_model: int = 512
+    d_mlp: int = 2048
+    n_heads: int = 8
+    activation: str = "bilinear"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("n_layers", "d_model", "d_mlp", "n_heads")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even "
+                "width, which rotary positions need"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}"
+            )
 
 
 CONFIGS = {
@@ -162,6 +182,8 @@ class LanguageRun:
     sample: str
     history: tuple[Mapping[str, float], ...]
 
+    _config_type: ClassVar[type] = LanguageConfig
+
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
@@ -183,14 +205,14 @@ class LanguageRun:
         """The trained LlamaForCausalLM."""
         from transformers import LlamaForCausalLM
 
-        with _no_file_bars():
+        with no_file_bars():
             return LlamaForCausalLM.from_pretrained(self.model_folder)
 
     def hooked(self, **options: Any) -> Any:
         """The trained model as a `HookedBilinearTransformer`; options are those of `from_hf`."""
         from tl_bilinear.models import HookedBilinearTransformer
 
-        with _no_file_bars():
+        with no_file_bars():
             return HookedBilinearTransformer.from_hf(self.model_folder, **options)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -200,7 +222,7 @@ class LanguageRun:
         return pd.DataFrame(self.history).groupby("step", as_index=False).first()
 
     @classmethod
-    def load(cls, folder: str | PathLike[str]) -> LanguageRun:
+    def load(cls: type[Run], folder: str | PathLike[str]) -> Run:
         """Read a finished run.
 
         Raises FileNotFoundError for a folder without one, ValueError for a damaged one.
@@ -211,7 +233,7 @@ class LanguageRun:
             raise FileNotFoundError(f"the run {folder} {state}: `tl-bilinear train lm` makes it")
         stored = read_table(folder / RESULT)
         try:
-            config = LanguageConfig(**read_table(folder / SETTINGS)["config"])
+            config = cls._config_type(**read_table(folder / SETTINGS)["config"])
             return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -339,7 +361,43 @@ def train_language_model(
     FileExistsError for a folder that holds something else; OSError where a checkpoint cannot be
     written (the ones before it are whole).
     """
+    from transformers import LlamaForCausalLM
+
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
+    complete_run(
+        folder,
+        config,
+        data,
+        build=lambda: build_llama(config, data.tokenizer, data.n_ctx),
+        restore=LlamaForCausalLM.from_pretrained,
+        micro_batch=micro_batch,
+        precision=precision,
+        device=device,
+        report_to=report_to,
+        progress=progress,
+    )
+    return LanguageRun.load(folder)
+
+
+def complete_run(
+    folder: str | PathLike[str],
+    config: LoopConfig,
+    data: LanguageData,
+    *,
+    build: Callable[[], Any],
+    restore: Callable[[Path], Any],
+    callbacks: Callable[[Any], Sequence[Any]] = lambda llama: (),
+    micro_batch: int | None,
+    precision: str,
+    device: str | None,
+    report_to: Sequence[str],
+    progress: bool,
+) -> None:
+    """Bring the run in a folder to its end, from wherever it stands; see `train_language_model`.
+
+    `build` makes the Llama to train, `callbacks` those of Trainer that go with it, `restore` makes the
+    final model from the last checkpoint.
+    """
     folder = Path(folder).expanduser().resolve()
     steps = config.total_steps(len(data.train))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -358,14 +416,16 @@ def train_language_model(
         _enter(folder, config, data)
     _everyone()
     if (folder / RESULT).is_file():
-        return LanguageRun.load(folder)
+        return
 
-    with _own_random_numbers(), _fresh_place_to_write(folder), _no_file_bars():
+    with _own_random_numbers(), _fresh_place_to_write(folder), no_file_bars():
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if _step_of(_last_checkpoint(folder)) < steps:
-            _train(folder, config, data, arguments)
-        _finish(folder, config, data, arguments)
-    return LanguageRun.load(folder)
+            llama = build()
+            _train(folder, llama, data, arguments, callbacks(llama))
+        last = _last_checkpoint(folder)
+        assert last is not None  # training ends with one
+        _finish(folder, last, restore(last), config, data, arguments)
 
 
 def _micro_batch(batch: int, world: int, wanted: int | None) -> int:
@@ -390,7 +450,7 @@ def _require_reporters(report_to: Sequence[str]) -> None:
 
 def _arguments(
     folder: Path,
-    config: LanguageConfig,
+    config: LoopConfig,
     steps: int,
     micro_batch: int,
     world: int,
@@ -445,9 +505,11 @@ def _arguments(
     return arguments
 
 
-def _train(folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any) -> None:
+def _train(
+    folder: Path, llama: Any, data: LanguageData, arguments: Any, callbacks: Sequence[Any]
+) -> None:
     """From the last checkpoint, or the beginning, to the checkpoint of the last step."""
-    trainer, clock = _make_trainer(folder, config, data, arguments)
+    trainer, clock = _make_trainer(folder, llama, data, arguments, callbacks)
     last = _last_checkpoint(folder)
     if last is not None:
         clock.seconds = read_table(last / SECONDS)["seconds"]
@@ -467,7 +529,7 @@ def _processor_has_bf16() -> bool:
 
 
 def _make_trainer(
-    folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any
+    folder: Path, llama: Any, data: LanguageData, arguments: Any, callbacks: Sequence[Any]
 ) -> tuple[Any, Any]:
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -504,15 +566,18 @@ def _make_trainer(
             self._mark = time.perf_counter()
 
     # Whole batches only, so that each step is the same for one process and for many.
-    rows = len(data.train) // config.batch * config.batch
+    batch = (
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    rows = len(data.train) // batch * batch
     clock = Clock()
     trainer = RecipeTrainer(
-        build_llama(config, data.tokenizer, data.n_ctx),
+        llama,
         arguments,
         data_collator=Collate(data.tokenizer.bos_token_id),
         train_dataset=data.train.with_format("numpy").select(range(rows)),
         eval_dataset=data.validation.with_format("numpy"),
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
@@ -531,14 +596,14 @@ def _keep_checkpoint(folder: Path, name: str, seconds: float) -> None:
         shutil.rmtree(folder / WRITING / old.name)
 
 
-def _finish(folder: Path, config: LanguageConfig, data: LanguageData, arguments: Any) -> None:
+def _finish(
+    folder: Path, last: Path, llama: Any, config: LoopConfig, data: LanguageData, arguments: Any
+) -> None:
     """Measure what the last checkpoint holds; write it as the model, and the result."""
-    from transformers import LlamaForCausalLM, TrainerState
+    from transformers import TrainerState
 
-    last = _last_checkpoint(folder)
-    assert last is not None  # training ends with one
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    llama: Any = LlamaForCausalLM.from_pretrained(last).to(arguments.device)
+    llama = llama.to(arguments.device)
     bos, batch = data.tokenizer.bos_token_id, arguments.per_device_eval_batch_size
     loss = language_loss(llama, data.validation, bos, batch)
     if is_first_process():
@@ -566,7 +631,7 @@ def _history(logged: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------- the folder
 
 
-def _enter(folder: Path, config: LanguageConfig, data: LanguageData) -> None:
+def _enter(folder: Path, config: LoopConfig, data: LanguageData) -> None:
     """Claim the folder for these settings, or see that it is theirs already."""
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -634,7 +699,7 @@ def _everyone() -> None:
 
 
 @contextmanager
-def _no_file_bars() -> Iterator[None]:
+def no_file_bars() -> Iterator[None]:
     """Without the bars that transformers draws for each file it reads or writes."""
     from transformers.utils import logging
 

@@ -1,0 +1,377 @@
+"""Making a gated Llama bilinear: the way there, what comes out, and what an interruption changes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.activations import ACT2FN
+
+from tests.recipes.stories import make_stories
+from tl_bilinear import BilinearTensor, cli
+from tl_bilinear.plots import finetune_figure
+from tl_bilinear.recipes.language import (
+    FinetuneConfig,
+    FinetuneRun,
+    LanguageConfig,
+    compare_finetuning,
+    finetune,
+    language_loss,
+    prepare_text,
+    train_language_model,
+    train_tokenizer,
+)
+from tl_bilinear.recipes.language.finetune import (
+    AnnealedGate,
+    even_progress,
+    install_gates,
+    shares,
+)
+
+OPTIONS = {"device": "cpu", "progress": False, "precision": "fp32"}
+TINY = FinetuneConfig(steps=30, batch=8, learning_rate=3e-3, fit_rows=48, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    stories = make_stories(400)
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    return prepare_text(
+        folder / "stories.txt",
+        tokenizer=train_tokenizer(stories, 150),
+        folder=folder / "data",
+        n_ctx=32,
+        validation=0.1,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def swiglu(data, tmp_path_factory):
+    """A trained SwiGLU Llama, as a folder."""
+    config = LanguageConfig(
+        n_layers=2,
+        d_model=16,
+        d_mlp=24,
+        n_heads=2,
+        activation="swiglu",
+        batch=16,
+        steps=120,
+        learning_rate=2e-2,
+    )
+    folder = tmp_path_factory.mktemp("swiglu") / "run"
+    return train_language_model(data, config, folder=folder, **OPTIONS).model_folder
+
+
+@pytest.fixture(scope="module")
+def compared(swiglu, data, tmp_path_factory):
+    configs = {
+        "affine": TINY,
+        "beta": dataclasses.replace(TINY, path="beta", schedule="even"),
+        "closed": dataclasses.replace(TINY, path="closed"),
+    }
+    folder = tmp_path_factory.mktemp("runs") / "compared"
+    return compare_finetuning(swiglu, data, configs, folder=folder, **OPTIONS)
+
+
+# ---------------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
+def test_the_affine_path_is_a_straight_line(name):
+    g, bias, slope = torch.randn(9, 5), torch.randn(5), torch.randn(5)
+    gate = AnnealedGate(ACT2FN[name], "affine", bias, slope)
+    for share in (0.0, 0.3, 1.0):
+        gate.share = share
+        assert_close(gate(g), (1 - share) * ACT2FN[name](g) + share * (bias + slope * g))
+    gate.share = 0.0
+    gate(g).sum().backward()
+    assert gate.bias.grad is not None  # several processes wait for every gradient
+
+
+def test_the_path_of_beta_is_the_papers():
+    g = 3 * torch.randn(200)
+    gate = AnnealedGate(ACT2FN["silu"], "beta", torch.zeros(1), torch.tensor([0.5]))
+    for share in (0.0, 0.4, 0.9, 0.998, 1.0):
+        gate.share = share
+        assert_close(gate(g), g * torch.sigmoid((1 - share) * g), rtol=1e-4, atol=1e-4)
+    assert not list(gate.parameters())
+
+
+# ---------------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "even", "layers"])
+def test_schedules_go_from_nothing_to_all(schedule):
+    even = even_progress(ACT2FN["silu"], torch.randn(500))
+    path = [shares(schedule, p / 50, 3, even) for p in range(-5, 60)]
+    assert path[0] == path[5] == [0.0] * 3
+    assert path[-1] == path[55] == [1.0] * 3
+    for before, after in itertools.pairwise(path):
+        assert all(0 <= b <= a <= 1 for b, a in zip(before, after, strict=True))
+
+
+def test_layers_go_one_after_the_other():
+    assert shares("layers", 0.5, 4) == [1.0, 1.0, 0.0, 0.0]
+    assert shares("layers", 0.625, 4) == [1.0, 1.0, 0.5, 0.0]
+    assert shares("cosine", 0.25, 1) == pytest.approx([0.14645], abs=1e-4)
+
+
+def test_the_even_schedule_changes_the_gate_equally_at_each_step():
+    g, silu = 2 * torch.randn(4000), ACT2FN["silu"]
+    even = even_progress(silu, g)
+    gate = AnnealedGate(silu, "beta", torch.zeros(1), torch.tensor([0.5]))
+
+    def distances(schedule):
+        values = []
+        for step in range(21):
+            gate.share = shares(schedule, step / 20, 1, even)[0]
+            values.append(gate(g))
+        moves = torch.stack(values).diff(dim=0).square().mean(1).sqrt()
+        return (moves.max() / moves.min()).item()
+
+    assert distances("even") < 1.05
+    assert distances("linear") > 2
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+def test_gaps_are_small_and_to_the_same_tokens(compared):
+    assert compared.baseline.loss < compared.start_loss
+    assert set(compared.gaps) == {"affine", "beta", "closed"}
+    for name, gap in compared.gaps.items():
+        assert gap == compared.runs[name].loss - compared.baseline.loss
+        assert -0.05 < gap < 0.3
+        assert compared.runs[name].tokens == compared.baseline.tokens == 30 * 8 * 32
+    table = compared.to_pandas()
+    assert list(table.index) == ["baseline", "affine", "beta", "closed"]
+    assert list(table["path"]) == ["none", "affine", "beta", "closed"]
+    assert "loss before finetuning" in str(compared)
+    stored = json.loads((compared.baseline.folder.parent / "comparison.json").read_text())
+    assert stored["runs"]["affine"]["loss"] == compared.runs["affine"].loss
+
+
+def test_the_start_is_the_model_itself(compared, swiglu, data):
+    want = language_loss(LlamaForCausalLM.from_pretrained(swiglu), data.validation, bos=1)
+    assert compared.start_loss == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "biased"), [("affine", True), ("beta", False), ("closed", True)])
+def test_each_ends_in_a_plain_bilinear_llama(compared, data, name, biased):
+    run = compared.runs[name]
+    llama = run.llama()
+    assert (llama.config.hidden_act, llama.config.mlp_bias) == ("linear", biased)
+    # What was folded is what was trained: Trainer's own loss of the last step, a mean over batches.
+    assert run.loss == pytest.approx(run.history[-1]["eval_loss"], abs=0.02)
+    assert language_loss(llama, data.validation, bos=1) == pytest.approx(run.loss, abs=1e-5)
+    hooked = run.hooked()
+    ids = torch.tensor(data.validation[:4]["input_ids"])
+    assert_close(hooked(ids), llama(ids).logits, rtol=0, atol=1e-4)
+    assert BilinearTensor.from_model(hooked, 1).has_biases == biased
+
+
+def test_the_baseline_keeps_its_gate(compared):
+    assert compared.baseline.llama().config.hidden_act == "silu"
+
+
+@pytest.mark.parametrize("path", ["affine", "beta"])
+def test_folding_keeps_the_function(compared, swiglu, data, path):
+    """The last checkpoint, with its gates at the end of their way, is the folded model."""
+    from safetensors.torch import load_file
+
+    run = compared.runs[path]
+    checkpoint = load_file(run.folder / "checkpoint-30" / "model.safetensors")
+    annealed = LlamaForCausalLM.from_pretrained(swiglu)
+    none = (torch.zeros(24), torch.zeros(24))
+    for gate in install_gates(annealed, path, {0: none, 1: none}):
+        gate.share = 1.0
+    annealed.load_state_dict(checkpoint, strict=False)
+    ids = torch.tensor(data.validation[:4]["input_ids"])
+    with torch.no_grad():
+        assert_close(run.llama()(ids).logits, annealed(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_queries_ties_and_another_activation(data, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(data.tokenizer),
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        hidden_act="gelu",
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    small = dataclasses.replace(TINY, steps=4, schedule="layers", anneal=0.5)
+    for path in ("affine", "beta"):
+        run = finetune(
+            tmp_path / "model",
+            data,
+            dataclasses.replace(small, path=path),
+            folder=tmp_path / path,
+            **OPTIONS,
+        )
+        llama = run.llama()
+        assert llama.config.num_key_value_heads == 2
+        assert llama.lm_head.weight is llama.model.embed_tokens.weight
+        assert run.loss == pytest.approx(run.history[-1]["eval_loss"], abs=0.02)
+
+
+def test_the_figure(compared):
+    figure = finetune_figure(compared)
+    assert len(figure.data) == 7  # four losses, three gaps
+    gap = next(t for t in figure.data if t.name.startswith("closed") and not t.showlegend)
+    ends = [run.history[-1]["eval_loss"] for run in (compared.runs["closed"], compared.baseline)]
+    assert gap.y[-1] == pytest.approx(ends[0] - ends[1])
+    vertical = [s for s in figure.layout.shapes if s.x0 == s.x1]
+    assert {s.x0 for s in vertical} == {9.0}  # 30 % of 30 steps
+
+
+# ---------------------------------------------------------------------- interruptions
+
+
+def test_an_interrupted_run_ends_where_the_whole_one_does(
+    compared, swiglu, data, tmp_path, monkeypatch
+):
+    """Inside the annealing: the gates go on from where they were."""
+    config = dataclasses.replace(TINY, anneal=0.8)
+    whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **OPTIONS)
+    step, calls = Trainer.training_step, []
+
+    def interrupted(trainer, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="goes on from step 12 of 30"):
+        finetune(swiglu, data, config, folder=tmp_path / "cut", **OPTIONS)
+    resumed = finetune(swiglu, data, config, folder=tmp_path / "cut", **OPTIONS)
+    assert len(calls) == 14 + 30 - 12
+    assert resumed.loss == pytest.approx(whole.loss, abs=1e-6)
+    again = finetune(swiglu, data, config, folder=tmp_path / "cut", **OPTIONS)
+    assert len(calls) == 14 + 30 - 12  # finished: only read
+    assert again.loss == resumed.loss
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(swiglu, data, tmp_path):
+    config = dataclasses.replace(TINY, steps=400, anneal=0.8)
+    whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **OPTIONS)
+    arguments = [
+        "finetune",
+        str(swiglu),
+        "--data",
+        str(data.folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--path", "affine", "--anneal", "0.8", "--steps", "400", "--batch", "8"]
+    arguments += ["--learning-rate", "3e-3", "--weight-decay", "0", "--fit-rows", "48"]
+    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    program = f"from tl_bilinear.cli import app; app({arguments!r})"
+    with subprocess.Popen([sys.executable, "-c", program], env=dict(os.environ)) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "affine" / "checkpoint-80").exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out" / "affine" / "result.json").exists()
+    resumed = finetune(swiglu, data, config, folder=tmp_path / "out" / "affine", **OPTIONS)
+    assert resumed.loss == pytest.approx(whole.loss, abs=1e-3)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command(compared, swiglu, data, monkeypatch, capsys):
+    out = compared.baseline.folder.parent  # its baseline and its closed form are read, not trained
+    arguments = ["--data", data.folder, "--out", out, "--path", "closed,affine", "--steps", 30]
+    arguments += ["--batch", 8, "--learning-rate", 3e-3, "--fit-rows", 48, "--weight-decay", 0]
+    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["tl-bilinear", "finetune", str(swiglu), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "loss before finetuning" in printed
+    assert f"{compared.runs['affine'].loss:.4f}" in printed
+    assert "plotly" in (out / "curves.html").read_text()
+    assert FinetuneRun.load(out / "affine").config.path == "affine"
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "swish"}, "unknown path 'swish'; there are affine, beta, closed, none"),
+        ({"schedule": "late"}, "unknown schedule 'late'; there are linear, cosine, even, layers"),
+        ({"anneal": 1.0}, r"anneal must lie in \[0, 1\), got 1.0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must not be negative, got -1.0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**settings)
+
+
+def test_runs_that_do_not_compare(swiglu, data, tmp_path):
+    longer = dataclasses.replace(TINY, steps=40)
+    with pytest.raises(ValueError, match=r"do not see the same text: .* 'b': \(320, 0\)"):
+        compare_finetuning(swiglu, data, {"a": TINY, "b": longer}, folder=tmp_path / "x")
+    with pytest.raises(ValueError, match="none of them named 'baseline'"):
+        compare_finetuning(swiglu, data, {"baseline": TINY}, folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_that_it_refuses(compared, swiglu, data, tmp_path):
+    place = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"is bilinear already .hidden_act='linear'."):
+        finetune(compared.runs["beta"].model_folder, data, TINY, folder=place, **OPTIONS)
+    llama = LlamaForCausalLM.from_pretrained(swiglu)
+    llama.config.max_position_embeddings = 16
+    llama.save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"rows of 32 tokens, .*short takes 150 and 16: prepare"):
+        finetune(tmp_path / "short", data, TINY, folder=place, **OPTIONS)
+    config = json.loads((swiglu / "config.json").read_text()) | {"model_type": "gpt2"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is a 'gpt2' model; only a Llama can be stored"):
+        finetune(tmp_path / "other", data, TINY, folder=place, **OPTIONS)
+    assert not place.exists()
+    llama.config.max_position_embeddings, llama.config.hidden_act = 32, "relu"
+    llama.save_pretrained(tmp_path / "reglu")
+    kinked = dataclasses.replace(TINY, path="beta")
+    with pytest.raises(ValueError, match=r"has a kink at 0.*use path='affine'"):
+        finetune(tmp_path / "reglu", data, kinked, folder=place, **OPTIONS)
+
+
+def test_a_folder_of_another_model_is_refused(compared, swiglu, data, tmp_path):
+    llama = LlamaForCausalLM.from_pretrained(swiglu)
+    with torch.no_grad():
+        llama.model.norm.weight.mul_(2)
+    llama.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"holds a run with other settings: model='\w+' \(there:"):
+        finetune(tmp_path / "other", data, TINY, folder=compared.runs["affine"].folder, **OPTIONS)

@@ -1,0 +1,496 @@
+"""Gated MLPs that are not bilinear, and the bilinear layer that comes nearest to each.
+
+A gated layer is
+
+    ``f(x) = out (act(g) * u) + bias_out``,  ``g = gate x + bias_gate``,  ``u = up x + bias_up``.
+
+With an affine function ``a + b g`` of each hidden neuron in place of ``act(g)`` it is bilinear, with
+biases: ``left = b gate``, ``bias_left = a + b bias_gate``. Its error ``out ((act(g) - a - b g) * u)`` is
+linear in a and b, so the best of them under the layer's inputs are a least-squares problem, whose
+normal equations need only second moments of the features ``[u, g u]`` and the target ``act(g) u``:
+
+- ``fit="neuron"`` weighs each neuron's error by its own up branch, ``E[u^2 (act(g) - a - b g)^2]``;
+- ``fit="output"`` minimises the error of the layer's output, all neurons jointly, so that their errors
+  may cancel;
+- ``fit="refit"`` fits the output map and its bias as well, in turn with a and b.
+
+The moments are those of sample inputs, or of Gaussian inputs of a given mean and covariance. Given one
+pre-activation the others are then Gaussian too, which leaves one-dimensional integrals
+``E[act(g) z^k]``, done by Gauss-Hermite quadrature.
+
+>>> import torch
+>>> from tl_bilinear import BilinearTensor
+>>> approximation = BilinearTensor.approximate(llama.model.layers[0].mlp, inputs)  # [n, d_model]
+>>> approximation.tensor, approximation.variance_explained
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tl_bilinear.tensor import _checks
+from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.storage import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Fit = Literal["neuron", "output", "refit"]
+Inputs = Tensor | tuple[Tensor, Tensor]
+
+WARN_BELOW = 0.9
+"""Variance explained below which an approximation warns."""
+
+_NODES = 64  # of the quadrature; exact for polynomials of degree 127
+_DRAWN = 4096  # Gaussian inputs that the fidelity is measured on
+_BLOCK = 4096  # inputs a product
+_ROUNDS = 8  # of fit="refit"; the error falls with each, the last ones by little
+_RIDGE = 1e-6  # relative, towards the fit before: decides where the inputs do not
+
+
+@dataclass(frozen=True, eq=False)
+class GatedLayer:
+    """A gated MLP in factored form: ``out (act(gate x + bias_gate) * (up x + bias_up)) + bias_out``.
+
+    gate, up: [d_hidden, d_in]; out: [d_out, d_hidden]; `activation` acts on each number by itself.
+    """
+
+    gate: Float[Tensor, "d_hidden d_in"]
+    up: Float[Tensor, "d_hidden d_in"]
+    out: Float[Tensor, "d_out d_hidden"]
+    activation: Callable[[Tensor], Tensor]
+    bias_gate: Float[Tensor, " d_hidden"] | None = None
+    bias_up: Float[Tensor, " d_hidden"] | None = None
+    bias_out: Float[Tensor, " d_out"] | None = None
+
+    @property
+    def d_in(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def d_hidden(self) -> int:
+        return self.gate.shape[0]
+
+    @property
+    def activation_name(self) -> str:
+        return getattr(self.activation, "__name__", None) or type(self.activation).__name__
+
+    def branches(
+        self, x: Float[Tensor, "... d_in"]
+    ) -> tuple[Float[Tensor, "... d_hidden"], Float[Tensor, "... d_hidden"]]:
+        """The gate's pre-activations g and the up branch u."""
+        return linear(x, self.gate, self.bias_gate), linear(x, self.up, self.bias_up)
+
+    def __call__(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        g, u = self.branches(x)
+        return linear(self.activation(g) * u, self.out, self.bias_out)
+
+    def to(self, dtype: torch.dtype) -> GatedLayer:
+        """The same layer with weights of another dtype."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "activation"}
+        moved: dict[str, Any] = {n: None if t is None else t.to(dtype) for n, t in tensors.items()}
+        return replace(self, **moved)
+
+    def with_gate(
+        self,
+        intercept: Float[Tensor, " d_hidden"],
+        slope: Float[Tensor, " d_hidden"],
+    ) -> BilinearTensor:
+        """The bilinear layer with ``intercept + slope * g`` in place of ``activation(g)``."""
+        bias = intercept if self.bias_gate is None else intercept + slope * self.bias_gate
+        return BilinearTensor(
+            slope[:, None] * self.gate, self.up, self.out, bias, self.bias_up, self.bias_out
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """A bilinear layer in place of a gated one, and how near it comes.
+
+    Attributes
+    ----------
+    tensor: BilinearTensor
+        The layer, with biases. Its spaces say that it is an approximation.
+    intercept, slope: [d_hidden]
+        a and b: the affine function that stands for each neuron's activation.
+    errors: [d_hidden]
+        Mean square of what each neuron alone writes wrongly, relative to the variance of the layer's
+        output. They do not add up to the layer's error: neurons cancel.
+    variance_explained: float
+        ``1 - E|f - f'|^2 / E|f - E f|^2`` on inputs that the fit has not seen.
+    measured_on: str
+        Which inputs those are.
+    """
+
+    tensor: BilinearTensor
+    intercept: Float[Tensor, " d_hidden"]
+    slope: Float[Tensor, " d_hidden"]
+    errors: Float[Tensor, " d_hidden"]
+    variance_explained: float
+    activation: str
+    fit: str
+    measured_on: str
+
+    def __str__(self) -> str:
+        return (
+            f"bilinear in place of {self.activation}: {self.variance_explained:.1%} of the output's "
+            f"variance, on {self.measured_on} (fit={self.fit!r})"
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for each hidden neuron: intercept, slope, error."""
+        import pandas as pd
+
+        columns = {name: getattr(self, name).tolist() for name in ("intercept", "slope", "errors")}
+        return pd.DataFrame(columns).rename_axis("neuron")
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k neurons that are least affine, by what they write wrongly."""
+        return self.to_pandas().sort_values("errors", ascending=False).head(k)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file, whole or not at all."""
+        tensors, metadata = {}, {"kind": type(self).__name__}
+        for holder in (self, self.tensor):
+            for field in fields(holder):
+                value = getattr(holder, field.name)
+                if isinstance(value, Tensor):
+                    tensors[field.name] = value
+                elif not isinstance(value, BilinearTensor):
+                    metadata[field.name] = value
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> Approximation:
+        """Read what `save` wrote. Raises FileNotFoundError; ValueError for a foreign file."""
+        tensors, metadata = load_tensors(path, device)
+        if metadata.pop("kind", None) != cls.__name__:
+            raise ValueError(f"{path} does not hold an {cls.__name__}")
+        stored = tensors | metadata
+        parts = {
+            holder: {f.name: stored[f.name] for f in fields(holder) if f.name in stored}
+            for holder in (BilinearTensor, cls)
+        }
+        return cls(tensor=BilinearTensor(**parts[BilinearTensor]), **parts[cls])
+
+
+def approximate(
+    layer: GatedLayer,
+    inputs: Inputs,
+    *,
+    fit: Fit = "refit",
+    held_out: float = 0.2,
+    warn_below: float = WARN_BELOW,
+    max_bytes: int = _checks.MAX_DENSE_BYTES,
+    input_space: str | None = None,
+    output_space: str | None = None,
+) -> Approximation:
+    """See `BilinearTensor.approximate`, which calls it: warnings point at that one's caller."""
+    if fit not in get_args(Fit):
+        raise ValueError(f"unknown fit {fit!r}; there are {', '.join(get_args(Fit))}")
+    dtype = _checks.compute_dtype(layer.gate.dtype)
+    exact = layer.to(_checks.gram_dtype(layer.gate))
+    fitted_on, test, measured_on = _parted(inputs, exact, held_out)
+    if fit == "neuron" and isinstance(fitted_on, Tensor):
+        intercept, slope = _fit_neurons(*_sample_weights(exact, fitted_on))
+        tensor = exact.with_gate(intercept, slope)
+    else:
+        _checks.require_affordable(
+            f"the moments of {exact.d_hidden} neurons",
+            10 * exact.d_hidden**2,
+            exact.gate.dtype,
+            max_bytes,
+            "use fit='neuron' with sample inputs" if fit != "neuron" else "pass sample inputs",
+        )
+        if isinstance(fitted_on, Tensor):
+            moments = _sample_moments(exact, fitted_on)
+        else:
+            moments = _gaussian_moments(exact, *fitted_on)
+        intercept, slope, tensor = _solve(exact, moments, fit)
+    explained, errors = _fidelity(exact, tensor, intercept, slope, test)
+    note = f"approximation of a {layer.activation_name} layer, {explained:.1%} of its variance"
+    result = Approximation(
+        replace(
+            tensor.to(dtype),
+            input_space=input_space,
+            output_space=f"{output_space or 'output'} ({note})",
+        ),
+        intercept.to(dtype),
+        slope.to(dtype),
+        errors.to(dtype),
+        explained,
+        layer.activation_name,
+        fit,
+        measured_on,
+    )
+    if not explained >= warn_below:
+        warnings.warn(
+            f"this bilinear layer explains {explained:.1%} of the variance of the {result.activation} "
+            f"layer that it stands for, less than {warn_below:.0%}: what is read from it may not hold "
+            "for the layer. Measure the loss added, or finetune the model (`tl-bilinear finetune`)",
+            stacklevel=3,
+        )
+    return result
+
+
+# ---------------------------------------------------------------------- inputs
+
+
+def _parted(
+    inputs: Inputs, layer: GatedLayer, held_out: float
+) -> tuple[Inputs, Float[Tensor, "n d_in"], str]:
+    """What to fit on, what to measure on, and what to call the latter."""
+    if isinstance(inputs, Tensor):
+        rows = _checks.require_rows("inputs", inputs, layer.d_in, "d_in", layer.gate)
+        rows = rows.reshape(-1, layer.d_in)
+        _checks.require_finite("inputs", rows)
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be a share between 0 and 1, got {held_out}")
+        # The last ones: neighbouring tokens of one text are not independent.
+        test = math.ceil(held_out * len(rows))
+        if len(rows) - test < 2:
+            raise ValueError(
+                f"{len(rows)} inputs are too few to fit and to measure on: pass at least some "
+                f"thousands of activations [n, {layer.d_in}], or their mean and covariance"
+            )
+        return rows[:-test], rows[-test:], f"{test:,} held-out inputs"
+    mean, covariance = inputs
+    mean = _checks.require_rows("mean", mean, layer.d_in, "d_in", layer.gate)
+    covariance = _checks.require_rows("covariance", covariance, layer.d_in, "d_in", layer.gate)
+    if mean.ndim != 1 or covariance.shape != (layer.d_in, layer.d_in):
+        raise ValueError(
+            f"expected a mean [{layer.d_in}] and a covariance [{layer.d_in}, {layer.d_in}], got "
+            f"{_checks.shape(mean)} and {_checks.shape(covariance)}"
+        )
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    if values[0] < -1e-6 * values[-1].abs():
+        raise ValueError(f"the covariance has a negative eigenvalue, {values[0].item():.3g}")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(_DRAWN, layer.d_in, generator=generator, dtype=torch.float64).to(mean)
+    drawn = mean + (noise * values.clamp_min(0).sqrt()) @ vectors.mT
+    return (mean, covariance), drawn, f"{_DRAWN:,} Gaussian inputs of that mean and covariance"
+
+
+class _Moments(NamedTuple):
+    """Of the features phi = [u, g u], f = 2 h of them, and the targets t = act(g) u."""
+
+    features: Float[Tensor, " f"]  # E[phi]
+    target: Float[Tensor, " h"]  # E[t]
+    gram: Float[Tensor, "f f"]  # E[phi phi^T]
+    cross: Float[Tensor, "f h"]  # E[phi t^T]
+
+
+def _features(layer: GatedLayer, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for block in x.split(_BLOCK):
+        g, u = layer.branches(block)
+        yield torch.cat([u, g * u], -1), layer.activation(g) * u
+
+
+def _sample_moments(layer: GatedLayer, x: Float[Tensor, "n d_in"]) -> _Moments:
+    sums: list[Tensor] | None = None
+    for phi, t in _features(layer, x):
+        new = [phi.sum(0), t.sum(0), phi.mT @ phi, phi.mT @ t]
+        sums = new if sums is None else [old.add_(one) for old, one in zip(sums, new, strict=True)]
+    assert sums is not None
+    return _Moments(*(one / len(x) for one in sums))
+
+
+def _sample_weights(layer: GatedLayer, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, ...]:
+    """E of u^2 times 1, g, g^2, act(g), g act(g), each [h]: the diagonals of the moments."""
+    sums = torch.zeros(5, layer.d_hidden).to(layer.gate)
+    for phi, t in _features(layer, x):
+        u, gu = phi.chunk(2, -1)
+        sums += torch.stack(
+            [(p * q).sum(0) for p, q in ((u, u), (u, gu), (gu, gu), (u, t), (gu, t))]
+        )
+    return tuple(sums / len(x))
+
+
+def _gaussian_moments(
+    layer: GatedLayer, mean: Float[Tensor, " d_in"], covariance: Float[Tensor, "d_in d_in"]
+) -> _Moments:
+    """Under ``x ~ N(mean, covariance)``, exact but for the quadrature.
+
+    For any function s of g_j, with z the standardised g_j, every other branch is
+    ``y = m_y + c_y z + r_y`` with r independent of z; so E[u_i s(g_j) u_j] and E[g_i u_i s(g_j) u_j]
+    are polynomials in m, c, Cov(r) and S_k = E[s z^k]. The gram is the same with s = 1 and s = g.
+    """
+    m_g, m_u = layer.branches(mean)
+    C_gg = layer.gate @ covariance @ layer.gate.mT
+    C_gu = layer.gate @ covariance @ layer.up.mT
+    C_uu = layer.up @ covariance @ layer.up.mT
+    std = C_gg.diagonal().clamp_min(0).sqrt()
+    safe = std.clamp_min(torch.finfo(std.dtype).tiny)
+    c_g, c_u = C_gg / safe, C_gu.mT / safe  # [i, j]: how branch i moves with z_j
+    own = c_u.diagonal()
+    R_uu, R_gu = C_uu - c_u * own, C_gu - c_g * own  # with u_j, given z_j
+    R_ii = C_gu.diagonal()[:, None] - c_g * c_u  # g_i with u_i, given z_j
+
+    def cross(S: Float[Tensor, "4 h"]) -> tuple[Tensor, Tensor]:
+        u_u = _product((m_u[:, None], c_u), (m_u, own))
+        first = _expect(u_u, S) + R_uu * S[0]
+        g, u, v = (m_g[:, None], c_g), (m_u[:, None], c_u), (m_u, own)
+        second = _expect(_product(g, u, v), S)
+        second = second + R_ii * _expect(v, S) + R_gu * _expect(u, S) + R_uu * _expect(g, S)
+        return first, second
+
+    nodes, weights = _hermite(m_g)
+    g = m_g + std * nodes[:, None]
+
+    def integrals(s: Tensor) -> Float[Tensor, "4 h"]:
+        return torch.stack([((weights * nodes**k)[:, None] * s).sum(0) for k in range(4)])
+
+    one, identity, target = (integrals(s) for s in (torch.ones_like(g), g, layer.activation(g)))
+    (uu, _), (u_gu, gu_gu), t = cross(one), cross(identity), cross(target)
+    return _Moments(
+        torch.cat([m_u, _expect((m_u, own), identity)]),
+        _expect((m_u, own), target),
+        torch.cat([torch.cat([uu, u_gu], 1), torch.cat([u_gu.mT, gu_gu], 1)]),
+        torch.cat(t),
+    )
+
+
+def _hermite(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the standard normal distribution (Golub and Welsch)."""
+    offdiagonal = torch.arange(1, _NODES, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(offdiagonal, 1) + torch.diag(offdiagonal, -1))
+    return nodes.to(like), (vectors[0] ** 2).to(like)
+
+
+def _product(*factors: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Coefficients, by power of z, of a product of linear functions m + c z."""
+    powers = [torch.ones_like(factors[0][0])]
+    for m, c in factors:
+        lower = [p * m for p in powers] + [torch.zeros_like(m)]
+        upper = [torch.zeros_like(m)] + [p * c for p in powers]
+        powers = [x + y for x, y in zip(lower, upper, strict=True)]
+    return tuple(powers)
+
+
+def _expect(coefficients: tuple[Tensor, ...], S: Float[Tensor, "4 h"]) -> Tensor:
+    return torch.stack([c * S[k] for k, c in enumerate(coefficients)]).sum(0)
+
+
+# ---------------------------------------------------------------------- fits
+
+
+def _fit_neurons(
+    uu: Tensor, gu: Tensor, ggu: Tensor, su: Tensor, sgu: Tensor
+) -> tuple[Float[Tensor, " h"], Float[Tensor, " h"]]:
+    """Weighted regression of act(g) on g, each neuron by itself: intercept and slope."""
+    weight = uu.clamp_min(torch.finfo(uu.dtype).tiny)
+    mean_g, mean_s = gu / weight, su / weight
+    variance = ggu / weight - mean_g**2
+    # A gate that does not move is a constant.
+    moves = variance > 1e-12 * (ggu / weight).clamp_min(torch.finfo(uu.dtype).tiny)
+    covariance = sgu / weight - mean_g * mean_s
+    slope = torch.where(moves, covariance / torch.where(moves, variance, 1.0), 0.0)
+    return mean_s - slope * mean_g, slope
+
+
+def _solve(
+    layer: GatedLayer, moments: _Moments, fit: Fit
+) -> tuple[Float[Tensor, " h"], Float[Tensor, " h"], BilinearTensor]:
+    h = layer.d_hidden
+    gram, cross = moments.gram, moments.cross
+    theta = torch.cat(
+        _fit_neurons(
+            gram.diagonal()[:h],
+            gram.diagonal(h),
+            gram.diagonal()[h:],
+            cross[:h].diagonal(),
+            cross[h:].diagonal(),
+        )
+    )
+    out, bias_out = layer.out, layer.bias_out
+    if fit != "neuron":
+        theta = _fit_output(theta, out, out, gram, cross)
+    if fit == "refit":
+        bias = torch.zeros_like(out[:, 0]) if bias_out is None else bias_out
+        features, target = moments.features, moments.target
+        gram = gram - torch.outer(features, features)  # a bias of the output takes the means
+        cross = cross - torch.outer(features, target)
+        for _ in range(_ROUNDS):
+            out = _fit_map(theta, layer.out, out, gram, cross)
+            theta = _fit_output(theta, out, layer.out, gram, cross)
+        bias_out = bias + layer.out @ target - out @ _combined(theta, features)
+    fitted = replace(layer, out=out, bias_out=bias_out)
+    return theta[:h], theta[h:], fitted.with_gate(theta[:h], theta[h:])
+
+
+def _fit_output(
+    theta: Float[Tensor, " f"],
+    out: Float[Tensor, "d_out h"],
+    true_out: Float[Tensor, "d_out h"],
+    gram: Float[Tensor, "f f"],
+    cross: Float[Tensor, "f h"],
+) -> Float[Tensor, " f"]:
+    """The intercepts and slopes that minimise ``E|true_out t - out (a u + b g u)|^2``."""
+    K = out.mT @ out
+    normal = gram * K.repeat(2, 2)
+    right = (cross * (out.mT @ true_out).repeat(2, 1)).sum(1)
+    return theta + _ridge(normal, right - normal @ theta)
+
+
+def _fit_map(
+    theta: Float[Tensor, " f"],
+    true_out: Float[Tensor, "d_out h"],
+    out: Float[Tensor, "d_out h"],
+    gram: Float[Tensor, "f f"],
+    cross: Float[Tensor, "f h"],
+) -> Float[Tensor, "d_out h"]:
+    """The output map that minimises the same error."""
+    hidden = _combined(theta, _combined(theta, gram).mT)
+    right = _combined(theta, cross) @ true_out.mT
+    return out + _ridge(hidden, right - hidden @ out.mT).mT
+
+
+def _combined(theta: Float[Tensor, " f"], features: Float[Tensor, "f ..."]) -> Tensor:
+    """``a u + b g u`` along the first dimension."""
+    shape = (-1,) + (1,) * (features.ndim - 1)
+    a, b = theta.chunk(2)
+    first, second = features.chunk(2)
+    return a.reshape(shape) * first + b.reshape(shape) * second
+
+
+def _ridge(normal: Float[Tensor, "n n"], right: Float[Tensor, "n ..."]) -> Tensor:
+    """The step that solves the normal equations, held back where they decide nothing."""
+    scale = normal.diagonal().clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
+    scaled = normal * scale * scale[:, None]
+    scaled.diagonal().add_(_RIDGE)
+    columns = right[:, None] if right.ndim == 1 else right
+    solved = torch.linalg.solve(scaled, scale[:, None] * columns) * scale[:, None]
+    return solved.reshape(right.shape)
+
+
+# ---------------------------------------------------------------------- fidelity
+
+
+def _fidelity(
+    layer: GatedLayer, tensor: BilinearTensor, intercept: Tensor, slope: Tensor, x: Tensor
+) -> tuple[float, Float[Tensor, " h"]]:
+    """Variance of the output explained, and each neuron's own error relative to that variance."""
+    wrong, squares = torch.zeros_like(x[0, 0]), torch.zeros_like(x[0, 0])
+    total, neurons = torch.zeros_like(layer.out[:, 0]), torch.zeros_like(intercept)
+    for block in x.split(_BLOCK):
+        g, u = layer.branches(block)
+        y = layer(block)
+        wrong += (y - tensor(block)).square().sum()
+        total += y.sum(0)
+        squares += y.square().sum()
+        neurons += ((layer.activation(g) - intercept - slope * g) * u).square().sum(0)
+    variance = squares - total.square().sum() / len(x)
+    if variance <= 0:
+        return (1.0 if wrong == 0 else -math.inf), neurons
+    errors = neurons * layer.out.square().sum(0) / variance
+    return float(1 - wrong / variance), errors
