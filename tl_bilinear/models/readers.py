@@ -55,7 +55,7 @@ def read_hooked_transformer(model: Any, layer: int | None) -> BilinearTensor | N
     """A layer of a HookedTransformer or of any subclass; None for another kind of model."""
     if not _is_a(model, "transformer_lens", "HookedTransformer"):
         return None
-    index = _require_layer(layer, len(model.blocks))
+    index = require_layer(layer, len(model.blocks))
     block, name = model.blocks[index], f"blocks.{index}"
     if not hasattr(block, "mlp"):
         raise ValueError(f"{name} has no MLP: the model is attention only (attn_only=True)")
@@ -80,7 +80,7 @@ def _read_tl(
 ) -> BilinearTensor:
     if _runs_as(mlp, "tl_bilinear", "BilinearMLP"):
         b_gate, b_in, b_out = (_bias(getattr(mlp, b)) for b in ("b_gate", "b_in", "b_out"))
-    elif _runs_as(mlp, "transformer_lens", "GatedMLP") and _is_identity(mlp.act_fn):
+    elif _runs_as(mlp, "transformer_lens", "GatedMLP") and is_identity(mlp.act_fn):
         b_gate = b_in = None
         # Its b_in is added after the product: a constant b_in W_out at the output.
         b_out = _bias(mlp.b_out.detach() + mlp.b_in.detach() @ mlp.W_out.detach())
@@ -116,6 +116,25 @@ def _not_bilinear(mlp: Any, name: str) -> str:
     )
 
 
+def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
+    """`input_space` and `output_space` of `from_model(model, layer)`, without reading a weight.
+
+    None for a model other than a HookedTransformer.
+    """
+    if not _is_a(model, "transformer_lens", "HookedTransformer"):
+        return None
+    return _spaces(model.cfg, model.blocks[layer], f"blocks.{layer}")
+
+
+_AFTER = {
+    None: "no normalisation",
+    "RMS": "after RMSNorm and its weight",
+    "RMSPre": "after RMSNorm without a weight",
+    "LN": "after LayerNorm, its weight and its bias",
+    "LNPre": "after LayerNorm without weight and bias",
+}
+
+
 def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     """Where a block's MLP reads and writes, in words that results carry along."""
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
@@ -123,21 +142,14 @@ def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     # TransformerLens's own MLP has no hook_in.
     reads = f"{name}.mlp.hook_in" if hasattr(block.mlp, "hook_in") else f"input of {name}.mlp"
     post_norm = cfg.original_architecture in POST_NORM_ARCHITECTURES
-    norm = {
-        None: "no normalisation",
-        "RMS": "after RMSNorm and its weight",
-        "RMSPre": "after RMSNorm without a weight",
-        "LN": "after LayerNorm, its weight and its bias",
-        "LNPre": "after LayerNorm without weight and bias",
-    }[None if post_norm else cfg.normalization_type]
-    reads += f" (input of the MLP, {norm})"
+    reads += f" (input of the MLP, {_AFTER[None if post_norm else cfg.normalization_type]})"
     if post_norm or cfg.use_normalization_before_and_after:
         hook = f"{name}.mlp.hook_out" if hasattr(block.mlp, "hook_out") else f"output of {name}.mlp"
         return reads, f"{hook} (before the norm that follows the MLP)"
     return reads, f"{name}.hook_mlp_out"
 
 
-def _require_layer(layer: int | None, n_layers: int) -> int:
+def require_layer(layer: int | None, n_layers: int) -> int:
     valid = f"0 to {n_layers - 1}, or {-n_layers} to -1 from the end"
     if layer is None:
         if n_layers != 1:
@@ -194,7 +206,7 @@ def _read_plain(
 def _refuse_activation(module: Any) -> None:
     for name in _ACTIVATION_NAMES:
         activation = getattr(module, name, None)
-        if activation is not None and not _is_identity(activation):
+        if activation is not None and not is_identity(activation):
             shown = getattr(activation, "__name__", None) or str(activation)
             raise ValueError(
                 f"this {type(module).__name__} is not bilinear: its {name} is {shown}, "
@@ -273,7 +285,7 @@ def _runs_as(module: Any, package: str, class_name: str) -> bool:
     return owner.__name__ == class_name and owner.__module__.partition(".")[0] == package
 
 
-def _is_identity(activation: Any) -> bool:
+def is_identity(activation: Any) -> bool:
     """Whether an activation leaves every number as it is, found by trying."""
     if isinstance(activation, str):
         return activation in _IDENTITY_NAMES
