@@ -71,7 +71,7 @@ def caught(expression: str) -> str:
 def test_import_is_light():
     heavy = ("transformer_lens", "sae_lens", "transformers", "plotly", "kornia", "mlxtend")
     printed = run(
-        "import sys, tl_bilinear\n"
+        "import sys, tl_bilinear, tl_bilinear.hooks\n"
         "dir(tl_bilinear), tl_bilinear.models.register()\n"
         f"print([name for name in {heavy!r} if name in sys.modules])\n" + TENSOR_WORKS
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from tl_bilinear import BilinearTensor
+from tl_bilinear.tensor.storage import load_tensors
 
 MEASURED = Path(__file__).with_name("trained_spectrum.json")
+DICTIONARY = Path(__file__).parent / ".trained" / "dictionary-512.safetensors"
 
 
 def decay() -> dict[str, float]:
@@ -44,3 +46,14 @@ def directions(count: int, d_out: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(count, d_out, generator=generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def trained_dictionary() -> tuple[BilinearTensor, torch.Tensor]:
+    """A layer and an SAE's decoder [32768, 512] before it, trained by `trained_dictionary`."""
+    if not DICTIONARY.is_file():
+        raise FileNotFoundError(
+            f"{DICTIONARY} does not exist: train it with "
+            f"`python -m tests.benchmarks.trained_dictionary stories.txt`"
+        )
+    tensors, _ = load_tensors(DICTIONARY)
+    return BilinearTensor(*(tensors[name] for name in ("left", "right", "out"))), tensors["decoder"]

@@ -26,10 +26,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformer_lens import HookedTransformer
 
 import tl_bilinear  # noqa: F401  gives HookedTransformer.from_config
+from tests.benchmarks.layers import DICTIONARY
 from tl_bilinear import BilinearTensor
 from tl_bilinear.tensor.storage import save_tensors
 
-DICTIONARY = Path(__file__).parent / ".trained" / "dictionary-512.safetensors"
 WIDTH, FEATURES, CONTEXT, VOCABULARY = 512, 32768, 128, 2048
 HOOK = "blocks.0.mlp.hook_in"
 

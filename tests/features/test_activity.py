@@ -180,6 +180,35 @@ def test_pairs_do_what_the_weights_say(f, tokens, tmp_path):
     assert len(f.verify_pairs(tokens, 3, 4).to_pandas()) == 4
 
 
+@pytest.mark.parametrize("write", ["minimal", "feature"])
+def test_eigencomponents_are_taken_out_of_the_running_model(f, tokens, write):
+    from tl_bilinear.hooks import verify
+
+    parts = f.components([3, 5], 4, write=write)
+    assert parts.shape == (2, 4)
+    checked = verify(f.model, tokens, parts, (0, slice(2)), progress=False)
+    assert (checked.error < 1e-10).all()
+    before = f.run(tokens).output
+    edit = parts.ablate((0, 0))
+    _, cache = f.model.run_with_cache(tokens)
+    with f.model.hooks(fwd_hooks=edit.fwd_hooks(f.model)):
+        _, edited = f.model.run_with_cache(tokens)
+    change = (edited[OUTPUT] - before) @ f.directions[3]
+    assert_close(change, -parts.activations(cache[f"{LAYER}.mlp.hook_in"])[..., 0, 0])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_components_that_cannot_be_written(f):
+    with pytest.raises(ValueError, match="write must be"):
+        f.components(3, 2, write="elsewhere")
+    out = sae(OUTPUT, "transcoder", n=N_OUT, hook_out="blocks.1.hook_resid_post", dtype="float64")
+    across = FeatureInteractions(f.model, 1, f.inputs, out)
+    with pytest.raises(
+        ValueError, match=r"the output dictionary writes at 'blocks\.1\.hook_resid_post'"
+    ):
+        across.components(3, 2, write="feature")
+
+
 def test_the_check_of_pairs_can_fail(f, tokens, monkeypatch):
     """Weights that are not the model's predict something else."""
     met = f.active_interactions(tokens, 3, limit=50)

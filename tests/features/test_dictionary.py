@@ -127,6 +127,7 @@ def test_an_sae_whose_decode_is_not_its_decoder_is_refused():
         Dictionary.of(made)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_plain_matrices_and_what_is_neither():
     rows = torch.randn(5, D)
     d = Dictionary.of(rows, labels=list("abcde"))

@@ -264,6 +264,7 @@ def test_transcoders_are_used_where_they_write():
         FeatureInteractions(model(), 1, torch.randn(7, D), made, output="encoder")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_places_are_refused_by_name():
     with pytest.raises(
         ValueError,

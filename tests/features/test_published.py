@@ -445,7 +445,12 @@ def run(program, *folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports", ["import sae_lens, tl_bilinear", "import tl_bilinear, sae_lens"]
+    "imports",
+    [
+        "import sae_lens, tl_bilinear",
+        "import tl_bilinear, sae_lens",
+        "import tl_bilinear.features.published",
+    ],
 )
 def test_registered_whichever_is_imported_first(tmp_path, imports):
     write(tmp_path / "sae")

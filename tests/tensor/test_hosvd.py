@@ -88,6 +88,7 @@ def test_tucker(t):
     tucker = t.tucker(k_out, k_in)
     assert tucker.core.shape == (k_out, k_in, k_in)
     expanded = tucker.expand()
+    assert repr(expanded).endswith("inputs -> outputs)")
     assert expanded.shape == t.shape
     assert_close(tucker.error, float((t.dense() - expanded.dense()).norm()), rtol=1e-6, atol=1e-6)
     full = t.tucker(t.d_out, t.d_in)

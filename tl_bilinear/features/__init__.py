@@ -4,6 +4,11 @@ Nothing here imports SAELens: an SAE is an object that somebody loaded with it. 
 gives SAELens the SAEs that the paper's authors published, does; it runs once SAELens is imported.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tl_bilinear.features.activity import (
     ActivationScatter,
     ActiveInteractions,
@@ -23,6 +28,16 @@ from tl_bilinear.features.results import (
 )
 from tl_bilinear.features.verification import PairCheck
 
+if TYPE_CHECKING:
+    from tl_bilinear.features.published import (
+        SignedTopKSAE,
+        SignedTopKSAEConfig,
+        TopSequences,
+        published_disk_loader,
+        published_huggingface_loader,
+        read_top_sequences,
+    )
+
 __all__ = [
     "ActivationScatter",
     "ActiveInteractions",
@@ -38,5 +53,26 @@ __all__ = [
     "Passage",
     "PromotedTokens",
     "Reading",
+    "SignedTopKSAE",
+    "SignedTopKSAEConfig",
     "Submatrix",
+    "TopSequences",
+    "published_disk_loader",
+    "published_huggingface_loader",
+    "read_top_sequences",
 ]
+
+_PUBLISHED = {
+    "SignedTopKSAE",
+    "SignedTopKSAEConfig",
+    "TopSequences",
+    "published_disk_loader",
+    "published_huggingface_loader",
+    "read_top_sequences",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLISHED:
+        return getattr(importlib.import_module("tl_bilinear.features.published"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +58,9 @@ from tl_bilinear.tensor import (
     _checks,
 )
 from tl_bilinear.tensor.interaction import Kind
+
+if TYPE_CHECKING:
+    from tl_bilinear.hooks import EigenComponents
 
 Side = Literal["encoder", "decoder"]
 Basis = Literal["features", "activations"]
@@ -411,6 +414,39 @@ class FeatureInteractions:
         if isinstance(pairs, int):
             pairs = self.top(feature, pairs, kind="cross")
         return verification.verify_pairs(self, text, feature, pairs, skip, limit, seed)
+
+    def components(
+        self,
+        features: int | Sequence[int] | Tensor,
+        k: int,
+        *,
+        write: Literal["minimal", "feature"] = "minimal",
+    ) -> EigenComponents:
+        """The k leading eigencomponents of output features, to record, ablate, steer or verify.
+
+        They are those of the layer at ``mlp.hook_in``, in the running model (`tl_bilinear.hooks`).
+        `write` says along which direction an edit is written: the smallest that changes the feature, or
+        the feature's own decoder row.
+
+        Raises ValueError for ``write="feature"`` where the decoder writes elsewhere, or where a row does
+        not change its own feature.
+        """
+        from tl_bilinear.hooks import EigenComponents
+
+        index = self._features(features)
+        directions = self.directions[index]
+        spectrum = self.layer_tensor.interaction(directions).eigh(k)
+        if write == "minimal":
+            return EigenComponents(spectrum, directions, self.layer)
+        if write != "feature":
+            raise ValueError(f"write must be 'minimal' or 'feature', got {write!r}")
+        if self.outputs.hook not in (None, *output_hooks(self.model, self.layer)):
+            raise ValueError(
+                f"the output dictionary writes at {self.outputs.hook!r}, not at {self.output_hook!r}: "
+                f"use write='minimal'"
+            )
+        rows = self.outputs.decoder[index].to(directions)
+        return EigenComponents(spectrum, directions, self.layer, write=rows)
 
     @torch.no_grad()
     def output_without(

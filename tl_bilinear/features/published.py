@@ -403,8 +403,9 @@ def _scope_of(name: str) -> _Scope | None:
     return SCOPES.get(name.rpartition("/")[2])
 
 
+@functools.cache
 def register() -> None:
-    """Give SAELens the architecture, the loader and the releases. Called once, when it is imported."""
+    """Give SAELens the architecture, the loader and the releases, once."""
     sae_lens.register_sae_class(ARCHITECTURE, SignedTopKSAE, SignedTopKSAEConfig)
     pretrained_sae_loaders.NAMED_PRETRAINED_SAE_LOADERS[_LOADER] = published_huggingface_loader
     getters = pretrained_sae_loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS
@@ -523,3 +524,8 @@ def _find_top_activations(source: str | PathLike[str]) -> Path:
         f"{name!r} is neither a file nor a folder here, nor a release ({', '.join(SCOPES)}) or a "
         "repository on the hub"
     )
+
+
+# Here too: whoever imports this module first imports SAELens by it, and the hook that waits for SAELens
+# then finds it half made.
+register()

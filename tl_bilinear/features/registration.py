@@ -5,6 +5,7 @@ SAELens takes seconds to import, so a post-import hook waits for it.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from types import ModuleType
 
@@ -23,9 +24,7 @@ def register() -> None:
 
 def _attach(module: ModuleType) -> None:
     try:
-        from tl_bilinear.features import published
-
-        published.register()
+        importlib.import_module("tl_bilinear.features.published")  # registers itself
     except (ImportError, AttributeError, TypeError) as error:
         # `import sae_lens` has to work whatever a version of it has renamed.
         warnings.warn(

@@ -22,7 +22,7 @@ d_in x (d_out d_in), the directions of input space that the layer as a whole rea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -85,16 +85,20 @@ class Tucker:
     core: BilinearTensor of shape [k_out, k_in, k_in]
     output_directions: U [k_out, d_out], input_directions: V [k_in, d_in]; orthonormal rows
     error: ``||B - approximation||`` (Frobenius), exact
+    input_space, output_space: what the original coordinates are
     """
 
     core: BilinearTensor
     output_directions: Float[Tensor, "k_out d_out"]
     input_directions: Float[Tensor, "k_in d_in"]
     error: float
+    input_space: str | None = None
+    output_space: str | None = None
 
     def expand(self) -> BilinearTensor:
         """The approximation in the original coordinates, [d_out, d_in, d_in], factored."""
-        return self.core.fold(self.input_directions.T).project(self.output_directions.T)
+        expanded = self.core.fold(self.input_directions.T).project(self.output_directions.T)
+        return replace(expanded, input_space=self.input_space, output_space=self.output_space)
 
 
 def hosvd(tensor: BilinearTensor, k: int | None, mode: Mode) -> HOSVD:
@@ -130,7 +134,8 @@ def tucker(tensor: BilinearTensor, k_out: int, k_in: int) -> Tucker:
     # An orthogonal projection: the squares of what is kept and what is left out add up.
     kept = float(core.to(torch.float64).norm())
     error = math.sqrt(max(0.0, output.norm**2 - kept**2))
-    return Tucker(core, output.vectors, directions, error)
+    spaces = tensor.input_space, tensor.output_space
+    return Tucker(core, output.vectors, directions, error, *spaces)
 
 
 def _input_gram(tensor: BilinearTensor) -> Tensor:

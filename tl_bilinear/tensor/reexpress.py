@@ -80,10 +80,7 @@ def reexpress(tensor: BilinearTensor, directions: Float[Tensor, "n d_out"]) -> R
     """See :meth:`BilinearTensor.reexpress`."""
     directions = tensor._matrix("directions", directions, tensor.d_out, tensor._output_meaning())
     _checks.require_finite("directions", directions)
-    precise = directions.to(_checks.gram_dtype(directions))
-    # What is independent only through the rounding of the given dtype is not.
-    rtol = max(directions.shape) * torch.finfo(directions.dtype).eps
-    rank = int(torch.linalg.matrix_rank(precise, rtol=rtol)) if directions.numel() else 0
+    dual, rank = dual_directions(directions)
     if rank < tensor.d_out:
         raise ValueError(
             f"directions must span the output space, but these {len(directions)} have rank {rank} of "
@@ -91,6 +88,14 @@ def reexpress(tensor: BilinearTensor, directions: Float[Tensor, "n d_out"]) -> R
             f"their span: tensor.project(basis), basis [{rank}, {tensor.d_out}] of orthonormal rows, "
             f"with directions @ basis.T"
         )
-    dual = torch.linalg.pinv(precise.T, rtol=rtol).to(directions.dtype)
     interactions = tensor.interaction(directions)
     return Reexpression(directions, dual, interactions, tensor.output_space)
+
+
+def dual_directions(directions: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], int]:
+    """The pseudo-inverse of ``directions^T``, computed in float64, and the rank of the set."""
+    precise = directions.to(_checks.gram_dtype(directions))
+    # What is independent only through the rounding of the given dtype is not.
+    rtol = max(directions.shape) * torch.finfo(directions.dtype).eps
+    rank = int(torch.linalg.matrix_rank(precise, rtol=rtol)) if directions.numel() else 0
+    return torch.linalg.pinv(precise.T, rtol=rtol).to(directions.dtype), rank

@@ -1,0 +1,45 @@
+"""What runs inside `run_with_hooks` and `run_with_cache`: record, keep, ablate, scale, steer, replace.
+
+>>> u = model.W_U[:, token]
+>>> spectrum = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
+>>> parts = EigenComponents(spectrum, u, layer=3)
+>>> with recording(model, parts) as names:
+...     logits, cache = model.run_with_cache(tokens, names_filter=names)
+>>> model.run_with_hooks(tokens, fwd_hooks=parts.ablate(0, positions=-1).fwd_hooks(model))
+>>> loss_added(model, tokens, {"rank 4": parts.low_rank(4), "first": parts.ablate(0)}).to_pandas()
+>>> verify(model, tokens, parts, at="input").to_pandas()
+
+Importing it loads no framework; of a model it uses the hook points' names.
+"""
+
+from tl_bilinear.hooks.components import Components, EigenComponents, HOSVDComponents
+from tl_bilinear.hooks.effects import LossAdded, logit_difference, loss_added, next_token_loss
+from tl_bilinear.hooks.interventions import (
+    Chain,
+    Intervention,
+    OutputEdit,
+    ProjectInput,
+    ReplaceLayer,
+)
+from tl_bilinear.hooks.recording import recording
+from tl_bilinear.hooks.verify import Trial, Verification, verify, verify_trials
+
+__all__ = [
+    "Chain",
+    "Components",
+    "EigenComponents",
+    "HOSVDComponents",
+    "Intervention",
+    "LossAdded",
+    "OutputEdit",
+    "ProjectInput",
+    "ReplaceLayer",
+    "Trial",
+    "Verification",
+    "logit_difference",
+    "loss_added",
+    "next_token_loss",
+    "recording",
+    "verify",
+    "verify_trials",
+]

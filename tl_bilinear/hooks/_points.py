@@ -1,0 +1,144 @@
+"""Where a layer reads and writes: hook names are all that is taken from a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_bilinear.models.readers import layer_spaces, require_layer
+from tl_bilinear.tensor import _checks
+
+Positions = int | slice | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class HookName:
+    """A hook point by its name, or, where SAELens put an SAE in its place, that SAE's output.
+
+    TransformerLens takes a predicate on names wherever it takes a name, and asks it when the hooks are
+    attached: the same hooks fit a model with and without SAEs.
+    """
+
+    name: str
+
+    def __call__(self, name: str) -> bool:
+        return name in (self.name, f"{self.name}.hook_sae_output")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def find(self, model: Any) -> nn.Module:
+        """The hook point that bears the name now."""
+        return next(point for name, point in model.hook_dict.items() if self(name))
+
+
+@dataclass(frozen=True)
+class LayerPoints:
+    """Where the MLP of a block reads (`mlp.hook_in`) and writes (`mlp.hook_out`)."""
+
+    layer: int
+    reads: HookName
+    writes: HookName
+    input_space: str | None
+    output_space: str | None
+
+    @classmethod
+    def of(cls, model: Any, layer: int) -> LayerPoints:
+        """Of a model with hooks; `layer` counts from 0, negative from the end.
+
+        Raises TypeError for a model without hook points, IndexError for a layer that it does not
+        have, ValueError where the layer has no hook on its input or output.
+        """
+        names = getattr(model, "hook_dict", None)
+        if names is None:
+            raise TypeError(
+                f"expected a model with TransformerLens hooks (it has hook_dict), got "
+                f"{type(model).__name__}"
+            )
+        numbers = [int(n.split(".")[1]) for n in names if re.match(r"blocks\.\d+\.", n)]
+        layer = require_layer(layer, max(numbers, default=-1) + 1)
+        block = f"blocks.{layer}"
+        spaces = layer_spaces(model, layer) if _has(names, f"{block}.mlp.hook_in") else None
+        input_space, output_space = spaces or (None, None)
+        writes = f"{block}.mlp.hook_out"
+        # TransformerLens's own MLPs have no hook_out; a norm may lie between them and hook_mlp_out.
+        if not _has(names, writes) and output_space in (None, f"{block}.hook_mlp_out"):
+            writes = f"{block}.hook_mlp_out"
+        points = cls(
+            layer, HookName(f"{block}.mlp.hook_in"), HookName(writes), input_space, output_space
+        )
+        for needed in (points.reads, points.writes):
+            if not _has(names, str(needed)):
+                raise ValueError(
+                    f"{block} has no hook point {needed}, and what reads or edits a bilinear layer "
+                    f"needs one on its input and its output. HookedTransformer.from_config("
+                    f"bilinear=True, ...) and TransformerBridge have both"
+                )
+        return points
+
+    def require_fit(
+        self, model: Any, what: str, *, width: int, space: str | None, output: bool = False
+    ) -> None:
+        """Raise ValueError, naming both sides, where something does not live in this layer's space."""
+        point = self.writes if output else self.reads
+        expected = (self.output_space if output else self.input_space) or f"{point}"
+        d_model = getattr(getattr(model, "cfg", None), "d_model", None)
+        if d_model in (None, width) and self._same(space, expected):
+            return
+        there = "?" if d_model is None else d_model
+        raise ValueError(
+            f"{what} does not fit blocks.{self.layer}.mlp: it has width {width} in "
+            f"{space or 'a space without a name'!r}, the layer {'writes' if output else 'reads'} "
+            f"width {there} in {expected!r}. Take it from BilinearTensor.from_model(model, "
+            f"{self.layer}) of this model as it is now; where the coordinates do mean the same, say "
+            f"so with dataclasses.replace(..., space=None)"
+        )
+
+    def _same(self, space: str | None, expected: str) -> bool:
+        if space is None or space == expected:
+            return True
+        if self.input_space is not None:
+            return False
+        # A model whose reader gives no spaces: another layer or another basis is refused by name.
+        found = re.match(r"(?:(?:input|output) of )?blocks\.(\d+)\.", space)
+        return found is not None and int(found[1]) == self.layer
+
+
+def _has(names: Any, name: str) -> bool:
+    return any(map(HookName(name), names))
+
+
+def position_mask(positions: Positions, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """[..., pos], true at the positions meant; None for all.
+
+    Raises IndexError for a position that this forward does not have, ValueError for a mask of
+    another shape, TypeError for anything else.
+    """
+    if positions is None:
+        return None
+    count = shape[-1]
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.shape not in (shape, shape[-1:]):
+            raise ValueError(
+                f"a mask of positions must have shape [{count}] or {list(shape)}, that of this "
+                f"forward, got {_checks.shape(positions)}"
+            )
+        return positions.to(device).expand(shape)
+    mask = torch.zeros(count, dtype=torch.bool, device=device)
+    if isinstance(positions, slice):
+        mask[positions] = True
+        return mask.expand(shape)
+    chosen = torch.as_tensor(positions)
+    if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
+        raise TypeError(
+            f"positions are None for all, an int, a slice, ints, or a boolean tensor, got {positions!r}"
+        )
+    if not bool(((chosen >= -count) & (chosen < count)).all()):
+        raise IndexError(f"position {positions} does not exist: this forward has {count} positions")
+    mask[chosen.long().to(device)] = True
+    return mask.expand(shape)

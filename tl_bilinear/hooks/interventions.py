@@ -1,0 +1,178 @@
+"""Interventions on a layer: immutable objects that give TransformerLens hooks.
+
+>>> edit = components.ablate([0, 2], positions=-1)
+>>> logits = model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks(model))
+>>> with model.hooks(fwd_hooks=Chain(edit, other).fwd_hooks(model)):
+...     loss = model(tokens, return_type="loss")
+
+An intervention computes what the layer writes from what it read and what it was about to write; it
+holds no state of a run, so that one object serves many models, threads and forwards, and gradients
+flow through it. Several compose in the order given: each edits what the one before it left.
+
+**SAEs.** An intervention reads what the layer reads, behind an SAE attached to `mlp.hook_in`, and
+edits what the layer writes, before an SAE attached to `hook_mlp_out` sees it (behind one attached to
+`mlp.hook_out`). Attach SAEs first: SAELens puts them in the place of the hook point, and the hooks
+that hung there are gone. ``run_with_hooks_with_saes`` does it in this order.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_bilinear.hooks._points import LayerPoints, Positions, position_mask
+from tl_bilinear.tensor import BilinearTensor, _checks
+
+Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+Outside: TypeAlias = Literal["keep", "drop"]
+
+
+class Intervention(ABC):
+    """Something done to one layer (or several) of a model while it runs."""
+
+    edits_input: ClassVar[bool] = False  # such edits come first in a Chain
+
+    @abstractmethod
+    def fwd_hooks(self, model: Any) -> Hooks:
+        """``[(hook name, function), ...]`` for ``model.run_with_hooks(fwd_hooks=...)``.
+
+        Each call gives functions of its own. A name is a predicate on names, as TransformerLens
+        takes them, so that the hooks also find their place behind an SAE.
+
+        Raises ValueError where the intervention does not fit the model's layer, naming both sides.
+        """
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OutputEdit(Intervention):
+    """An intervention that computes a layer's output anew from its input and its output.
+
+    A subclass writes `edit`, and `check` where something must fit the model.
+
+    Attributes
+    ----------
+    layer: counts from 0, negative from the end
+    positions: where: None for all, an int, a slice, ints, or a boolean mask [pos] or [batch, pos].
+        They number the positions of one forward: while generating with a cache, the new token's is 0
+    """
+
+    layer: int
+    positions: Positions = None
+
+    @abstractmethod
+    def edit(
+        self, x: Float[Tensor, "*pos d_model"], out: Float[Tensor, "*pos d_model"]
+    ) -> Float[Tensor, "*pos d_model"]:
+        """What the layer writes in place of `out`, having read `x`."""
+
+    def check(self, model: Any, points: LayerPoints) -> None:
+        """Raise ValueError where this does not fit the layer."""
+
+    def fwd_hooks(self, model: Any) -> Hooks:
+        points = LayerPoints.of(model, self.layer)
+        self.check(model, points)
+        seen = threading.local()  # what the layer read, between two hooks of one forward
+
+        def read(x: Tensor, hook: Any) -> None:
+            seen.x = x
+
+        def write(out: Tensor, hook: Any) -> Tensor:
+            edited = self.edit(seen.x, out)
+            mask = position_mask(self.positions, out.shape[:-1], out.device)
+            return edited if mask is None else torch.where(mask[..., None], edited, out)
+
+        return [(points.reads, read), (points.writes, write)]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceLayer(OutputEdit):
+    """The layer computed by another factored tensor: a Tucker or CP approximation, say.
+
+    ``ReplaceLayer(tensor.cp(rank=64).tensor, layer=3)``, ``ReplaceLayer(tensor.tucker(8, 32).expand(),
+    layer=3)``. The tensor is the whole layer: its biases, and no others, are added.
+    """
+
+    tensor: BilinearTensor
+
+    def check(self, model: Any, points: LayerPoints) -> None:
+        tensor, what = self.tensor, "the tensor"
+        points.require_fit(model, what, width=tensor.d_in, space=tensor.input_space)
+        points.require_fit(model, what, width=tensor.d_out, space=tensor.output_space, output=True)
+
+    def edit(self, x: Tensor, out: Tensor) -> Tensor:
+        return self.tensor(x).to(out.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProjectInput(Intervention):
+    """Take directions out of what the layer reads: ``x <- x - V^T V x``, V a basis of their span.
+
+    For eigenvectors of Q_u, the layer's own weights then give ``u . mlp_out`` without their terms and
+    with all others as they were (without input biases): the causal test of an eigenvector that does
+    not put the answer in. Everything else that the layer writes changes as well.
+
+    Attributes
+    ----------
+    directions: [n, d_in] or [d_in]
+    layer, positions: as in every intervention
+    space: what the coordinates are; checked where given
+    """
+
+    directions: Float[Tensor, "*n d_in"]
+    layer: int
+    positions: Positions = None
+    space: str | None = None
+    edits_input: ClassVar[bool] = True
+
+    def fwd_hooks(self, model: Any) -> Hooks:
+        points = LayerPoints.of(model, self.layer)
+        given = _checks.require_tensor("directions", self.directions)
+        points.require_fit(model, "the direction", width=given.shape[-1], space=self.space)
+        rows = given.reshape(-1, given.shape[-1]).to(_checks.gram_dtype(given))
+        _, scale, basis = torch.linalg.svd(rows, full_matrices=False)
+        basis = basis[scale > scale.amax() * max(rows.shape) * torch.finfo(given.dtype).eps]
+
+        def project(x: Tensor, hook: Any) -> Tensor:
+            rows = basis.to(x.device, _checks.compute_dtype(x.dtype))
+            edited = x - ((x.to(rows.dtype) @ rows.T) @ rows).to(x.dtype)
+            mask = position_mask(self.positions, x.shape[:-1], x.device)
+            return edited if mask is None else torch.where(mask[..., None], edited, x)
+
+        return [(points.reads, project)]
+
+
+class Chain(Intervention):
+    """Several interventions as one, in the order given; chains may hold chains.
+
+    Edits of a layer's input come before everything that reads that input.
+    """
+
+    def __init__(self, *interventions: Intervention) -> None:
+        for each in interventions:
+            if not isinstance(each, Intervention):
+                raise TypeError(
+                    f"Chain takes interventions, Chain(first, second), got {type(each).__name__}"
+                )
+        self.interventions = interventions
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.interventions))})"
+
+    def flat(self) -> list[Intervention]:
+        """The interventions, chains within this one opened."""
+        return [
+            one
+            for each in self.interventions
+            for one in (each.flat() if isinstance(each, Chain) else [each])
+        ]
+
+    def fwd_hooks(self, model: Any) -> Hooks:
+        ordered = sorted(self.flat(), key=lambda each: not each.edits_input)
+        return [hook for each in ordered for hook in each.fwd_hooks(model)]
