@@ -161,9 +161,10 @@ def hooked_fields(cfg: Any) -> dict[str, Any]:
     fields = {name: getattr(cfg, name) for name in _CARRIED if hasattr(cfg, name)}
     if fields["positional_embedding_type"] == "rotary" and fields["rotary_dim"] is None:
         fields["rotary_dim"] = cfg.d_head
-    if cfg.use_attn_scale and cfg.attn_scale > 0:
-        fields["attn_scale"] = cfg.attn_scale
+    given = cfg.use_attn_scale and cfg.attn_scale > 0
     return fields | {
+        "use_attn_scale": True,
+        "attn_scale": cfg.attn_scale if given else math.sqrt(cfg.d_head),
         "act_fn": "identity",
         "gated_mlp": True,
         "bilinear": True,
