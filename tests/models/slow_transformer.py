@@ -1,4 +1,4 @@
-"""A transformer with bilinear MLPs written out, number by number where it matters: the oracle of bridges.
+"""A transformer with bilinear MLPs written out from its formulas: the oracle of bridges.
 
 Weights are under HookedTransformer's names. No framework but torch.
 """
@@ -47,7 +47,7 @@ def random_state(cfg, seed=0):
     norms = {"RMS": ("w",), "LN": ("w", "b")}.get(cfg["normalization_type"], ())
     shapes = {"embed.W_E": (cfg["d_vocab"], d), "unembed.W_U": (d, cfg["d_vocab_out"])}
     shapes |= {"unembed.b_U": (cfg["d_vocab_out"],)}
-    shapes |= {f"ln_final.{leaf}": (d,) for leaf in norms}
+    shapes |= {f"ln_final.{leaf}": (d,) for leaf in (norms[:1] if cfg["final_rms"] else norms)}
     if cfg["positional_embedding_type"] == "standard":
         shapes["pos_embed.W_pos"] = (cfg["n_ctx"], d)
     for layer in range(cfg["n_layers"]):
@@ -106,7 +106,7 @@ def norm(state, name, cfg, x):
     kind = cfg["normalization_type"]
     if kind is None:
         return x
-    if kind.startswith("LN"):
+    if kind.startswith("LN") and not (cfg["final_rms"] and name == "ln_final"):
         x = x - x.mean(-1, keepdim=True)
     x = x / (x.pow(2).mean(-1, keepdim=True) + cfg["eps"]).sqrt()
     return x * state.get(f"{name}.w", 1.0) + state.get(f"{name}.b", 0.0)

@@ -71,7 +71,7 @@ class FeatureInteractions:
 
     Parameters
     ----------
-    model: a bilinear HookedTransformer (or HookedSAETransformer)
+    model: a bilinear HookedTransformer or TransformerBridge (or SAELens's of either)
     layer: int
         From 0; negative from the end.
     sae_in: SAE, transcoder, Dictionary or matrix [n_in, d_model]
@@ -469,7 +469,10 @@ class FeatureInteractions:
         held: list[Tensor] = []
         hooks.append((self.output_hook, lambda value, hook: held.append(value)))
         self.model.run_with_hooks(
-            run.tokens, fwd_hooks=hooks, return_type=None, stop_at_layer=self.layer + 1
+            run.tokens,
+            fwd_hooks=[(running.fires_as(self.model, name), hook) for name, hook in hooks],
+            return_type=None,
+            stop_at_layer=self.layer + 1,
         )
         return held[0]
 

@@ -102,6 +102,10 @@ _OFF = {
     "use_yarn_rope": False,
 }
 _POSITIONS = ("standard", "rotary")
+_ARCHITECTURES = (
+    None,
+    "LlamaForCausalLM",
+)  # others may change where HookedTransformer has its norms
 
 
 # ---------------------------------------------------------------------- HookedTransformer to bridge
@@ -119,6 +123,8 @@ def bridge_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if config["positional_embedding_type"] not in _POSITIONS:
         problems.append(f"positional_embedding_type={config['positional_embedding_type']!r}")
+    if config.get("original_architecture") not in _ARCHITECTURES:
+        problems.append(f"original_architecture={config['original_architecture']!r}")
     if float(config["rotary_base"]) % 1:
         problems.append(f"rotary_base={config['rotary_base']!r} (only whole numbers)")
     if problems:
