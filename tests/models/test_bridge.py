@@ -5,6 +5,7 @@ import importlib.metadata
 import tomllib
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,7 +26,14 @@ from tests.models.slow_transformer import SIZES, TOKENS, log_probs, random_state
 from tl_bilinear import BilinearTensor, FeatureInteractions
 from tl_bilinear.features import Dictionary
 from tl_bilinear.hooks import EigenComponents, recording, verify
-from tl_bilinear.models import BilinearMLPBridge, conversion, files, save_bridge, storage
+from tl_bilinear.models import (
+    BilinearMLPBridge,
+    conversion,
+    files,
+    registration,
+    save_bridge,
+    storage,
+)
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens") < "4"
@@ -150,7 +158,11 @@ def test_new_model():
     assert torch.equal(bridge(TOKENS), from_object(TOKENS))
     assert not torch.equal(bridge(TOKENS), TransformerBridge.boot_bilinear(fields, seed=4)(TOKENS))
     assert (bridge.cfg.act_fn, bridge.cfg.gated_mlp) == ("identity", True)
-    assert type(bridge.blocks[1].mlp) is BilinearMLPBridge
+    mlp = bridge.blocks[1].mlp
+    assert type(mlp) is BilinearMLPBridge
+    alone = BilinearTensor.from_mlp(mlp)
+    assert torch.equal(alone.left, BilinearTensor.from_model(bridge, 1).left)
+    assert alone.input_space is None
     assert not any("mlp" in n and n.endswith("bias") for n, _ in bridge.named_parameters())
     assert not BilinearTensor.from_model(bridge, 0).has_biases
     std = 0.8 / 16**0.5  # as TransformerLens initialises
@@ -296,16 +308,15 @@ def llama_folder(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]"
     )
+    root = tmp_path_factory.mktemp("llamas")
     for activation in ("linear", "silu"):
-        folder = tmp_path_factory.mktemp("llama") / activation
-        llama(hidden_act=activation).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        yield_from = folder.parent.parent
-    return lambda activation: next(yield_from.glob(f"*/{activation}"))
+        llama(hidden_act=activation).save_pretrained(root / activation)
+        tokenizer.save_pretrained(root / activation)
+    return lambda activation: str(root / activation)
 
 
 def test_transformer_lens_boots_a_folder(llama_folder):
-    bridge = TransformerBridge.boot_transformers(str(llama_folder("linear")), device="cpu")
+    bridge = TransformerBridge.boot_transformers(llama_folder("linear"), device="cpu")
     with torch.no_grad():
         expected = llama()(TOKENS).logits.log_softmax(-1)
     assert_close(tl_log_probs(bridge), expected, **CLOSE)
@@ -316,7 +327,7 @@ def test_transformer_lens_boots_a_folder(llama_folder):
 
 
 def test_a_llama_with_an_activation_is_left_to_transformer_lens(llama_folder):
-    bridge = TransformerBridge.boot_transformers(str(llama_folder("silu")), device="cpu")
+    bridge = TransformerBridge.boot_transformers(llama_folder("silu"), device="cpu")
     assert type(bridge.adapter) is SUPPORTED_ARCHITECTURES["LlamaForCausalLM"]
     with torch.no_grad():
         expected = llama(hidden_act="silu")(TOKENS).logits.log_softmax(-1)
@@ -376,6 +387,12 @@ def test_found_by_its_entry_point(tmp_path, monkeypatch):
         warnings.filterwarnings("ignore", "Custom architecture adapter")
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
     assert type(adapter).__name__ == "BilinearNativeAdapter"
+
+
+def test_a_factory_of_another_shape_is_a_warning():
+    """`import transformer_lens` does not fail for what a later version renames."""
+    with pytest.warns(UserWarning, match="does not take tl_bilinear's adapter.*may compute SiLU"):
+        registration._register_adapter(ModuleType("transformer_lens.factories.renamed"))
 
 
 def test_described():
@@ -565,7 +582,7 @@ def test_rotary_embeddings_that_the_format_does_not_hold(tmp_path):
 
 def test_tokenizer_and_dtype_come_along(llama_folder, tmp_path):
     bridge = TransformerBridge.boot_transformers(
-        str(llama_folder("linear")), device="cpu", dtype=torch.bfloat16
+        llama_folder("linear"), device="cpu", dtype=torch.bfloat16
     )
     save_bridge(bridge, tmp_path / "model")
     native = TransformerBridge.boot_bilinear(tmp_path / "model", device="cpu")
@@ -633,7 +650,7 @@ def test_features(any_bridge, hook):
         scale = float(found.quadratic.abs().max())
         assert abs(found.total - measured) <= 1e-5 * scale
         assert abs(found.measured - measured) <= 1e-5 * scale
-        check = f.verify_pairs(TOKENS, 3, 5)
+        check = f.verify_pairs(TOKENS, 3, 2)
         assert check.tokens.sum() > 0
         assert float(check.difference.nan_to_num().max()) < 1e-3
         assert torch.isfinite(f.unembedding(7)).all()
@@ -667,7 +684,7 @@ def test_sae_lens_bridge(native, tmp_path):
     assert_close(acts, sae.encode(output), rtol=1e-4, atol=1e-4)
     f = FeatureInteractions(bridge, 1, sae_in, sae)
     assert f.attribute(TOKENS[1], 3, 4).error < 1e-4
-    assert float(f.verify_pairs(TOKENS, 3, 20).difference.nan_to_num().max()) < 1e-3
+    assert float(f.verify_pairs(TOKENS, 3, 10).difference.nan_to_num().max()) < 1e-3
     bridge.add_sae(sae)
     with pytest.raises(ValueError, match=f"SAEs are attached to the model at {hook}"):
         f.run(TOKENS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import wrapt
 _MODULE = "transformer_lens.HookedTransformer"
 _BRIDGE_MODULE = "transformer_lens.model_bridge.bridge"
 _FACTORY_MODULE = "transformer_lens.factories.architecture_adapter_factory"
+_LLAMA = "LlamaForCausalLM"
 _INSTALL_TL = "pip install 'transformer-lens>=3.9,<4'"
 _INSTALL_SAE = "pip install 'sae-lens>=6.54'"
 
@@ -161,15 +163,26 @@ _boot_bilinear.__qualname__ = "TransformerBridge.boot_bilinear"
 
 
 def _register_adapter(module: ModuleType) -> None:
-    # The factory calls what it holds with the config, so this can wait for the first Llama.
-    stock = module.SUPPORTED_ARCHITECTURES["LlamaForCausalLM"]
+    try:
+        stock = module.SUPPORTED_ARCHITECTURES[_LLAMA]
+        register_adapter = module.ArchitectureAdapterFactory.register_adapter
+    except (AttributeError, KeyError) as error:
+        # `import transformer_lens` has to work whatever a version of it has renamed.
+        warnings.warn(
+            f"TransformerLens {_version()} does not take tl_bilinear's adapter ({error!r}): in "
+            "compatibility mode its bridge of a Llama with hidden_act='linear' may compute SiLU. "
+            "pip install 'transformer-lens>=3.9,<5'",
+            stacklevel=2,
+        )
+        return
 
     def adapter(cfg: Any) -> Any:
         from tl_bilinear.models import bridge
 
         return bridge.llama_adapter(stock, cfg)
 
-    module.ArchitectureAdapterFactory.register_adapter("LlamaForCausalLM", adapter)
+    # The factory calls what it holds with the config, so our import waits for the first Llama.
+    register_adapter(_LLAMA, adapter)
 
 
 def explain_missing(name: str, error: ImportError) -> ImportError | None:
@@ -185,7 +198,8 @@ def explain_missing(name: str, error: ImportError) -> ImportError | None:
     if missing.startswith("transformer_lens."):
         return ImportError(
             f"{name} needs HookedTransformer as TransformerLens 3.9 has it. TransformerLens "
-            f"{_version()} is installed and does not have it (4 has only TransformerBridge). "
+            f"{_version()} is installed and does not have it (4 has only TransformerBridge: "
+            f"TransformerBridge.boot_bilinear). "
             f"{_INSTALL_TL}",
             name=missing,
         )
