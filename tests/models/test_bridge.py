@@ -171,9 +171,8 @@ def test_new_model():
 
 
 def test_new_model_with_biases_and_dtype():
-    bridge = TransformerBridge.boot_bilinear(
-        **SIZES, bilinear_bias=True, dtype=torch.bfloat16, device="cpu"
-    )
+    fields = {**SIZES, "bilinear_bias": True}
+    bridge = TransformerBridge.boot_bilinear(fields, dtype=torch.bfloat16, device="cpu")
     biases = [p for n, p in bridge.named_parameters() if ".mlp." in n and n.endswith("bias")]
     assert len(biases) == 6
     assert not any(b.any() for b in biases)
@@ -488,6 +487,8 @@ def test_checkpoints_there_and_back(fields, tmp_path):
         for folder in ("model", "back", "processed"):
             hooked = HookedBilinearTransformer.from_pretrained(tmp_path / folder, device="cpu")
             assert_close(tl_log_probs(hooked), expected, **CLOSE)
+            assert_close(tl_log_probs(TransformerBridge.boot_bilinear(hooked)), expected, **CLOSE)
+            hooked.process_weights_()
             assert_close(tl_log_probs(TransformerBridge.boot_bilinear(hooked)), expected, **CLOSE)
     for folder in ("back", "processed"):
         cfg = storage.read_fields(tmp_path, files.read_json(tmp_path / folder / "config.json"))

@@ -254,7 +254,8 @@ def boot_bilinear(
     where = {"tokenizer": tokenizer, "device": device, "dtype": dtype}
     given = [*fields, *(["bilinear_bias"] if bilinear_bias else [])]
     if source is None or isinstance(source, Mapping):
-        cfg = _config({**(source or {}), **fields}, bilinear_bias)
+        values = {**(source or {}), **fields}
+        cfg = _config(values, values.pop("bilinear_bias", False) or bilinear_bias)
         bridge = _wrap(native_model(cfg), cfg, **where)
     elif isinstance(source, TransformerBridgeConfig) and not fields:
         cfg = _native(copy.deepcopy(source), bilinear_bias)
@@ -267,7 +268,7 @@ def boot_bilinear(
     elif isinstance(source, str | PathLike):
         bridge = _from_folder(Path(source).expanduser(), **where)
     elif _is_hooked_bilinear(source):
-        where["tokenizer"] = tokenizer or source.tokenizer
+        where["tokenizer"] = source.tokenizer if tokenizer is None else tokenizer
         bridge = _from_state("the model", source.state_dict(), vars(source.cfg), **where)
     elif isinstance(source, LlamaForCausalLM):
         bridge = _from_llama(source, **where)
@@ -378,7 +379,7 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
         weights,
         read_tensors(weights),
         storage.read_fields(path, stored),
-        tokenizer=tokenizer or stored_tokenizer(source),
+        tokenizer=stored_tokenizer(source) if tokenizer is None else tokenizer,
         **where,
     )
 
