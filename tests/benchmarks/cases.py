@@ -5,15 +5,27 @@ A side is a function of nothing that returns a dict of what it found; building t
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.benchmarks.layers import directions, layer_like_trained, trained_dictionary
 from tl_bilinear import BilinearTensor
+from tl_bilinear.recipes.images import (
+    ImageClassifier,
+    ImageData,
+    TrainingConfig,
+    load_images,
+    train_classifier,
+    train_classifiers,
+)
+from tl_bilinear.recipes.images.training import accuracy
 
 Side = Callable[[], dict[str, Any]]
 
@@ -139,6 +151,48 @@ def norm_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]
     return {"relative error": float(((ours["values"][: len(exact)] - exact) / exact).abs().max())}
 
 
+def training_sides(
+    steps: int, precision: str, batch: int, vocabulary: int, **sizes: Any
+) -> dict[str, Side]:
+    """The recipe for language models beside a plain loop over the same HookedTransformer.
+
+    The text is one batch of rows, so that both see the same rows at every step. The recipe's side is
+    all of it: checkpoints, evaluations, the final measurement and a sample.
+    """
+    from tests.benchmarks.training import plain_loop, random_data
+    from tl_bilinear.recipes.language import LanguageConfig, train_language_model
+
+    data = random_data(rows=batch, vocabulary=vocabulary)
+    config = LanguageConfig(batch=batch, steps=steps, **sizes)
+
+    def ours() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            run = train_language_model(
+                data,
+                config,
+                folder=f"{folder}/run",
+                precision=precision,
+                device="cpu",
+                progress=False,
+            )
+        curve = run.to_pandas()["loss"]
+        return {"loss": float(curve.iloc[-1]), "tokens a second": run.tokens_per_second}
+
+    return {"ours": ours, "dense": lambda: plain_loop(data, config)}
+
+
+def training_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    names = ("tokens a second", "loss")
+    return {
+        **{name: ours[name] for name in names},
+        **{f"plain loop's {name}": dense[name] for name in names},
+    }
+
+
+def training_difference(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    return {"loss": abs(ours["loss"] - dense["loss"]) / dense["loss"]}
+
+
 def pair_sides(k: int) -> dict[str, Side]:
     tensor, decoder = trained_dictionary()
     Q = tensor.interaction(directions(1, tensor.d_out)[0])
@@ -168,6 +222,56 @@ def pair_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]
     difference = (ours["values"] - dense["values"]).abs().max() / dense["values"].max()
     same = set(ours["pairs"].tolist()) & set(dense["pairs"].tolist())
     return {"error": float(difference), "pairs in common": len(same)}
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def image_sides(data: ImageData, config: TrainingConfig) -> dict[str, Side]:
+    def ours() -> dict[str, Any]:
+        return {"accuracy": train_classifier(data, config, progress=False).accuracy}
+
+    def loop() -> dict[str, Any]:
+        """What a notebook does: a DataLoader, fresh noise, torch's AdamW, a test each epoch."""
+        torch.manual_seed(config.seed)
+        model = ImageClassifier(data.pixels, len(data.classes), config.size)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
+        pairs = TensorDataset(data.train_images, data.train_labels)
+        loader = DataLoader(pairs, batch_size=config.batch, shuffle=True)
+        reached = []
+        for _ in range(config.epochs):
+            for images, labels in loader:
+                logits = model(images + config.noise * torch.randn_like(images))
+                loss = torch.nn.functional.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+            reached.append(accuracy(model, data.test_images, data.test_labels))
+        return {"accuracy": reached[-1]}
+
+    return {"ours": ours, "dense": loop}
+
+
+def seeds_sides(data: ImageData, config: TrainingConfig, seeds: int) -> dict[str, Side]:
+    configs = [replace(config, seed=seed) for seed in range(seeds)]
+
+    def together() -> dict[str, Any]:
+        results = train_classifiers(data, configs, progress=False)
+        return {"accuracy": sum(result.accuracy for result in results) / seeds}
+
+    def one_by_one() -> dict[str, Any]:
+        results = [train_classifier(data, each, progress=False) for each in configs]
+        return {"accuracy": sum(result.accuracy for result in results) / seeds}
+
+    return {"ours": together, "dense": one_by_one}
+
+
+def image_accuracies(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+    return {"accuracy": ours["accuracy"], "the loop's": dense["accuracy"]}
 
 
 CASES = [
@@ -239,6 +343,31 @@ CASES = [
         repeats=2,
         scaled=16384 / 64,
     ),
+    Case(
+        "images-mnist",
+        "60,000 MNIST images, size 256, 20 epochs; beside a DataLoader loop",
+        "2x",
+        lambda: image_sides(load_images(SHARED / "mnist"), TrainingConfig()),
+        image_accuracies,
+        repeats=2,
+    ),
+    Case(
+        "images-seeds",
+        "10 seeds at once, 4,000 images, size 64; beside one by one",
+        "faster",
+        lambda: seeds_sides(load_images(), TrainingConfig(size=64, batch=256, epochs=10), 10),
+        image_accuracies,
+    ),
+    Case(
+        "training-128",
+        "training, d=128, 4 layers, V=2048, bf16 products; beside a loop over HookedTransformer",
+        "1.8x",
+        lambda: training_sides(
+            *(100, "auto", 16, 2048), n_layers=4, d_model=128, d_mlp=512, n_heads=4
+        ),
+        training_errors,
+        repeats=2,
+    ),
 ]
 
 QUICK = [
@@ -266,5 +395,13 @@ QUICK = [
         norm_errors,
         repeats=1,
         scaled=16,
+    ),
+    Case(
+        "training-16",
+        "training a language model, d=16, 1 layer, V=180",
+        "runs",
+        lambda: training_sides(*(4, "fp32", 4, 180), n_layers=1, d_model=16, d_mlp=32, n_heads=2),
+        training_difference,
+        repeats=1,
     ),
 ]

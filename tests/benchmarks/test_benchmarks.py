@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks.cases import CASES, QUICK
+from tests.benchmarks.cases import (
+    CASES,
+    QUICK,
+    seeds_sides,
+    training_accuracies,
+    training_sides,
+)
 from tests.benchmarks.layers import layer_like_trained
 from tests.benchmarks.trained_spectrum import INDICES, MEASURED
+from tl_bilinear.recipes.images import ImageData, TrainingConfig
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
@@ -16,6 +23,19 @@ def test_both_sides_find_the_same(case):
     sides = case.build()
     errors = case.compare(sides["ours"](), sides["dense"]())
     assert all(value < 1e-5 for value in errors.values()), errors
+
+
+def test_both_ways_of_training_learn_the_same():
+    labels = torch.arange(200) % 3
+    images = torch.nn.functional.one_hot(labels, 12).float() + 0.1 * torch.rand(200, 12)
+    data = ImageData(images, labels, images, labels, (3, 4), ("a", "b", "c"), "dots")
+    config = TrainingConfig(
+        size=8, noise=0.1, weight_decay=0.1, batch=20, epochs=10, learning_rate=0.02
+    )
+    for sides in (training_sides(data, config), seeds_sides(data, config, 2)):
+        found = {name: side() for name, side in sides.items()}
+        errors = training_accuracies(found["ours"], found["dense"])
+        assert min(errors.values()) > 0.95, errors
 
 
 def test_the_layers_decay_as_the_trained_one_did():

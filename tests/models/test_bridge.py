@@ -335,7 +335,7 @@ def test_a_llama_with_an_activation_is_left_to_transformer_lens(llama_folder):
         BilinearTensor.from_model(bridge, 0)
     with pytest.raises(ValueError, match="the bridge is not bilinear: its adapter is a Llama"):
         save_bridge(bridge, "nowhere")
-    with pytest.raises(ValueError, match="its gate goes through 'silu'"):
+    with pytest.raises(ValueError, match="this Llama is not bilinear: its gate goes through silu"):
         TransformerBridge.boot_bilinear(llama(hidden_act="silu"))
 
 

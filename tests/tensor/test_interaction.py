@@ -270,6 +270,56 @@ def test_top_interactions_of_directions(kind, block, seed, n, d, k):
         assert all(i <= j for i, j in pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["all", "cross"])
+@given(seeds, st.integers(20, 60), st.integers(2, 12), st.integers(1, 6))
+def test_screening_in_few_rounded_terms_loses_no_pair(kind, dtype, seed, n, d, k):
+    # Neurons of falling size: the last terms are small and are left out.
+    scale = 4.0 ** -torch.arange(d, dtype=torch.float64)
+    left, right = normal(seed, 2, 8, d) * scale
+    t = BilinearTensor(left, right, normal(seed + 1, 1, 8))
+    directions = normal(seed + 2, n, d)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_top, "SCREEN_FROM", 1)
+        patch.setattr(_top, "CORNER", 8)
+        patch.setattr(_top, "_MARGIN", 1.0)  # so that small cases are screened, in either precision
+        patch.setattr(_top, "_faster_dtype", lambda weighted: dtype)
+        top = t.interaction()[0].top(k, kind=kind, directions=directions)
+    dense = t.fold(directions).dense()[0]
+    expected = brute_force_top(dense, k, kind)
+    assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
+    assert_close(dense[top.rows, top.columns], top.values, rtol=1e-8, atol=1e-12)
+
+
+def test_the_margin_is_what_keeps_pairs(monkeypatch):
+    """Without it a rounded screen does lose some."""
+    scale = 2.0 ** -torch.arange(12, dtype=torch.float64)
+    lost = 0
+    for seed in range(20):
+        left, right = normal(seed, 2, 8, 12) * scale
+        t = BilinearTensor(left, right, normal(seed + 1, 1, 8))
+        directions = normal(seed + 2, 60, 12)
+        exact = t.interaction()[0].top(5, directions=directions)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_top, "SCREEN_FROM", 1)
+            patch.setattr(_top, "CORNER", 30)
+            patch.setattr(_top, "_MARGIN", 1.0)
+            patch.setattr(_top, "_faster_dtype", lambda weighted: torch.bfloat16)
+            made = _top._Screen.__init__
+
+            def careless(self, *args, made=made):
+                made(self, *args)
+                self.margin = torch.zeros_like(self.margin)
+
+            patch.setattr(_top._Screen, "__init__", careless)
+            try:
+                found = t.interaction()[0].top(5, directions=directions)
+                lost += not torch.equal(found.coefficients, exact.coefficients)
+            except RuntimeError:  # fewer than k were left
+                lost += 1
+    assert lost > 0
+
+
 def test_most_pairs_of_directions_are_never_computed(monkeypatch):
     t = random_tensor(32, 64, 1, dtype=torch.float32)
     directions = normal(1, 4000, 32).float() * torch.linspace(1, 0.01, 4000)[:, None]

@@ -19,8 +19,9 @@ from tl_bilinear.features.results import (
     semicircle,
 )
 from tl_bilinear.tensor import Eigendecomposition, TopInteractions
-from tl_bilinear.tensor._sweeps import Rows, digest_of, sweep
+from tl_bilinear.tensor._sweeps import Rows, sweep
 from tl_bilinear.tensor._top import BLOCK_ELEMENTS, DirectionEntries
+from tl_bilinear.tensor.storage import digest_of
 
 if TYPE_CHECKING:
     from tl_bilinear.features.interactions import FeatureInteractions

@@ -57,6 +57,7 @@ from tl_bilinear.models.files import (
 )
 from tl_bilinear.models.folding import fold_norm
 from tl_bilinear.models.pretrained import stored_tokenizer
+from tl_bilinear.models.readers import gated_through
 
 ARCHITECTURE = "TLBilinearNative"
 LLAMA = "LlamaForCausalLM"
@@ -412,10 +413,7 @@ def _from_llama(
     llama: Any, *, tokenizer: Any, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> Any:
     if not _is_linear(llama.config.hidden_act):
-        raise ValueError(
-            f"this Llama is not bilinear: its gate goes through {llama.config.hidden_act!r}, where a "
-            "bilinear one has hidden_act='linear'"
-        )
+        raise ValueError(gated_through("this Llama", llama.config.hidden_act))
     llama.to(device=device, dtype=dtype)
     llama.set_attn_implementation("eager")  # the others do not show attention patterns to hooks
     return build_bridge_from_module(

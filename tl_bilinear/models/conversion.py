@@ -1,7 +1,6 @@
 """Weights under HookedTransformer's names (TransformerLens 3.9) and under TransformerBridge's.
 
-The bridge holds linear maps as torch.nn.Linear does, [out, in], heads in one dimension. No framework
-is imported.
+No framework is imported.
 
 **Rotary embeddings.** A rotation turns pairs of a head's coordinates: (i, i + r/2) for i < r/2 in
 HookedTransformer and Hugging Face's Llama (half-rotation), (2i, 2i + 1) in TransformerLens's native
@@ -19,36 +18,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# HookedTransformer's name, the bridge's name, and their layouts.
-# n: heads, h: d_head, d: d_model, m: d_mlp, v: vocabulary, p: positions.
-_OUTSIDE = (
-    ("embed.W_E", "embed.weight", "v d", "v d"),
-    ("pos_embed.W_pos", "pos_embed.weight", "p d", "p d"),
-    ("ln_final.w", "ln_final.weight", "d", "d"),
-    ("ln_final.b", "ln_final.bias", "d", "d"),
-    ("unembed.W_U", "unembed.weight", "d v", "v d"),
-    ("unembed.b_U", "unembed.bias", "v", "v"),
-)
-_BLOCK = (
-    ("ln1.w", "ln1.weight", "d", "d"),
-    ("ln1.b", "ln1.bias", "d", "d"),
-    ("attn.W_Q", "attn.q.weight", "n d h", "(n h) d"),
-    ("attn.b_Q", "attn.q.bias", "n h", "(n h)"),
-    ("attn.W_K", "attn.k.weight", "n d h", "(n h) d"),
-    ("attn.b_K", "attn.k.bias", "n h", "(n h)"),
-    ("attn.W_V", "attn.v.weight", "n d h", "(n h) d"),
-    ("attn.b_V", "attn.v.bias", "n h", "(n h)"),
-    ("attn.W_O", "attn.o.weight", "n h d", "d (n h)"),
-    ("attn.b_O", "attn.o.bias", "d", "d"),
-    ("ln2.w", "ln2.weight", "d", "d"),
-    ("ln2.b", "ln2.bias", "d", "d"),
-    ("mlp.W_gate", "mlp.gate.weight", "d m", "m d"),
-    ("mlp.b_gate", "mlp.gate.bias", "m", "m"),
-    ("mlp.W_in", "mlp.in.weight", "d m", "m d"),
-    ("mlp.b_in", "mlp.in.bias", "m", "m"),
-    ("mlp.W_out", "mlp.out.weight", "m d", "d m"),
-    ("mlp.b_out", "mlp.out.bias", "d", "d"),
-)
+from tl_bilinear.models.layouts import weight_pairs
+
 MLP_BIASES = ("mlp.gate.bias", "mlp.in.bias", "mlp.out.bias")
 _ROTATED = ("attn.W_Q", "attn.b_Q", "attn.W_K", "attn.b_K")
 
@@ -204,9 +175,9 @@ def from_bridge(
         if bridge_name in state:
             known = {axis: sizes[axis] for axis in axes if axis in "nh"}
             values = rearrange(state[bridge_name], f"{bridge_layout} -> {layout}", **known)
-        elif name.rpartition(".")[2].lstrip("_").startswith("b_"):
+        elif ".b_" in name.replace("._", ".") and f"{bridge_name[:-4]}weight" in state:
             values = torch.zeros([sizes[axis] for axis in axes], dtype=like.dtype)
-        else:  # a norm without weights, no learned positions
+        else:  # a norm without weights, no learned positions, no MLP
             continue
         if order is not None and _ends_with(name, _ROTATED):
             values = values[..., order.to(values.device)]
@@ -227,17 +198,8 @@ def adjacent_order(d_head: int, rotary_dim: int) -> Tensor:
 
 
 def _pairs(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    yield from _OUTSIDE
-    for layer in range(config["n_layers"]):
-        for name, bridge_name, layout, bridge_layout in _BLOCK:
-            part, leaf = name.split(".")
-            if config["attn_only"] and part in ("ln2", "mlp"):
-                continue
-            # HookedTransformer keeps grouped keys and values under names of their own.
-            if config["n_key_value_heads"] is not None and leaf[-2:] in ("_K", "_V"):
-                leaf = f"_{leaf}"
-            block = f"blocks.{layer}"
-            yield f"{block}.{part}.{leaf}", f"{block}.{bridge_name}", layout, bridge_layout
+    grouped = config["n_key_value_heads"] is not None
+    return weight_pairs("bridge", config["n_layers"], grouped=grouped)
 
 
 def _ends_with(name: str, endings: tuple[str, ...]) -> bool:

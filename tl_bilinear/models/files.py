@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not a JSON table, or not whole."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a table of values")
+    return content
+
+
+def write_table(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON table, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

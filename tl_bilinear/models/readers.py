@@ -6,7 +6,8 @@ loaded already, and is recognised by the names of its classes.
 Plain modules are recognised by the names of their maps:
 
 - ``left``, ``right``, ``out``
-- ``gate_proj``, ``up_proj``, ``down_proj`` (Hugging Face's Llama with ``hidden_act="linear"``)
+- ``gate_proj``, ``up_proj``, ``down_proj`` (Hugging Face's Llama with ``hidden_act="linear"``; the
+  whole model is read by `from_model`)
 - ``gate_up_proj``, ``down_proj``, the first two in one matrix (Phi-3 and others)
 - ``W_gate``, ``W_in``, ``W_out``, tensors in TransformerLens's layout, with ``b_gate``, ``b_in``,
   ``b_out`` where there are biases
@@ -51,6 +52,7 @@ def register() -> None:
     register_mlp_reader("left/right/out", read_left_right_out)
     register_mlp_reader("transformer-lens", read_tl_mlp)
     register_model_reader("transformer-lens", read_transformer)
+    register_model_reader("hugging-face-llama", read_llama)
 
 
 # ---------------------------------------------------------------------- TransformerLens
@@ -157,6 +159,15 @@ def _not_bilinear(mlp: Any, name: str) -> str:
     )
 
 
+_AFTER = {
+    None: "no normalisation",
+    "RMS": "after RMSNorm and its weight",
+    "RMSPre": "after RMSNorm without a weight",
+    "LN": "after LayerNorm, its weight and its bias",
+    "LNPre": "after LayerNorm without weight and bias",
+}
+
+
 def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
     """`input_space` and `output_space` of `from_model(model, layer)`, without reading a weight.
 
@@ -211,6 +222,45 @@ def require_layer(layer: int | None, n_layers: int) -> int:
     if not -n_layers <= index < n_layers:
         raise IndexError(f"layer {index} does not exist: the model's layers are {valid}")
     return index % n_layers
+
+
+# ---------------------------------------------------------------------- Hugging Face
+
+
+def read_llama(model: Any, layer: int | None) -> BilinearTensor | None:
+    """A layer of a Hugging Face Llama with ``hidden_act="linear"``; None for another kind of model.
+
+    As it stands in the model, behind the norm and its weight. The spaces bear TransformerLens's
+    names, under which `HookedBilinearTransformer.from_hf` has them.
+    """
+    if not _is_a(model, "transformers", "LlamaPreTrainedModel"):
+        return None
+    layers = getattr(model, "model", model).layers
+    index = require_layer(layer, len(layers))
+    block = layers[index]
+    refuse_nonlinear(block.mlp, f"model.layers.{index}.mlp")
+    # A weight of ones is none: the model is what from_hf makes of it with the norm folded.
+    norm = "RMSPre" if (block.post_attention_layernorm.weight == 1).all() else "RMS"
+    return dataclasses.replace(
+        read_mlp(block.mlp),
+        input_space=f"blocks.{index}.mlp.hook_in (input of the MLP, {_AFTER[norm]})",
+        output_space=f"blocks.{index}.hook_mlp_out",
+    )
+
+
+def refuse_nonlinear(mlp: Any, name: str) -> None:
+    """Raise ValueError for a Hugging Face MLP with an activation on its gate."""
+    if not is_identity(mlp.act_fn):
+        raise ValueError(gated_through(name, type(mlp.act_fn).__name__))
+
+
+def gated_through(name: str, activation: str) -> str:
+    """Why a gated MLP is refused, and the way to make it bilinear."""
+    return (
+        f"{name} is not bilinear: its gate goes through {activation}, where a bilinear Llama has "
+        "hidden_act='linear'. `tl-bilinear finetune` anneals the activation away (Pearce et al. "
+        "2025, appendix H)"
+    )
 
 
 # ---------------------------------------------------------------------- plain modules

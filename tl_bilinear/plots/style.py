@@ -19,3 +19,5 @@ LAYOUT = {
     "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
     "margin": {"l": 55, "r": 15, "t": 40, "b": 45},
 }
+
+CATEGORICAL = ["#2166ac", "#e08214", "#4d9221", "#7b3294", "#b2182b", "#01665e", "#6b6b6b"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,20 +65,6 @@ def sweep(
         done = mine if group is None else _gather(mine, group, world)
     first = done[0]
     return {name: torch.cat([done[i][name] for i in range(len(batches))]) for name in first}
-
-
-def digest_of(tensors: dict[str, Tensor | None], settings: dict[str, Any]) -> str:
-    """A digest of weights and settings: what a stored result belongs to."""
-    from tl_bilinear import __version__
-
-    digest = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode())
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _one(

@@ -358,13 +358,9 @@ class InteractionMatrix:
             rows = columns = diagonal.abs().topk(k).indices
             return rows, columns, diagonal[rows]
         if directions is None:
-            rows, columns, values = _top.strongest(_top.FactorEntries(one), k, kind, weights, 0.0)
+            rows, columns, values = _top.strongest_of_factors(one, k, kind)
         else:
-            # The search rounds; what it finds is computed again from the factors.
-            pairs = _top.DirectionEntries(one, directions)
-            rows, columns, _ = _top.strongest(pairs, k, kind, weights, slack=1e-3)
-            rows, columns = pairs.order[rows], pairs.order[columns]
-            rows, columns = torch.minimum(rows, columns), torch.maximum(rows, columns)
+            rows, columns = _top.strongest_of_directions(one, directions, k, kind)
             values = one.entries(directions, rows, columns)
         coefficients = torch.where(rows == columns, 1.0, 2.0) * values.abs()
         kept = coefficients.topk(k).indices

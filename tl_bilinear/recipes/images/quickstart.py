@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def run_quickstart(
     at all; a previous quickstart there is replaced, anything else is refused before the training.
     """
     if out is not None:
-        require_writable(out)
+        require_writable(out, _is_quickstart)
     data = load_images(source)
     config = config_for(data, **settings)
     start = time.monotonic()
@@ -95,10 +96,10 @@ def run_quickstart(
     return result
 
 
-def require_writable(out: str | Path) -> None:
-    """Raise now what writing to `out` would raise after the training."""
+def require_writable(out: str | Path, ours: Callable[[Path], bool]) -> None:
+    """Raise now what writing a `whole_directory` to `out` would raise after the training."""
     target = Path(out).expanduser().resolve()
-    refuse_foreign(target, _is_quickstart)
+    refuse_foreign(target, ours)
     existing = next(parent for parent in (target, *target.parents) if parent.exists())
     probe = (existing if existing != target else target.parent) / f".{target.name}.probe"
     try:

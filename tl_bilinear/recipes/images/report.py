@@ -1,4 +1,4 @@
-"""The quickstart's report: one HTML file that opens offline."""
+"""Reports: the quickstart's, and the page and its pieces that others share; one file, opens offline."""
 
 from __future__ import annotations
 
@@ -45,8 +45,6 @@ _SPACES = {
 
 def report_html(result: Quickstart) -> str:
     """A self-contained page: tables, accuracy under truncation, every class in both spaces."""
-    from plotly.offline import get_plotlyjs
-
     from tl_bilinear.plots import truncation_figure
 
     training, data = result.training, result.data
@@ -56,7 +54,7 @@ def report_html(result: Quickstart) -> str:
         else "<h1>What a bilinear MLP learned, read off its weights</h1>",
         f"<p class=note>{escape(data.name)}: {len(data.train_labels):,} training and "
         f"{len(data.test_labels):,} test images of {data.size[0]}x{data.size[1]} pixels. "
-        f"{_settings(training.config)} Trained and decomposed in {result.seconds:.0f} s.</p>",
+        f"{settings_sentence(training.config)} Trained and decomposed in {result.seconds:.0f} s.</p>",
         "<p>The model is <code>logits = head((left e) * (right e))</code> with "
         "<code>e = embed(x)</code>: no activation function, so the logit of each class is exactly a "
         "quadratic form of the image, <code>xᵀQx = Σ λᵢ (vᵢ·x)²</code>. Nothing below looked at an image: "
@@ -68,7 +66,7 @@ def report_html(result: Quickstart) -> str:
         f"<p class=note>Largest difference between the logits of the model and of its tensor on the test "
         f"images: {result.difference:.1e} (float32). Effective rank: (L1/L2)² of all eigenvalues. "
         f"Largest and most negative eigenvalue: of the pixel form.</p>",
-        _embed(truncation_figure(result.truncation, training.accuracy)),
+        embed(truncation_figure(result.truncation, training.accuracy)),
         "<h2>How to read the images</h2>",
         "<p><span class=blue>Blue</span> pixels are positive, <span class=red>red</span> ones negative, "
         "white is zero; each image has its own scale. An eigenvector answers to an image that matches its "
@@ -85,15 +83,23 @@ def report_html(result: Quickstart) -> str:
             f"<h2>{title}</h2><p>{text}</p><details{is_open}><summary>All classes</summary>{figures}"
             f"</details>"
         )
+    return page("tl_bilinear quickstart", "".join(sections))
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page with its style and plotly.js inside: it opens offline."""
+    from plotly.offline import get_plotlyjs
+
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>tl_bilinear quickstart</title><style>{_STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body>{''.join(sections)}</body></html>"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script></head><body>{body}</body></html>"
     )
 
 
-def _settings(config: Any) -> str:
+def settings_sentence(config: Any) -> str:
+    """A TrainingConfig in words."""
     return (
         f"Size {config.size}, input noise of standard deviation {config.noise:g}, weight decay "
         f"{config.weight_decay:g}, {config.epochs} epochs, learning rate {config.learning_rate:g}, batch "
@@ -135,10 +141,11 @@ def _class_section(result: Quickstart, space: str, index: int) -> str:
         result.spectra.images(space)[index],
         result.data.size,
     )
-    return f"<h3>Class {name}</h3>{_embed(figure)}"
+    return f"<h3>Class {name}</h3>{embed(figure)}"
 
 
-def _embed(figure: Any) -> str:
+def embed(figure: Any) -> str:
+    """A plotly figure as a piece of a :func:`page`."""
     html = figure.to_html(
         full_html=False,
         include_plotlyjs=False,

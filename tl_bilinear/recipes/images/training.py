@@ -1,15 +1,22 @@
-"""Training an image classifier with the settings of the paper (Table 1, appendix F)."""
+"""Training image classifiers with the settings of the paper (Table 1, appendix F).
+
+Several models of one shape train together, as one model with a leading dimension. Each keeps its own
+generators for weights, order and noise: what a model becomes depends on the data and on its own
+settings, not on the company it was trained in (but for the rounding of a batched product).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from tl_bilinear.recipes.images.augment import Augmentation
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import ImageClassifier
 
@@ -18,7 +25,9 @@ from tl_bilinear.recipes.images.model import ImageClassifier
 class TrainingConfig:
     """Settings; the defaults are the paper's, with its published default size.
 
-    `noise` is the standard deviation of dense Gaussian noise on the pixels, on their scale of [0, 1].
+    `noise` is the standard deviation of dense Gaussian noise on the pixels, on their scale of [0, 1];
+    `augment` is what happens to the images before it, in order. `activation_noise` and `dropout` act on
+    the embedded image, the bilinear layer's input (appendix B.1).
     """
 
     size: int = 256
@@ -29,14 +38,24 @@ class TrainingConfig:
     batch: int = 2048
     epochs: int = 20
     seed: int = 0
+    activation_noise: float = 0.0
+    dropout: float = 0.0
+    augment: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("noise", "weight_decay", "learning_rate"):
+        for name in ("noise", "weight_decay", "learning_rate", "activation_noise", "dropout"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.dropout < 1:
+            raise ValueError(f"dropout is a share of the embedding below 1, got {self.dropout}")
+
+    @property
+    def shape(self) -> tuple[int, bool, int, int]:
+        """(size, bias, batch, epochs): models that agree in it can train together."""
+        return (self.size, self.bias, self.batch, self.epochs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,38 +81,129 @@ def train_classifier(
 ) -> TrainingResult:
     """Train a classifier; the same seed gives the same model on the same machine.
 
-    The images lie in one tensor and a batch is an index into it: at these sizes a DataLoader would
-    cost more than the model. Validation is on clean test images.
+    Validation is on clean test images.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    noise_generator = torch.Generator(device=device).manual_seed(config.seed)
-    model = ImageClassifier(data.pixels, len(data.classes), config.size, config.bias, generator)
-    model.to(device)
-    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    return train_classifiers(data, [config], device=device, progress=progress)[0]
+
+
+def train_classifiers(
+    data: ImageData,
+    configs: Sequence[TrainingConfig],
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> list[TrainingResult]:
+    """Train several classifiers of one shape at once, in the order of `configs`.
+
+    The images lie in one tensor and a batch is an index into it, copied to the same memory every
+    step: at these sizes a DataLoader and fresh memory would cost as much as the model. Memory: about
+    ``batch (pixels + 12 size)`` numbers for each model.
+
+    Raises ValueError for configurations whose `shape` differs.
+    """
+    if len({config.shape for config in configs}) > 1:
+        raise ValueError(
+            f"models that train together must agree in (size, bias, batch, epochs), got "
+            f"{sorted({config.shape for config in configs})}; train each shape on its own"
+        )
+    if not configs:
+        return []
+    first, count = configs[0], len(configs)
+    generators = [Generator().manual_seed(config.seed) for config in configs]
+    draws = [Generator(device=device).manual_seed(config.seed) for config in configs]
+    models = [
+        ImageClassifier(data.pixels, len(data.classes), first.size, first.bias, generator).to(
+            device
+        )
+        for generator in generators
+    ]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        [
+            {"params": list(m.parameters()), "lr": c.learning_rate, "weight_decay": c.weight_decay}
+            for m, c in zip(models, configs, strict=True)
+        ],
+        fused=True,
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
-    losses, accuracies = [], []
-    with tqdm(range(config.epochs), unit="epoch", disable=not progress) as epochs:
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=first.epochs)
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    test = data.test_images.to(device), data.test_labels.to(device)
+    batch = min(first.batch, len(images))
+    inputs = images.new_empty(count, batch, data.pixels)
+    noise = torch.empty_like(inputs[0])
+    losses: list[list[float]] = []
+    accuracies: list[list[float]] = []
+    with tqdm(range(first.epochs), unit="epoch", disable=not progress) as epochs:
         for _ in epochs:
-            order = torch.randperm(len(images), generator=generator).to(device)
-            total = 0.0
-            for index in order.split(config.batch):
-                batch = images[index]
-                if config.noise:
-                    noise = torch.empty_like(batch).normal_(generator=noise_generator)
-                    batch = batch.add_(noise, alpha=config.noise)
-                loss = cross_entropy(model(batch), labels[index])
+            orders = [torch.randperm(len(images), generator=g).to(device) for g in generators]
+            total = torch.zeros(count, device=device)
+            for index in torch.stack(orders).split(batch, dim=1):
+                part = inputs[:, : index.shape[1]]
+                for row, config, draw, own in zip(part, configs, draws, index, strict=True):
+                    torch.index_select(images, 0, own, out=row)
+                    for augmentation in config.augment:
+                        row.copy_(augmentation(row, data.size, draw))
+                    if config.noise:
+                        own_noise = noise[: len(row)].normal_(generator=draw)
+                        row.add_(own_noise, alpha=config.noise)
+                logits = _forward(models, part, configs, draws)
+                each = cross_entropy(
+                    logits.flatten(0, 1), labels[index].flatten(), reduction="none"
+                )
+                means = each.view(index.shape).mean(1)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                means.sum().backward()
                 optimizer.step()
-                total += loss.item() * len(index)
+                total += means.detach() * index.shape[1]
             schedule.step()
-            losses.append(total / len(images))
-            accuracies.append(accuracy(model, data.test_images.to(device), data.test_labels))
-            epochs.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.3f}")
-    return TrainingResult(model.eval(), config, tuple(losses), tuple(accuracies))
+            losses.append((total / len(images)).tolist())
+            accuracies.append([accuracy(model, *test) for model in models])
+            epochs.set_postfix(
+                loss=f"{sum(losses[-1]) / count:.3f}", accuracy=f"{sum(accuracies[-1]) / count:.3f}"
+            )
+    return [
+        TrainingResult(model.eval(), config, loss, reached)
+        for model, config, loss, reached in zip(
+            models, configs, zip(*losses, strict=True), zip(*accuracies, strict=True), strict=True
+        )
+    ]
+
+
+def _forward(
+    models: Sequence[ImageClassifier],
+    inputs: Float[Tensor, "models n pixels"],
+    configs: Sequence[TrainingConfig],
+    draws: Sequence[Generator],
+) -> Float[Tensor, "models n classes"]:
+    """Every model on its own images, with dropout and noise on the embedding."""
+    x = _linear(inputs, [model.embed for model in models])
+    # A model without dropout or noise draws none, whatever the others do.
+    if any(config.dropout for config in configs):
+        kept = [_kept(x[0], c.dropout, g) for c, g in zip(configs, draws, strict=True)]
+        x = x * torch.stack(kept)
+    if any(config.activation_noise for config in configs):
+        noise = [_noise(x[0], c.activation_noise, g) for c, g in zip(configs, draws, strict=True)]
+        x = x + torch.stack(noise)
+    layers = [model.layer for model in models]
+    left = _linear(x, [layer.left for layer in layers])
+    right = _linear(x, [layer.right for layer in layers])
+    return _linear(left * right, [layer.out for layer in layers])
+
+
+def _kept(like: Tensor, share: float, draw: Generator) -> Tensor:
+    if not share:
+        return torch.ones_like(like)
+    return torch.empty_like(like).bernoulli_(1 - share, generator=draw) / (1 - share)
+
+
+def _noise(like: Tensor, std: float, draw: Generator) -> Tensor:
+    return torch.empty_like(like).normal_(0, std, generator=draw) if std else torch.zeros_like(like)
+
+
+def _linear(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+    weight = torch.stack([linear.weight for linear in linears]).mT
+    if linears[0].bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(torch.stack([linear.bias for linear in linears])[:, None], x, weight)
 
 
 @torch.no_grad()

@@ -1,0 +1,42 @@
+"""Language models with gated MLPs, bilinear or not (Pearce et al. 2025, section 5, appendices F, G).
+
+Text becomes a tokenizer (`make_tokenizer`) and rows of tokens (`prepare_text`), rows become a model
+(`train_language_model`) that is a Hugging Face Llama and a HookedBilinearTransformer.
+"""
+
+from tl_bilinear.recipes.language.compare import ActivationComparison, compare_activations
+from tl_bilinear.recipes.language.data import LanguageData, prepare_text
+from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, clean_story, read_stories
+from tl_bilinear.recipes.language.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
+from tl_bilinear.recipes.language.train import (
+    ACTIVATIONS,
+    CONFIGS,
+    LanguageConfig,
+    LanguageRun,
+    choose_config,
+    language_loss,
+    sample_text,
+    train_language_model,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "CONFIGS",
+    "ActivationComparison",
+    "Cleaner",
+    "CleaningReport",
+    "LanguageConfig",
+    "LanguageData",
+    "LanguageRun",
+    "choose_config",
+    "clean_story",
+    "compare_activations",
+    "language_loss",
+    "load_tokenizer",
+    "make_tokenizer",
+    "prepare_text",
+    "read_stories",
+    "sample_text",
+    "train_language_model",
+    "train_tokenizer",
+]
