@@ -406,7 +406,10 @@ def test_processing_that_transformer_lens_gets_wrong_is_refused_by_name(native):
     for fields, said in (
         ({"normalization_type": "LN", "final_rms": True}, "normalization_type='LN' with final_rms"),
         ({"d_vocab": 16, "d_vocab_out": 16}, "d_vocab=16, d_vocab_out=16 beside d_model=16"),
-        ({"d_vocab_out": 16}, "d_vocab=23, d_vocab_out=16 beside d_model=16"),
+        (
+            {"normalization_type": "LN", "d_vocab_out": 10},
+            "d_vocab=23, d_vocab_out=10 beside d_model=16",
+        ),
     ):
         bridge = native(**fields)
         tokens = TOKENS % 16

@@ -141,11 +141,10 @@ class BilinearNativeAdapter(_BilinearAdapter, NativeArchitectureAdapter):
 def _refuse_processing(cfg: Any) -> None:
     """Raise ValueError for what TransformerLens's processing is known to change."""
     problem = None
-    centred = cfg.normalization_type in _LAYER_NORMS
     d_vocab_out = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
-    if centred and cfg.final_rms:
+    if cfg.normalization_type in _LAYER_NORMS and cfg.final_rms:
         problem = f"normalization_type={cfg.normalization_type!r} with final_rms=True"
-    elif not centred and not cfg.d_model != cfg.d_vocab == d_vocab_out:
+    elif not cfg.d_model != cfg.d_vocab == d_vocab_out:
         problem = (
             f"d_vocab={cfg.d_vocab}, d_vocab_out={d_vocab_out} beside d_model={cfg.d_model} (it finds "
             "the axis of W_U to centre by its length)"
@@ -195,7 +194,7 @@ def _add_dead_neuron(state: dict[str, Tensor], mlp: str) -> None:
 def _without_dead_neuron(name: str, values: Tensor | None, d_mlp: int) -> Tensor | None:
     if values is None or name == "out.bias":
         return values
-    return values[:, :d_mlp] if name == "out.weight" else values[:d_mlp]
+    return values[:, :d_mlp].contiguous() if name == "out.weight" else values[:d_mlp]
 
 
 # ---------------------------------------------------------------------- the native model
