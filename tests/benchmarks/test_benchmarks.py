@@ -9,9 +9,9 @@ from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks.cases import (
     CASES,
     QUICK,
+    image_accuracies,
+    image_sides,
     seeds_sides,
-    training_accuracies,
-    training_sides,
 )
 from tests.benchmarks.layers import layer_like_trained
 from tests.benchmarks.trained_spectrum import INDICES, MEASURED
@@ -32,9 +32,9 @@ def test_both_ways_of_training_learn_the_same():
     config = TrainingConfig(
         size=8, noise=0.1, weight_decay=0.1, batch=20, epochs=10, learning_rate=0.02
     )
-    for sides in (training_sides(data, config), seeds_sides(data, config, 2)):
+    for sides in (image_sides(data, config), seeds_sides(data, config, 2)):
         found = {name: side() for name, side in sides.items()}
-        errors = training_accuracies(found["ours"], found["dense"])
+        errors = image_accuracies(found["ours"], found["dense"])
         assert min(errors.values()) > 0.95, errors
 
 
