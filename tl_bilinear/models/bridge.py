@@ -12,8 +12,9 @@ A bridge wraps a model that lives elsewhere. Two of them are bilinear: Hugging F
 >>> tl_bilinear.BilinearTensor.from_model(bridge, 1)                  # [64, 64, 64]
 
 TransformerLens's own bridge of such a Llama runs it as it is until compatibility mode, and then puts
-SiLU on the gate, silently: its table of activations has no "linear". With tl_bilinear installed the
-MLP is a :class:`BilinearMLPBridge`, which has no activation to look up.
+SiLU on the gate, silently: its table of activations has no "linear". Where tl_bilinear is installed
+(an entry point brings it in, imported or not) the MLP is a :class:`BilinearMLPBridge`, which has no
+activation to look up.
 
 **Compatibility mode** folds and centres weights. TransformerLens finds axes by their lengths; where two
 are equal it takes the wrong one. For the MLP (LayerNorm with d_mlp == d_model) that is mended here, and
