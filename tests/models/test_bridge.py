@@ -37,7 +37,6 @@ from tl_bilinear.models import (
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens") < "4"
-on_3_9 = pytest.mark.skipif(not HOOKED_TRANSFORMER, reason="HookedTransformer is gone in TL 4")
 
 
 def tl_log_probs(model, tokens=TOKENS):
