@@ -42,6 +42,7 @@ jaxtyping.install_import_hook(
         "tl_bilinear.hooks.verify",
         "tl_bilinear.models.approximation",
         "tl_bilinear.models.component",
+        "tl_bilinear.models.folding",
         "tl_bilinear.models.published",
         "tl_bilinear.models.transformer",
     ],

@@ -29,7 +29,7 @@ def parts():
     generator = torch.Generator().manual_seed(0)
     factors = (torch.randn(shape, generator=generator) / 4 for shape in ((9, 16), (9, 16), (16, 9)))
     u = directions(2, dtype=torch.float32)
-    spectrum = BilinearTensor(*factors, input_space=READ).interaction(u).eigh(3)
+    spectrum = BilinearTensor(*factors).interaction(u).eigh(3)
     return EigenComponents(spectrum, u, layer=1, write="dual")
 
 

@@ -428,7 +428,7 @@ def test_models_and_layers_that_are_not_there(model):
 
 
 def test_a_model_of_another_kind_needs_hook_names_only():
-    """TransformerBridge, say: no reader gives its spaces, so the layer number must agree."""
+    """No reader gives its spaces, so the layer number must agree."""
     tensor = BilinearTensor.from_model(model64(), LAYER)
 
     class Foreign(torch.nn.Module):

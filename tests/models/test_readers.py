@@ -406,3 +406,112 @@ def test_hugging_face_llama(bias):
 def test_modules_nobody_reads():
     with pytest.raises(TypeError, match="no reader recognises this MLP"):
         BilinearTensor.from_mlp(nn.Linear(2, 2))
+
+
+# ---------------------------------------------------------------------- maps under other names
+
+
+class Renamed(nn.Module):
+    """A layer with names of its own; ``outer`` holds it one level down."""
+
+    def __init__(self, bias=True, act=None, d_out=6):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(6, 9, bias=bias) for _ in range(2))
+        self.w2 = nn.Linear(9, d_out, bias=bias)
+        self.f = act or (lambda x: x)
+
+    def forward(self, x):
+        return self.w2(self.f(self.w1(x)) * self.w3(x))
+
+
+class Fused(nn.Module):
+    """Phi-3's layout, under its names or others."""
+
+    def __init__(self, names=("gate_up_proj", "down_proj"), alternating=False, bias=True):
+        super().__init__()
+        self.names, self.alternating = names, alternating
+        self.add_module(names[0], nn.Linear(6, 18, bias=bias))
+        self.add_module(names[1], nn.Linear(9, 4, bias=bias))
+
+    def forward(self, x):
+        both = getattr(self, self.names[0])(x)
+        gate, up = (both[..., ::2], both[..., 1::2]) if self.alternating else both.chunk(2, dim=-1)
+        return getattr(self, self.names[1])(up * gate)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_maps_under_any_names(bias):
+    module, x = Renamed(bias), torch.randn(5, 6)
+    with pytest.raises(TypeError, match="no reader recognises this MLP"):
+        BilinearTensor.from_mlp(module)
+    tensor = BilinearTensor.from_mlp(module, maps=("w1", "w3", "w2"))
+    assert torch.equal(tensor.left, module.w1.weight)
+    assert torch.equal(tensor.right, module.w3.weight)
+    assert tensor.has_biases == bias
+    assert_close(tensor(x), module(x))
+    nested = BilinearTensor.from_mlp(nn.Sequential(module), maps=("0.w1", "0.w3", "0.w2"))
+    assert torch.equal(nested.out, tensor.out)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_names_say_which_map_is_which():
+    with pytest.raises(ValueError, match="left and right must"):
+        BilinearTensor.from_mlp(Renamed(), maps=("w1", "w2", "w3"))
+    with pytest.raises(ValueError, match="its forward computes something else"):
+        BilinearTensor.from_mlp(Renamed(act=torch.relu), maps=("w1", "w3", "w2"))
+    with pytest.raises(
+        ValueError, match=r"no linear map 'gate', 'w4'; it has w1, w3, w2; name three"
+    ):
+        BilinearTensor.from_mlp(Renamed(), maps=("gate", "w4", "w2"))
+    for wrong in ("w1", ("w1",), ("w1", "w2", "w3", "w4")):
+        with pytest.raises(ValueError, match=r"maps are three names \(left, right, out\), or two"):
+            BilinearTensor.from_mlp(Renamed(), maps=wrong)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fused_matrix(bias):
+    x = torch.randn(5, 6)
+    for module, maps in (
+        (Fused(bias=bias), None),
+        (Fused(("w", "p"), bias=bias), ("w", "p")),
+    ):
+        tensor = BilinearTensor.from_mlp(module, maps)
+        assert (tensor.d_in, tensor.d_hidden, tensor.d_out) == (6, 9, 4)
+        assert tensor.has_biases == bias
+        assert_close(tensor(x), module(x))
+    with pytest.raises(ValueError, match="its forward computes something else"):
+        BilinearTensor.from_mlp(Fused(alternating=True))
+    odd = nn.Module()
+    odd.gate_up_proj, odd.down_proj = nn.Linear(6, 9), nn.Linear(9, 4)
+    with pytest.raises(ValueError, match="gate_up_proj has 9 rows: left and right take half"):
+        BilinearTensor.from_mlp(odd)
+
+
+def test_hugging_face_phi3():
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    mlp = Phi3MLP(Phi3Config(hidden_size=6, intermediate_size=10, hidden_act="linear"))
+    x = torch.randn(3, 6)
+    assert_close(BilinearTensor.from_mlp(mlp)(x), mlp(x))
+    with pytest.raises(ValueError, match="this Phi3MLP is not bilinear: its activation_fn is SiLU"):
+        BilinearTensor.from_mlp(Phi3MLP(Phi3Config(hidden_size=6, intermediate_size=10)))
+
+
+@pytest.mark.parametrize("d_out", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("d_in", [1, 2, 5])
+def test_torch_bilinear(d_in, d_out):
+    """Exact, in as few hidden neurons as rows of the slices or pairs of inputs."""
+    module = nn.Bilinear(d_in, d_in, d_out, bias=d_out != 2, dtype=torch.float64)
+    tensor = BilinearTensor.from_mlp(module)
+    assert tensor.d_hidden == min(d_out * d_in, d_in * (d_in + 1) // 2)
+    assert tensor.has_biases == (d_out != 2)
+    x = torch.randn(7, d_in, dtype=torch.float64)
+    assert_close(tensor(x), module(x, x), rtol=1e-12, atol=1e-12)
+    weight = module.weight.detach()
+    assert torch.equal(tensor.dense(), (weight + weight.mT) / 2)
+
+
+def test_torch_bilinear_of_two_inputs():
+    with pytest.raises(ValueError, match="this Bilinear has inputs of 3 and 4 dimensions"):
+        BilinearTensor.from_mlp(nn.Bilinear(3, 4, 2))

@@ -22,8 +22,9 @@ entry for b != c). An input dictionary before the norm sees the layer up to the 
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +72,7 @@ class FeatureInteractions:
 
     Parameters
     ----------
-    model: a bilinear HookedTransformer (or HookedSAETransformer)
+    model: a bilinear HookedTransformer or TransformerBridge (or SAELens's of either)
     layer: int
         From 0; negative from the end.
     sae_in: SAE, transcoder, Dictionary or matrix [n_in, d_model]
@@ -469,7 +470,14 @@ class FeatureInteractions:
         held: list[Tensor] = []
         hooks.append((self.output_hook, lambda value, hook: held.append(value)))
         self.model.run_with_hooks(
-            run.tokens, fwd_hooks=hooks, return_type=None, stop_at_layer=self.layer + 1
+            run.tokens,
+            # Predicates find what names do not: a hook of SAELens's bridge that once held an SAE.
+            fwd_hooks=[
+                (partial(operator.eq, running.fires_as(self.model, name)), hook)
+                for name, hook in hooks
+            ],
+            return_type=None,
+            stop_at_layer=self.layer + 1,
         )
         return held[0]
 

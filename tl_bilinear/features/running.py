@@ -37,6 +37,16 @@ class Run:
     output_scale: Float[Tensor, "batch pos"]
 
 
+def fires_as(model: Any, name: str) -> str:
+    """The name by which a model runs a hook.
+
+    A TransformerBridge takes HookedTransformer's names for its own, "hook_mlp_out" for "mlp.hook_out".
+    SAELens's bridge does where SAEs are attached, but no longer where hooks and caches are asked for.
+    """
+    resolve = getattr(model, "_resolve_hook_name", None)
+    return name if resolve is None else str(resolve(name))
+
+
 def refuse_attached(model: Any) -> None:
     """Raise ValueError for a model that runs with SAEs in place of its own activations."""
     if attached := list(getattr(model, "acts_to_saes", {})):
@@ -54,12 +64,14 @@ def run(self: FeatureInteractions, tokens: Tensor) -> Run:
     encodes = self.inputs.encoder_hook if self.inputs.encode is not None else None
     source = encodes if encodes not in (None, passage.hook) else None
     wanted = {passage.hook, passage.layer_hook, self.output_hook, source, passage.scale_hook}
-    _, cache = self.model.run_with_cache(
+    fired = {name: fires_as(self.model, name) for name in wanted if name is not None}
+    _, held = self.model.run_with_cache(
         tokens,
-        names_filter=lambda name: name in wanted,
+        names_filter=lambda name: name in fired.values(),
         return_type=None,
         stop_at_layer=self.layer + 1,
     )
+    cache = {name: held[found] for name, found in fired.items()}
     activations, output = cache[passage.hook], cache[self.output_hook]
     ones = torch.ones_like(activations[..., :1])
     scale = ones if passage.scale_hook is None else cache[passage.scale_hook]

@@ -1,8 +1,8 @@
 """Where factored tensors come from: bilinear layers inside models.
 
-Importing this package loads no framework. The classes below are loaded at first use and need
-TransformerLens 3.9 or a later 3.x; without it the name raises an ImportError that says what to
-install, and everything in `tl_bilinear.tensor` works all the same.
+Importing this package loads no framework. What follows is loaded at first use. The HookedTransformers
+need TransformerLens 3.9 or a later 3.x, the bridges that or 4; without it a name raises an ImportError
+that says what to install, and everything in `tl_bilinear.tensor` works all the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_bilinear.models.bridge import BilinearMLPBridge, save_bridge
     from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
     from tl_bilinear.models.published import AttentionScales, compare_attention_scales
     from tl_bilinear.models.transformer import (
@@ -22,27 +23,31 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionScales",
     "BilinearMLP",
+    "BilinearMLPBridge",
     "BilinearTransformerConfig",
     "HookedBilinearSAETransformer",
     "HookedBilinearTransformer",
     "bilinear_class",
     "compare_attention_scales",
     "register",
+    "save_bridge",
 ]
 
 _LAZY = {
     "AttentionScales": "tl_bilinear.models.published",
     "BilinearMLP": "tl_bilinear.models.component",
+    "BilinearMLPBridge": "tl_bilinear.models.bridge",
     "BilinearTransformerConfig": "tl_bilinear.models.component",
     "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
     "HookedBilinearTransformer": "tl_bilinear.models.transformer",
     "bilinear_class": "tl_bilinear.models.transformer",
     "compare_attention_scales": "tl_bilinear.models.published",
+    "save_bridge": "tl_bilinear.models.bridge",
 }
 
 
 def register() -> None:
-    """Register the readers of `BilinearTensor.from_model` and `HookedTransformer.from_config`.
+    """Register the readers of `BilinearTensor.from_model`, and what TransformerLens learns from us.
 
     Called when `tl_bilinear` is imported; calling it again changes nothing.
     """

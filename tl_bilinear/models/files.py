@@ -177,7 +177,7 @@ def require_sizes(path: Path, stored: Mapping[str, Any], names: Sequence[str]) -
 
 
 def require_shapes(
-    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
+    path: Path | str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
 ) -> None:
     """Raise ValueError unless `tensors` are exactly those of `expected`, naming each that is not."""
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]

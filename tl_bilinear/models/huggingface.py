@@ -26,37 +26,12 @@ from einops import rearrange
 from torch import Tensor
 
 from tl_bilinear.models.files import read_table
+from tl_bilinear.models.layouts import weight_pairs
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
 from tl_bilinear.tensor.readers import read_mlp
 from tl_bilinear.tensor.storage import whole_directory
 
 ARCHITECTURE = "LlamaForCausalLM"
-
-# TransformerLens's name and layout, Hugging Face's name and layout.
-# n: heads, h: d_head, d: d_model, m: d_mlp, v: vocabulary.
-_OUTSIDE = (
-    ("embed.W_E", "model.embed_tokens.weight", "v d", "v d"),
-    ("ln_final.w", "model.norm.weight", "d", "d"),
-    ("unembed.W_U", "lm_head.weight", "d v", "v d"),
-)
-_BLOCK = (
-    ("ln1.w", "input_layernorm.weight", "d", "d"),
-    ("attn.W_Q", "self_attn.q_proj.weight", "n d h", "(n h) d"),
-    ("attn.b_Q", "self_attn.q_proj.bias", "n h", "(n h)"),
-    ("attn.W_K", "self_attn.k_proj.weight", "n d h", "(n h) d"),
-    ("attn.b_K", "self_attn.k_proj.bias", "n h", "(n h)"),
-    ("attn.W_V", "self_attn.v_proj.weight", "n d h", "(n h) d"),
-    ("attn.b_V", "self_attn.v_proj.bias", "n h", "(n h)"),
-    ("attn.W_O", "self_attn.o_proj.weight", "n h d", "d (n h)"),
-    ("attn.b_O", "self_attn.o_proj.bias", "d", "d"),
-    ("ln2.w", "post_attention_layernorm.weight", "d", "d"),
-    ("mlp.W_gate", "mlp.gate_proj.weight", "d m", "m d"),
-    ("mlp.b_gate", "mlp.gate_proj.bias", "m", "m"),
-    ("mlp.W_in", "mlp.up_proj.weight", "d m", "m d"),
-    ("mlp.b_in", "mlp.up_proj.bias", "m", "m"),
-    ("mlp.W_out", "mlp.down_proj.weight", "m d", "d m"),
-    ("mlp.b_out", "mlp.down_proj.bias", "d", "d"),
-)
 
 # Fields of the config that change nothing in a forward pass, or that `to_hf` takes into account.
 _NEUTRAL = frozenset(
@@ -246,15 +221,7 @@ def _state_from_hf(llama: Any, model: Any) -> dict[str, Tensor]:
 
 
 def _pairs(cfg: Any) -> Iterator[tuple[str, str, str, str]]:
-    yield from _OUTSIDE
-    for layer in range(cfg.n_layers):
-        for tl_name, hf_name, tl_layout, hf_layout in _BLOCK:
-            part, leaf = tl_name.split(".")
-            # TransformerLens keeps grouped keys and values under names of their own.
-            if cfg.n_key_value_heads is not None and part == "attn" and leaf[-1] in "KV":
-                leaf = f"_{leaf}"
-            hf_full = f"model.layers.{layer}.{hf_name}"
-            yield f"blocks.{layer}.{part}.{leaf}", hf_full, tl_layout, hf_layout
+    return weight_pairs("llama", cfg.n_layers, grouped=cfg.n_key_value_heads is not None)
 
 
 # ---------------------------------------------------------------------- to Hugging Face

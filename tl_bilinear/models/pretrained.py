@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tl_bilinear.models import published, storage
-from tl_bilinear.models.component import BilinearTransformerConfig
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
@@ -19,6 +18,9 @@ from tl_bilinear.models.files import (
     read_tensors,
     require_shapes,
 )
+
+if TYPE_CHECKING:
+    from tl_bilinear.models.component import BilinearTransformerConfig
 
 
 def load(
@@ -46,7 +48,7 @@ def load(
         weights = source.require(WEIGHTS)
         tensors = read_tensors(weights)
         if tokenizer is None:
-            tokenizer = _stored_tokenizer(source)
+            tokenizer = stored_tokenizer(source)
     else:
         fields = published.read_config(path, require_published(path, stored))
         scale = (
@@ -63,6 +65,7 @@ def load(
     model = _without_weights(cls, config, tokenizer, device)
     expected = storage.stored_state(model)
     if ours:
+        tensors = {**storage.tables(expected), **tensors}
         require_shapes(weights, tensors, {name: t.shape for name, t in expected.items()})
     else:
         tensors = {**expected, **tensors}  # the masks and rotary tables are TransformerLens's
@@ -110,7 +113,7 @@ def require_published(path: Path, stored: Any) -> dict[str, Any]:
     )
 
 
-def _stored_tokenizer(source: Source) -> Any:
+def stored_tokenizer(source: Source) -> Any:
     folder = source.find_tokenizer(storage.TOKENIZER)
     if folder is None:
         return None

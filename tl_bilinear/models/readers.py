@@ -3,16 +3,18 @@
 Nothing here imports a framework: a TransformerLens object exists only where TransformerLens is
 loaded already, and is recognised by the names of its classes.
 
-Plain modules are recognised by the names of their three maps:
+Plain modules are recognised by the names of their maps:
 
 - ``left``, ``right``, ``out``
 - ``gate_proj``, ``up_proj``, ``down_proj`` (Hugging Face's Llama with ``hidden_act="linear"``; the
   whole model is read by `from_model`)
+- ``gate_up_proj``, ``down_proj``, the first two in one matrix (Phi-3 and others)
 - ``W_gate``, ``W_in``, ``W_out``, tensors in TransformerLens's layout, with ``b_gate``, ``b_in``,
   ``b_out`` where there are biases
 
-Names do not say what a forward does, so what was read from a plain module is compared with the
-module on a few random inputs.
+and under any other names by ``from_mlp(module, maps=...)``; torch.nn.Bilinear by its class. Names do not
+say what a forward does, so what was read from a plain module is compared with the module on a few
+random inputs.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_bilinear.tensor import BilinearTensor, register_mlp_reader, register_model_reader
-from tl_bilinear.tensor.readers import read_mlp
+from tl_bilinear.tensor.readers import read_mlp, set_maps_reader
 
 _ACTIVATION_NAMES = ("act_fn", "act", "activation", "activation_fn", "nonlinearity")
 _IDENTITY_NAMES = ("identity", "linear")
@@ -42,44 +44,55 @@ def register() -> None:
         return
     _registered = True
     # The last registered is asked first: a class that we know goes before names that it may share.
+    set_maps_reader(read_maps)
+    register_mlp_reader("torch.nn.Bilinear", read_torch_bilinear)
     register_mlp_reader("W_gate/W_in/W_out", read_tl_layout)
+    register_mlp_reader("gate_up_proj/down_proj", read_fused_gate_up)
     register_mlp_reader("gate_proj/up_proj/down_proj", read_gate_up_down)
     register_mlp_reader("left/right/out", read_left_right_out)
     register_mlp_reader("transformer-lens", read_tl_mlp)
-    register_model_reader("transformer-lens", read_hooked_transformer)
+    register_model_reader("transformer-lens", read_transformer)
     register_model_reader("hugging-face-llama", read_llama)
 
 
 # ---------------------------------------------------------------------- TransformerLens
 
 
-def read_hooked_transformer(model: Any, layer: int | None) -> BilinearTensor | None:
-    """A layer of a HookedTransformer or of any subclass; None for another kind of model."""
-    if not _is_a(model, "transformer_lens", "HookedTransformer"):
+def read_transformer(model: Any, layer: int | None) -> BilinearTensor | None:
+    """A layer of a HookedTransformer or a TransformerBridge (any subclass); None for another model."""
+    if not _is_hooked(model):
         return None
     index = require_layer(layer, len(model.blocks))
     block, name = model.blocks[index], f"blocks.{index}"
     if not hasattr(block, "mlp"):
         raise ValueError(f"{name} has no MLP: the model is attention only (attn_only=True)")
     input_space, output_space = _spaces(model.cfg, block, name)
-    if not _is_a(block.mlp, "transformer_lens", "CanBeUsedAsMLP"):  # somebody put their own there
+    tensor = _read_if_tl(block.mlp, f"{name}.mlp")
+    if tensor is None:  # somebody put their own there
         tensor = read_mlp(block.mlp)
-        return dataclasses.replace(tensor, input_space=input_space, output_space=output_space)
-    return _read_tl(block.mlp, f"{name}.mlp", input_space, output_space)
+    return dataclasses.replace(tensor, input_space=input_space, output_space=output_space)
 
 
 def read_tl_mlp(module: Any) -> BilinearTensor | None:
-    """A BilinearMLP, or TransformerLens's GatedMLP without a nonlinearity."""
-    if not _is_a(module, "transformer_lens", "CanBeUsedAsMLP"):
-        return None
+    """The MLP of a HookedTransformer or of a TransformerBridge, if it has no nonlinearity."""
     # TransformerLens names the modules of a model when it sets up its hooks.
-    name = getattr(module, "name", None) or "this MLP"
-    return _read_tl(module, name, None, None)
+    return _read_if_tl(module, getattr(module, "name", None) or "this MLP")
 
 
-def _read_tl(
-    mlp: Any, name: str, input_space: str | None, output_space: str | None
-) -> BilinearTensor:
+def _read_if_tl(mlp: Any, name: str) -> BilinearTensor | None:
+    if _is_a(mlp, "transformer_lens", "CanBeUsedAsMLP"):
+        return _read_tl(mlp, name)
+    if _is_a(mlp, "transformer_lens", "GeneralizedComponent"):
+        return _read_bridge(mlp, name)
+    return None
+
+
+def _is_hooked(model: Any) -> bool:
+    classes = ("HookedTransformer", "TransformerBridge")
+    return any(_is_a(model, "transformer_lens", name) for name in classes)
+
+
+def _read_tl(mlp: Any, name: str) -> BilinearTensor:
     if _runs_as(mlp, "tl_bilinear", "BilinearMLP"):
         b_gate, b_in, b_out = (_bias(getattr(mlp, b)) for b in ("b_gate", "b_in", "b_out"))
     elif _runs_as(mlp, "transformer_lens", "GatedMLP") and is_identity(mlp.act_fn):
@@ -95,8 +108,36 @@ def _read_tl(
         b_gate,
         b_in,
         b_out,
-        input_space=input_space,
-        output_space=output_space,
+    )
+
+
+def _read_bridge(mlp: Any, name: str) -> BilinearTensor:
+    if not _runs_as(mlp, "tl_bilinear", "BilinearMLPBridge"):
+        _require_linear_bridge(mlp, name)
+    maps = [getattr(mlp, part) for part in ("gate", "in", "out")]
+    weights = [_copy(linear.weight) for linear in maps]
+    return BilinearTensor(*weights, *(_bias(linear.bias) for linear in maps))
+
+
+def _require_linear_bridge(mlp: Any, name: str) -> None:
+    """Raise ValueError unless TransformerLens's own gated bridge runs a bilinear MLP as it is."""
+    kind = type(mlp).__name__
+    wrapped = getattr(mlp, "original_component", None)
+    activation = getattr(wrapped, "act_fn", None)
+    if not _runs_as(mlp, "transformer_lens", "GatedMLPBridge") or activation is None:
+        found = f"it is a {kind} around a {type(wrapped).__name__}"
+    elif not is_identity(activation):
+        found = f"its gate goes through {type(activation).__name__}"
+    elif getattr(mlp, "_use_processed_weights", False):
+        found = (
+            "TransformerLens puts SiLU on its gate in compatibility mode. Import tl_bilinear before "
+            "the bridge is booted, and it does not"
+        )
+    else:
+        return
+    raise ValueError(
+        f"{name} is not bilinear: {found}. Expected a BilinearMLPBridge, as "
+        "TransformerBridge.boot_bilinear makes it, or the bridge of a Llama with hidden_act='linear'"
     )
 
 
@@ -130,11 +171,20 @@ _AFTER = {
 def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
     """`input_space` and `output_space` of `from_model(model, layer)`, without reading a weight.
 
-    None for a model other than a HookedTransformer.
+    None for a model other than a HookedTransformer or a TransformerBridge.
     """
-    if not _is_a(model, "transformer_lens", "HookedTransformer"):
+    if not _is_hooked(model):
         return None
     return _spaces(model.cfg, model.blocks[layer], f"blocks.{layer}")
+
+
+_AFTER = {
+    None: "no normalisation",
+    "RMS": "after RMSNorm and its weight",
+    "RMSPre": "after RMSNorm without a weight",
+    "LN": "after LayerNorm, its weight and its bias",
+    "LNPre": "after LayerNorm without weight and bias",
+}
 
 
 def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
@@ -144,11 +194,22 @@ def _spaces(cfg: Any, block: Any, name: str) -> tuple[str, str]:
     # TransformerLens's own MLP has no hook_in.
     reads = f"{name}.mlp.hook_in" if hasattr(block.mlp, "hook_in") else f"input of {name}.mlp"
     post_norm = cfg.original_architecture in POST_NORM_ARCHITECTURES
-    reads += f" (input of the MLP, {_AFTER[None if post_norm else cfg.normalization_type]})"
+    reads += f" (input of the MLP, {_AFTER[None if post_norm else _norm_kind(cfg, block)]})"
     if post_norm or cfg.use_normalization_before_and_after:
         hook = f"{name}.mlp.hook_out" if hasattr(block.mlp, "hook_out") else f"output of {name}.mlp"
         return reads, f"{hook} (before the norm that follows the MLP)"
     return reads, f"{name}.hook_mlp_out"
+
+
+def _norm_kind(cfg: Any, block: Any) -> str | None:
+    """The norm before a block's MLP, as HookedTransformer's `normalization_type` names it."""
+    kind: str | None = cfg.normalization_type
+    if kind in ("RMS", "LN") and _is_a(block, "transformer_lens", "GeneralizedComponent"):
+        # A bridge keeps its normalization_type when the norm is folded, and a weight of ones.
+        weight, bias = (getattr(block.ln2, name, None) for name in ("w", "b"))
+        if (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any())):
+            return f"{kind}Pre"
+    return kind
 
 
 def require_layer(layer: int | None, n_layers: int) -> int:
@@ -212,7 +273,12 @@ def read_left_right_out(module: Any) -> BilinearTensor | None:
 
 def read_gate_up_down(module: Any) -> BilinearTensor | None:
     """Linear maps gate_proj, up_proj, down_proj, as in Hugging Face's LlamaMLP."""
-    return _read_plain(module, ("gate_proj", "up_proj", "down_proj"), (None, None, None))
+    return _read_plain(module, ("gate_proj", "up_proj", "down_proj"), None)
+
+
+def read_fused_gate_up(module: Any) -> BilinearTensor | None:
+    """Linear maps gate_up_proj, whose output is cut into halves, and down_proj, as in Phi3MLP."""
+    return _read_plain(module, ("gate_up_proj", "down_proj"), None)
 
 
 def read_tl_layout(module: Any) -> BilinearTensor | None:
@@ -222,26 +288,90 @@ def read_tl_layout(module: Any) -> BilinearTensor | None:
     )
 
 
+def read_torch_bilinear(module: Any) -> BilinearTensor | None:
+    """A torch.nn.Bilinear with both inputs the same: ``x^T A[a] x + bias[a]``, A its weight.
+
+    Exact and without arithmetic on the weights beyond symmetrising them: each row of each A[a] is one
+    hidden neuron (d_out d_in of them), or each pair of inputs is one (d_in (d_in + 1) / 2), whichever
+    is fewer.
+    """
+    if not isinstance(module, nn.Bilinear):
+        return None
+    weight = module.weight.detach()
+    d_out, d_in, other = weight.shape
+    if other != d_in:
+        raise ValueError(
+            f"this {type(module).__name__} has inputs of {d_in} and {other} dimensions: a bilinear "
+            "layer multiplies one input with itself"
+        )
+    eye = torch.eye(d_in, dtype=weight.dtype, device=weight.device)
+    if 2 * d_out <= d_in + 1:
+        one = torch.eye(d_out, dtype=weight.dtype, device=weight.device)
+        left, right = eye.repeat(d_out, 1), _copy(weight.reshape(-1, d_in))
+        out = one.repeat_interleave(d_in, dim=1)
+    else:
+        rows, columns = torch.triu_indices(d_in, d_in, device=weight.device)
+        left, right = eye[rows], eye[columns]
+        out = weight[:, rows, columns] + weight[:, columns, rows] * (rows != columns)
+    return BilinearTensor(left, right, out, bias_out=_bias(module.bias))
+
+
+def read_maps(module: Any, maps: Sequence[str]) -> BilinearTensor:
+    """Linear maps of these names: left, right and out, or both in one and out. See `from_mlp`."""
+    if isinstance(maps, str) or len(maps) not in (2, 3):
+        raise ValueError(
+            "maps are three names (left, right, out), or two where one matrix holds left and right, "
+            f"got {maps!r}"
+        )
+    tensor = _read_plain(module, tuple(maps), None)
+    if tensor is not None:
+        return tensor
+    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    missing = ", ".join(repr(name) for name in maps if name not in linear)
+    raise ValueError(
+        f"this {type(module).__name__} has no linear map {missing}; it has "
+        f"{', '.join(linear) or 'none'}; name three of them, or {_BY_HAND}"
+    )
+
+
 def _read_plain(
     module: Any,
-    map_names: tuple[str, str, str],
-    bias_names: tuple[str | None, str | None, str | None],
+    map_names: tuple[str, ...],
+    bias_names: tuple[str, str, str] | None,
     *,
     transposed: bool = False,
 ) -> BilinearTensor | None:
-    maps: list[Any] = [getattr(module, name, None) for name in map_names]
+    """Linear maps under these names, or tensors where their biases have names too; None for neither."""
+    maps: list[Any] = [_find(module, name) for name in map_names]
     if all(isinstance(one, nn.Linear) for one in maps):
         factors = [_copy(one.weight) for one in maps]
         biases = [None if one.bias is None else _copy(one.bias) for one in maps]
-    elif all(isinstance(one, Tensor) for one in maps) and None not in bias_names:
+    elif all(isinstance(one, Tensor) for one in maps) and bias_names is not None:
         factors = [(_transposed if transposed else _copy)(one) for one in maps]
-        biases = [_bias(getattr(module, str(name), None)) for name in bias_names]
+        biases = [_bias(getattr(module, name, None)) for name in bias_names]
     else:
         return None
+    if len(factors) == 2:
+        factors = [*_halves(factors[0], map_names[0]), factors[1]]
+        bias = biases[0]
+        biases = [*((None, None) if bias is None else bias.chunk(2)), biases[1]]
     _refuse_activation(module)
     tensor = BilinearTensor(*factors, *biases)
     _compare_with_forward(module, tensor, like=factors[0])
     return tensor
+
+
+def _find(module: Any, name: str) -> Any:
+    """An attribute, or one of a submodule: "mlp.w1"."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def _halves(fused: Tensor, name: str) -> tuple[Tensor, ...]:
+    if fused.shape[0] % 2:
+        raise ValueError(f"{name} has {fused.shape[0]} rows: left and right take half of them each")
+    return fused.chunk(2)
 
 
 def _refuse_activation(module: Any) -> None:

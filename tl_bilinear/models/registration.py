@@ -1,20 +1,24 @@
-"""`HookedTransformer.from_config` on TransformerLens's own class, without importing TransformerLens.
+"""What TransformerLens's own classes learn of bilinear models, without importing TransformerLens.
 
-TransformerLens takes seconds to import, so a post-import hook waits for it: the method appears
-whether TransformerLens was imported before or after `tl_bilinear`, and on every subclass of
-HookedTransformer, SAELens's HookedSAETransformer among them.
+TransformerLens takes seconds to import, so a post-import hook waits for it: `from_config` and
+`boot_bilinear` appear whether TransformerLens was imported before or after `tl_bilinear`, and on every
+subclass of HookedTransformer and TransformerBridge, SAELens's among them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
 _MODULE = "transformer_lens.HookedTransformer"
+_BRIDGE_MODULE = "transformer_lens.model_bridge.bridge"
+_FACTORY_MODULE = "transformer_lens.factories.architecture_adapter_factory"
+_LLAMA = "LlamaForCausalLM"
 _INSTALL_TL = "pip install 'transformer-lens>=3.9,<4'"
 _INSTALL_SAE = "pip install 'sae-lens>=6.54'"
 
@@ -22,11 +26,17 @@ _registered = False
 
 
 def register() -> None:
-    """Attach `from_config` to HookedTransformer, now or when it is imported. Idempotent."""
+    """Tell TransformerLens of bilinear models, now or when it is imported. Idempotent.
+
+    HookedTransformer gets `from_config`, TransformerBridge `boot_bilinear`, and the factory of
+    bridges an adapter of Llama that keeps a linear gate linear.
+    """
     global _registered
     if not _registered:
         _registered = True
         wrapt.register_post_import_hook(_attach, _MODULE)
+        wrapt.register_post_import_hook(_attach_to_bridge, _BRIDGE_MODULE)
+        wrapt.register_post_import_hook(_register_adapter, _FACTORY_MODULE)
 
 
 def _attach(module: ModuleType) -> None:
@@ -89,6 +99,92 @@ _from_config.__name__ = "from_config"
 _from_config.__qualname__ = "HookedTransformer.from_config"
 
 
+def _attach_to_bridge(module: ModuleType) -> None:
+    bridge = getattr(module, "TransformerBridge", None)
+    if bridge is not None and not hasattr(bridge, "boot_bilinear"):
+        bridge.boot_bilinear = classmethod(_boot_bilinear)
+
+
+def _boot_bilinear(
+    cls: type,
+    source: Any = None,
+    *,
+    bilinear_bias: bool = False,
+    tokenizer: Any = None,
+    device: Any = None,
+    dtype: Any = None,
+    **fields: Any,
+) -> Any:
+    """A bridge with bilinear MLPs, on TransformerLens 3.9 and on 4.
+
+    >>> import tl_bilinear
+    >>> from transformer_lens.model_bridge import TransformerBridge
+    >>> bridge = TransformerBridge.boot_bilinear(
+    ...     n_layers=2, d_model=64, d_head=16, n_ctx=32, d_vocab=100,
+    ...     normalization_type="RMS", positional_embedding_type="rotary",
+    ... )
+
+    Parameters
+    ----------
+    source:
+        - None, a dict or a TransformerBridgeConfig: a new native model.
+        - a HookedBilinearTransformer, or a folder that its `save_pretrained` wrote: its weights in a
+          native model, the same logits. `tl_bilinear.models.save_bridge` leads back.
+        - a LlamaForCausalLM with ``hidden_act="linear"``: a bridge around it, which takes it over.
+          TransformerLens's own `boot_transformers` boots one from a folder or by its hub name.
+    bilinear_bias:
+        For a new model: trainable biases on the three maps (appendix J), zero at first.
+    tokenizer, device, dtype:
+        Default: the source's, and TransformerLens's choice of device for a new model.
+    **fields:
+        Fields of TransformerBridgeConfig for a new model, over those of a dict.
+
+    The result is of the class that this is called on: on SAELens's SAETransformerBridge it takes SAEs.
+
+    Raises TypeError for an unknown field (naming the nearest), a missing one and another kind of
+    source, FileNotFoundError for a folder that does not exist, ValueError for settings that contradict
+    a bilinear model and for those of a HookedBilinearTransformer that the native model does not compute.
+    """
+    from tl_bilinear.models import bridge
+
+    return bridge.boot_bilinear(
+        cls,
+        source,
+        bilinear_bias=bilinear_bias,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        fields=fields,
+    )
+
+
+_boot_bilinear.__name__ = "boot_bilinear"
+_boot_bilinear.__qualname__ = "TransformerBridge.boot_bilinear"
+
+
+def _register_adapter(module: ModuleType) -> None:
+    try:
+        stock = module.SUPPORTED_ARCHITECTURES[_LLAMA]
+        register_adapter = module.ArchitectureAdapterFactory.register_adapter
+    except (AttributeError, KeyError) as error:
+        # `import transformer_lens` has to work whatever a version of it has renamed.
+        warnings.warn(
+            f"TransformerLens {_version()} does not take tl_bilinear's adapter ({error!r}): in "
+            "compatibility mode its bridge of a Llama with hidden_act='linear' may compute SiLU. "
+            "pip install 'transformer-lens>=3.9,<5'",
+            stacklevel=2,
+        )
+        return
+
+    def adapter(cfg: Any) -> Any:
+        from tl_bilinear.models import bridge
+
+        return bridge.llama_adapter(stock, cfg)
+
+    # The factory calls what it holds with the config, so our import waits for the first Llama.
+    register_adapter(_LLAMA, adapter)
+
+
 def explain_missing(name: str, error: ImportError) -> ImportError | None:
     """The error for a public name whose framework is absent, saying what to install.
 
@@ -102,7 +198,8 @@ def explain_missing(name: str, error: ImportError) -> ImportError | None:
     if missing.startswith("transformer_lens."):
         return ImportError(
             f"{name} needs HookedTransformer as TransformerLens 3.9 has it. TransformerLens "
-            f"{_version()} is installed and does not have it (4 has only TransformerBridge). "
+            f"{_version()} is installed and does not have it (4 has only TransformerBridge: "
+            f"TransformerBridge.boot_bilinear). "
             f"{_INSTALL_TL}",
             name=missing,
         )

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_bilinear.models.component import BilinearTransformerConfig
 from tl_bilinear.models.files import CONFIG, WEIGHTS
 from tl_bilinear.tensor.storage import whole_directory
+
+if TYPE_CHECKING:
+    from tl_bilinear.models.component import BilinearTransformerConfig
 
 FORMAT = "tl_bilinear.HookedBilinearTransformer"
 FORMAT_VERSION = 1
@@ -27,6 +30,7 @@ TOKENIZER = "tokenizer"
 # Where the model runs is decided where it is loaded; n_params follows from the shapes.
 _NOT_STORED = frozenset({"device", "n_devices", "n_params"})
 _ROTARY = ("attn.rotary_sin", "attn.rotary_cos")
+_TABLES = (*_ROTARY, "attn.mask", "attn.IGNORE")
 
 
 # ---------------------------------------------------------------------- save
@@ -34,11 +38,27 @@ _ROTARY = ("attn.rotary_sin", "attn.rotary_cos")
 
 def save(model: Any, directory: str | PathLike[str]) -> None:
     """See HookedBilinearTransformer.save_pretrained."""
+    from tl_bilinear.models.component import BilinearTransformerConfig
+
+    fields = (field.name for field in dataclasses.fields(BilinearTransformerConfig))
+    config = {name: getattr(model.cfg, name) for name in fields if name not in _NOT_STORED}
+    write(directory, config, stored_state(model), model.tokenizer)
+
+
+def write(
+    directory: str | PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+) -> None:
+    """Write such a directory: fields of BilinearTransformerConfig, a state dict, a tokenizer or None."""
+    described = {name: _to_json(value) for name, value in config.items()}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": described}
     with whole_directory(directory, _is_ours) as staging:
-        _write_json(staging / CONFIG, _describe(model))
-        save_file(_tensors_to_save(model), staging / WEIGHTS, metadata={"format": "pt"})
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(staging / TOKENIZER)
+        _write_json(staging / CONFIG, content)
+        save_file(_separate(tensors), staging / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging / TOKENIZER)
 
 
 def _is_ours(directory: Path) -> bool:
@@ -52,15 +72,6 @@ def _is_ours(directory: Path) -> bool:
     return is_ours(stored)
 
 
-def _describe(model: Any) -> dict[str, Any]:
-    config = {
-        field.name: _to_json(getattr(model.cfg, field.name))
-        for field in dataclasses.fields(BilinearTransformerConfig)
-        if field.name not in _NOT_STORED
-    }
-    return {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config}
-
-
 def _to_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -71,10 +82,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tensors_to_save(model: Any) -> dict[str, Tensor]:
+def _separate(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, none sharing memory with another."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in stored_state(model).items():
+    for name, tensor in given.items():
         tensor = tensor.detach().cpu().contiguous()
         # safetensors refuses tensors that share memory, such as tied embeddings.
         if tensor.data_ptr() in seen:
@@ -94,6 +106,11 @@ def stored_state(model: Any) -> dict[str, Tensor]:
     return state
 
 
+def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a config determines: TransformerLens's masks and rotary tables. A bridge stores none."""
+    return {name: tensor for name, tensor in state.items() if name.endswith(_TABLES)}
+
+
 # ---------------------------------------------------------------------- load
 
 
@@ -102,23 +119,34 @@ def is_ours(stored: Any) -> bool:
     return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
-def read_config(path: Path, stored: dict[str, Any]) -> BilinearTransformerConfig:
-    """The config that `stored`, the content of `path`, describes."""
+def read_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of BilinearTransformerConfig in `stored`, the content of `path`; dtype as torch's."""
     if stored.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {stored.get('format_version')}, this version of tl_bilinear "
             f"reads {FORMAT_VERSION}: upgrade tl-bilinear"
         )
     values = stored.get("config")
+    if not isinstance(values, dict):
+        raise _undescribed(path, "'config' is not a table of fields")
+    dtype = getattr(torch, str(values.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise _undescribed(path, f"dtype {values.get('dtype')!r} is not a torch dtype")
+    return {**values, "dtype": dtype}
+
+
+def read_config(path: Path, stored: dict[str, Any]) -> BilinearTransformerConfig:
+    """The config that `stored`, the content of `path`, describes."""
+    from tl_bilinear.models.component import BilinearTransformerConfig
+
+    values = read_fields(path, stored)
     try:
-        if not isinstance(values, dict):
-            raise TypeError("'config' is not a table of fields")
-        dtype = getattr(torch, str(values.get("dtype")), None)
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype {values.get('dtype')!r} is not a torch dtype")
-        seed = values.get("seed")
-        config = BilinearTransformerConfig(**{**values, "dtype": dtype, "seed": None})
+        config = BilinearTransformerConfig(**{**values, "seed": None})
     except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{path} does not describe a bilinear transformer: {error}") from error
-    config.seed = seed
+        raise _undescribed(path, error) from error
+    config.seed = values.get("seed")
     return config
+
+
+def _undescribed(path: Path, problem: object) -> ValueError:
+    return ValueError(f"{path} does not describe a bilinear transformer: {problem}")

@@ -35,6 +35,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from tl_bilinear.models import huggingface, pretrained, storage
 from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+from tl_bilinear.models.folding import fold_norm, widened
 
 if TYPE_CHECKING:
     HookedBilinearSAETransformer: type[Any]
@@ -489,22 +490,14 @@ def _fold_norm(
     fold_biases: bool,
     center: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Put a norm's weight and bias into what reads it; return them, the bias if it was folded.
-
-    For y = x * w + b: y W + c = x (w[:, None] * W) + (b W + c), and a mean-free x does not see the
-    mean of a column.
-    """
+    """Put a norm's weight and bias into what reads it; return them, the bias if it was folded."""
     w = state_dict[f"{norm}.w"]
     b = state_dict.get(f"{norm}.b") if fold_biases else None
     for weight_key, bias_key in readers:
-        weight = _wide(state_dict[weight_key])
-        if b is not None:
-            folded = _wide(state_dict[bias_key]) + _wide(b) @ weight
-            state_dict[bias_key] = folded.to(state_dict[bias_key].dtype)
-        weight = _wide(w)[:, None] * weight
-        if center:
-            weight = weight - weight.mean(dim=0, keepdim=True)
-        state_dict[weight_key] = weight.to(state_dict[weight_key].dtype)
+        weight, bias = state_dict[weight_key], state_dict.get(bias_key)
+        state_dict[weight_key], bias = fold_norm(weight, bias, w, b, center=center)
+        if bias is not None:
+            state_dict[bias_key] = bias
     return w, b
 
 
@@ -517,10 +510,6 @@ def _center_unembed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state_dict = dict(state_dict)
     for key in ("unembed.W_U", "unembed.b_U"):
         if key in state_dict:
-            values = _wide(state_dict[key])
+            values = widened(state_dict[key])
             state_dict[key] = (values - values.mean(dim=-1, keepdim=True)).to(state_dict[key].dtype)
     return state_dict
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -26,7 +26,7 @@ interaction part (quadratic), a linear part and a constant (appendix J); `parts(
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,9 +104,10 @@ class BilinearTensor(Storable):
     def from_model(cls, model: nn.Module, layer: int | None = None) -> BilinearTensor:
         """The bilinear layer of a model, as a detached copy of its weights.
 
-        `model` is a bilinear HookedTransformer (or HookedSAETransformer), or any model with a
-        registered reader; `layer` counts from 0, negative from the end. The result's `input_space`
-        says where the layer reads: for a transformer the normalised MLP input, `mlp.hook_in`.
+        `model` is a bilinear HookedTransformer or TransformerBridge (or SAELens's of either), or any
+        model with a registered reader; `layer` counts from 0, negative from the end. The result's
+        `input_space` says where the layer reads: for a transformer the normalised MLP input,
+        `mlp.hook_in`.
 
         Raises IndexError for a layer that does not exist, ValueError for a layer that is not
         bilinear (naming what was found), TypeError for a model that no reader recognises.
@@ -114,9 +115,25 @@ class BilinearTensor(Storable):
         return readers.read_model(model, layer)
 
     @classmethod
-    def from_mlp(cls, module: nn.Module) -> BilinearTensor:
-        """One bilinear layer given as a module (see `register_mlp_reader`); errors as `from_model`."""
-        return readers.read_mlp(module)
+    def from_mlp(cls, module: nn.Module, maps: Sequence[str] | None = None) -> BilinearTensor:
+        """One bilinear layer given as a module, as a detached copy of its weights.
+
+        Parameters
+        ----------
+        module:
+            A class with a reader (see `register_mlp_reader`): TransformerLens's, a Hugging Face Llama
+            MLP, linear maps named left, right and out, torch.nn.Bilinear of one input with itself.
+        maps: sequence of str, optional
+            The names of torch.nn.Linear submodules, where it is a class of your own: left, right and
+            out, such as ``("w1", "w3", "w2")``, or two names where the first is one matrix whose output
+            is cut into halves, left then right. "mlp.w1" is w1 of a submodule mlp.
+
+        A plain module's forward is compared with what was read, on random inputs.
+
+        Raises ValueError for a module that is not bilinear (naming what was found) and for maps that it
+        does not have (naming those it has), TypeError for one that no reader recognises.
+        """
+        return readers.read_mlp(module, maps)
 
     @classmethod
     def approximate(

@@ -18,7 +18,7 @@ not bilinear, saying what it found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 MLPReader = Callable[[Any], "BilinearTensor | None"]
 ModelReader = Callable[[Any, "int | None"], "BilinearTensor | None"]
 GatedReader = Callable[[Any], "GatedLayer | None"]
+MapsReader = Callable[[Any, Sequence[str]], "BilinearTensor"]
 
 _mlp_readers: dict[str, MLPReader] = {}
 _model_readers: dict[str, ModelReader] = {}
 _gated_readers: dict[str, GatedReader] = {}
+_maps_reader: MapsReader | None = None
 
 
 def register_mlp_reader(name: str, reader: MLPReader) -> None:
@@ -59,7 +61,16 @@ def register_gated_reader(name: str, reader: GatedReader) -> None:
     _register(_gated_readers, name, reader)
 
 
-def read_mlp(module: Any) -> BilinearTensor:
+def set_maps_reader(reader: MapsReader) -> None:
+    """Give `BilinearTensor.from_mlp(module, maps=...)` its meaning; `tl_bilinear.models` does."""
+    global _maps_reader
+    _maps_reader = reader
+
+
+def read_mlp(module: Any, maps: Sequence[str] | None = None) -> BilinearTensor:
+    if maps is not None:
+        assert _maps_reader is not None, "tl_bilinear.models.register() has run"
+        return _maps_reader(module, maps)
     for reader in reversed(_mlp_readers.values()):
         tensor = reader(module)
         if tensor is not None:
