@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_lens import HookedSAETransformer
 from torch.testing import assert_close
 from transformer_lens import HookedTransformer
 
@@ -291,6 +292,27 @@ def test_wrong_places_are_refused_by_name():
         FeatureInteractions(model(), 1, torch.randn(7, D), torch.randn(3, D), output="encoder")
     with pytest.raises(ValueError, match="basis must be"):
         between().interaction(1, basis="pixels")
+
+
+def test_a_gated_layer_that_is_not_bilinear_is_read_through_its_approximation():
+    fields = config(dtype=torch.float64, act_fn="silu", gated_mlp=True)
+    gated = HookedSAETransformer.from_config(fields, bilinear=False)
+    with pytest.raises(ValueError, match="is not bilinear"):
+        between(built=gated)
+    tokens = torch.randint(0, 23, (60, 12), generator=torch.Generator().manual_seed(0))
+    _, cache = gated.run_with_cache(tokens)
+    inputs = cache[INPUTS[0]].flatten(0, 1)
+    with pytest.warns(UserWarning, match="variance"):
+        found = BilinearTensor.approximate(gated.blocks[1].mlp, inputs, warn_below=1.0)
+    f = between(INPUTS[2], built=gated, tensor=found.tensor)
+    assert f.top(3, k=4).values.shape == (4,)
+    errors = [f.attribute(tokens[:1], 3, position).error for position in range(2, 6)]
+    assert max(errors) > 1e-9  # an approximation, and it says so
+    measured = f.outputs.preactivation(cache["blocks.1.hook_mlp_out"][0, 4])[3]
+    assert f.attribute(tokens[:1], 3, 4).measured == pytest.approx(float(measured))
+    plain = HookedTransformer.from_config(fields, bilinear=False)  # its MLP has no hook_in
+    with pytest.raises(ValueError, match=r"the model has no hook blocks\.1\.mlp\.hook_in"):
+        between(INPUTS[2], built=plain, tensor=found.tensor).run(tokens)
 
 
 def test_unembedding_directions_reach_the_layer():

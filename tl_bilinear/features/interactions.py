@@ -84,6 +84,11 @@ class FeatureInteractions:
         Read output features along encoder directions, what makes a feature fire, or along decoder
         directions. By default the encoder's, where it reads the layer's output.
 
+    tensor: BilinearTensor, optional
+        The layer as a function of ``mlp.hook_in``, instead of reading it from the model: for a gated
+        MLP that is not bilinear, ``BilinearTensor.approximate(mlp, inputs).tensor``. An attribution's
+        `error` and a check's `difference` then say what the approximation leaves out.
+
     Attributes
     ----------
     tensor: BilinearTensor, the layer as a function of activations at the input dictionary's hook (over
@@ -104,9 +109,10 @@ class FeatureInteractions:
         sae_out: Any,
         *,
         output: Side | None = None,
+        tensor: BilinearTensor | None = None,
     ) -> None:
         self.model = model
-        layer_tensor = BilinearTensor.from_model(model, layer)
+        layer_tensor = BilinearTensor.from_model(model, layer) if tensor is None else tensor
         self.layer = range(len(model.blocks))[layer]
         self.inputs, self.outputs = Dictionary.of(sae_in), Dictionary.of(sae_out)
         passages = input_passages(model, self.layer)

@@ -65,6 +65,11 @@ def run(self: FeatureInteractions, tokens: Tensor) -> Run:
     source = encodes if encodes not in (None, passage.hook) else None
     wanted = {passage.hook, passage.layer_hook, self.output_hook, source, passage.scale_hook}
     fired = {name: fires_as(self.model, name) for name in wanted if name is not None}
+    if missing := sorted(set(fired.values()) - self.model.hook_dict.keys()):
+        raise ValueError(
+            f"the model has no hook {', '.join(missing)}; a HookedTransformer whose MLPs are "
+            f"TransformerLens's own has none at the MLP's input: load it as HookedSAETransformer"
+        )
     _, held = self.model.run_with_cache(
         tokens,
         names_filter=lambda name: name in fired.values(),
