@@ -62,17 +62,8 @@ __all__ = [
     "read_top_sequences",
 ]
 
-_PUBLISHED = {
-    "SignedTopKSAE",
-    "SignedTopKSAEConfig",
-    "TopSequences",
-    "published_disk_loader",
-    "published_huggingface_loader",
-    "read_top_sequences",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLISHED:
+    if name in __all__:  # all that is not imported above lives there
         return getattr(importlib.import_module("tl_bilinear.features.published"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,9 +57,9 @@ def statistics(
     # Mean and variance are exact before any pair is met: sum S = 1^T D Q D^T 1, sum S^2 = tr(Q G Q G).
     count = n * (n - 1) // 2
     wide = directions.double()
-    own = Q.to(torch.float64).entries(wide)
-    total = Q.to(torch.float64).quadratic(wide.sum(0))
-    through = Q.to(torch.float64) @ (wide.T @ wide)
+    exact = Q.to(torch.float64)
+    own, total = exact.entries(wide), exact.quadratic(wide.sum(0))
+    through = exact @ (wide.T @ wide)
     squares = (through * through.T).sum()
     mean = float(total - own.sum()) / (2 * count)
     variance = max(0.0, float(squares - own.square().sum()) / (2 * count) - mean**2)

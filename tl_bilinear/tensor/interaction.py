@@ -293,11 +293,8 @@ class InteractionMatrix:
         if directions is not None:
             directions = self._directions(directions)
             inputs, space = len(directions), self._folded_space()
-        counts = {"all": inputs * (inputs + 1) // 2, "self": inputs}
-        counts["cross"] = counts["all"] - inputs
-        if kind not in counts:
-            raise ValueError(f"kind must be 'all', 'self' or 'cross', got {kind!r}")
-        _checks.require_count("k", k, counts[kind], f"the {kind} interactions of {inputs} inputs")
+        most = _pair_count(kind, inputs)
+        _checks.require_count("k", k, most, f"the {kind} interactions of {inputs} inputs")
         found = [self._top_of_one(weights, k, kind, directions) for weights in self.flat_weights]
         rows, columns, values = (
             torch.stack(parts).reshape(*self.batch_shape, k)
@@ -323,13 +320,12 @@ class InteractionMatrix:
         if directions is not None:
             longest = float(self._directions(directions).square().sum(1).max())
         reach = 2 * longest * flat.frobenius_norm()
-        each = self.d if directions is None else len(directions)
+        most = _pair_count(kind, self.d if directions is None else len(directions))
         found: list[tuple[Tensor, TopInteractions]] = []
         threshold = 0.0
         for index in reach.argsort(descending=True):
             if float(reach[index]) < threshold:
                 break
-            most = {"self": each, "cross": each * (each - 1) // 2}.get(kind, each * (each + 1) // 2)
             found.append((index, flat[index].top(min(k, most), kind=kind, directions=directions)))
             coefficients = torch.cat([pairs.coefficients.abs() for _, pairs in found])
             if len(coefficients) >= k:
@@ -406,6 +402,18 @@ class InteractionMatrix:
 
     def _meaning(self) -> str:
         return "d" if self.space is None else f"d, {self.space}"
+
+
+def _pair_count(kind: Kind, inputs: int) -> int:
+    """How many interactions of a kind so many inputs have."""
+    counts = {
+        "self": inputs,
+        "cross": inputs * (inputs - 1) // 2,
+        "all": inputs * (inputs + 1) // 2,
+    }
+    if kind not in counts:
+        raise ValueError(f"kind must be 'all', 'self' or 'cross', got {kind!r}")
+    return counts[kind]
 
 
 @dataclass(frozen=True, eq=False)
