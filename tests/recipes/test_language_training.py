@@ -276,6 +276,14 @@ def test_bf16_is_chosen_where_the_processor_has_it(data, tmp_path, monkeypatch, 
     assert (arguments.bf16, arguments.fp16) == (feature is not None, False)
 
 
+def test_a_processor_may_compute_in_bf16_without_being_asked_for(data, tmp_path, monkeypatch):
+    """transformers refuses bf16 without an accelerator unless it is told to use the processor."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = train._arguments(tmp_path, TINY, 20, 16, 1, "bf16", None, (), False)
+    assert arguments.bf16
+    assert arguments.use_cpu
+
+
 def test_interrupted_and_started_again(run, data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -464,7 +464,8 @@ def _arguments(
     if "tensorboard" in report_to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     every = math.ceil(steps / _CHECKPOINTS)
-    use_cpu = device == "cpu"
+    # Said outright: transformers refuses bf16 on a processor that it was not told to use.
+    use_cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerated = not use_cpu and torch.cuda.is_available()
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if accelerated else _processor_has_bf16()
