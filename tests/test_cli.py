@@ -12,7 +12,7 @@ from tests.recipes.conftest import idx_folder, striped  # noqa: F401  fixtures
 from tl_bilinear import cli
 from tl_bilinear.recipes.images import ImageClassifier, training
 
-FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--quiet"]
+FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--no-language", "--quiet"]
 
 
 @pytest.fixture
@@ -49,7 +49,9 @@ def test_it_writes_report_vectors_model_and_summary(quickstart, tmp_path):
         "report.html",
         "summary.json",
     ]
-    summary = json.loads((out / "summary.json").read_text())
+    stored = json.loads((out / "summary.json").read_text())
+    assert list(stored) == ["kind", "images"]
+    summary = stored["images"]
     assert summary["config"]["size"] == 8
     assert summary["largest_difference_model_tensor"] < 1e-4
     assert set(summary["accuracy_with_k_eigenvectors"]) == {"1", "3", "5", "10", "20"}
@@ -77,7 +79,8 @@ def test_the_report_opens_offline_and_says_which_space(quickstart, tmp_path):
 def test_a_previous_run_is_replaced_and_anything_else_is_refused(quickstart, tmp_path):
     assert quickstart("--seed", "1")[0] == 0
     assert quickstart("--seed", "2")[0] == 0
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["config"]["seed"] == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["images"]["config"]["seed"] == 2
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     status, output = quickstart()
     assert status == 2

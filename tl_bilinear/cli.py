@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tl_bilinear.recipes.images.quickstart import Quickstart
+    from tl_bilinear.recipes.images.quickstart import ImageQuickstart
+    from tl_bilinear.recipes.language.quickstart import LanguageQuickstart
 
 app = typer.Typer(
     help="Bilinear MLPs and weight-based interpretability.",
@@ -76,14 +77,17 @@ def quickstart(
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, noise and order.")] = None,
+    language: Annotated[
+        bool, typer.Option(help="Also read the language model that ships with its SAEs.")
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train a bilinear MLP on real digits and read its eigenvectors off the weights.
+    """Read two bilinear models off their weights: one trained here on digits, one of language.
 
-    Settings not given are the paper's: size 256, noise 0.4, weight decay 1, batch 2048, 20 epochs; for
-    fewer than 20,000 images batch 256 and 60 epochs.
+    The settings are of the digits. Not given, they are the paper's: size 256, noise 0.4, weight decay
+    1, batch 2048, 20 epochs; for fewer than 20,000 images batch 256 and 60 epochs.
     """
-    from tl_bilinear.recipes.images.quickstart import REPORT, run_quickstart
+    from tl_bilinear.recipes.quickstart import REPORT, run_quickstart
 
     given = {
         "size": size,
@@ -94,9 +98,11 @@ def quickstart(
         "seed": seed,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    result = run_quickstart(data, out, progress=not quiet, **settings)
-    _print_tables(result)
-    typer.echo(f"Open {out / REPORT} to see the eigenvectors.")
+    result = run_quickstart(data, out, language=language, progress=not quiet, **settings)
+    _print_images(result.images)
+    if result.language is not None:
+        _print_language(result.language)
+    typer.echo(f"Open {out / REPORT} to see it all.")
 
 
 @app.command()
@@ -165,7 +171,7 @@ def _numbers(name: str, text: str) -> list[int]:
         raise ValueError(f"--{name} must be whole numbers parted by commas, got {text!r}") from None
 
 
-def _print_tables(result: Quickstart) -> None:
+def _print_images(result: ImageQuickstart) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -199,6 +205,40 @@ def _print_tables(result: Quickstart) -> None:
     console.print(
         f"Largest difference between model and tensor: {result.difference:.1e}   "
         f"({result.seconds:.0f} s of training and analysis)"
+    )
+
+
+def _print_language(result: LanguageQuickstart) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    features = result.features
+    console = Console()
+    console.print(
+        f"\n[bold]A language model[/bold]: {len(result.found)} of {features.outputs.n} features of "
+        f"layer {features.layer}'s output"
+    )
+    found = Table()
+    for name in ("feature", "active on", "promotes", "2 eigenvectors", "strongest pair there"):
+        found.add_column(name, justify="right" if name == "2 eigenvectors" else "left")
+    for one, correlation in zip(result.found, result.correlation.active, strict=True):
+        b, c = int(one.active.rows[0]), int(one.active.columns[0])
+        pair = [result.labels[b]] if b == c else [result.labels[b], result.labels[c]]
+        found.add_row(
+            str(one.feature),
+            escape(one.name),
+            escape(" ".join(one.promoted.words[:3])),
+            f"r = {float(correlation[1]):.3f}",
+            escape(" x ".join(pair)),
+        )
+    console.print(found)
+    sums = max(one.attribution.error for one in result.found)
+    checked = max(float(one.eigenvectors.error.max()) for one in result.found)
+    control = min(float(one.eigenvectors.control_error.min()) for one in result.found)
+    console.print(
+        f"Attributions sum to within {sums:.0e}; interventions agree with the weights to {checked:.0e} "
+        f"(random directions miss by {control:.0e})   ({result.seconds:.0f} s)"
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear.features.running import Run
+from tl_bilinear.features.text import label, pieces, plain, with_labels
 from tl_bilinear.tensor import _checks
 from tl_bilinear.tensor._top import BLOCK_ELEMENTS
 from tl_bilinear.tensor.storage import Storable
@@ -18,8 +20,9 @@ from tl_bilinear.tensor.storage import Storable
 if TYPE_CHECKING:
     import pandas
 
+    from tl_bilinear.features.dictionary import Dictionary
     from tl_bilinear.features.interactions import FeatureInteractions
-    from tl_bilinear.features.running import Run
+    from tl_bilinear.tensor.interaction import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,19 +133,22 @@ class ActiveInteractions(Storable):
         """Share of the mean pre-activation that comes from pairs of features."""
         return float(self.means.sum()) / self.preactivation if self.preactivation else float("nan")
 
-    def top(self, k: int) -> ActiveInteractions:
-        """The first k pairs."""
-        _checks.require_count("k", k, len(self.rows), "the pairs held")
-        cut = {n: getattr(self, n)[:k] for n in ("rows", "columns", "counts", "means", "spread")}
-        rest = (self.tokens, self.pairs_per_token, self.preactivation)
-        return ActiveInteractions(self.feature, **cut, tokens=rest[0], pairs_per_token=rest[1],
-                                  preactivation=rest[2])  # fmt: skip
+    def top(self, k: int, *, kind: Kind = "all") -> ActiveInteractions:
+        """The first k pairs, of a kind: "self", "cross" or both."""
+        own = self.rows == self.columns
+        chosen = {"all": own | ~own, "self": own, "cross": ~own}[kind].nonzero()[:, 0]
+        _checks.require_count("k", k, len(chosen), "the pairs held")
+        names = ("rows", "columns", "counts", "means", "spread")
+        return replace(self, **{name: getattr(self, name)[chosen[:k]] for name in names})
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row a pair: b, c, kind, tokens, mean and rms contribution."""
+    def to_pandas(self, labels: Sequence[str] | None = None) -> pandas.DataFrame:
+        """One row a pair: b, c, kind, tokens, mean and rms contribution.
+
+        `labels`, a name for each input feature, adds the columns label_b and label_c.
+        """
         import pandas as pd
 
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "b": self.rows.tolist(),
                 "c": self.columns.tolist(),
@@ -152,6 +158,7 @@ class ActiveInteractions(Storable):
                 "rms_when_active": self.spread.tolist(),
             }
         )
+        return with_labels(table, labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +187,10 @@ class Examples(Storable):
 
         texts = []
         for row, position in zip(self.tokens.tolist(), self.positions.tolist(), strict=True):
-            words = [_word(tokenizer, t) for t in row]
-            words[position] = f"[[{words[position]}]]"
-            joiner = "" if tokenizer is not None else " "
-            texts.append(joiner.join(words[max(0, position - window) : position + window + 1]))
+            words = pieces(tokenizer, row)
+            space = " " * words[position].startswith(" ")
+            words[position] = f"{space}[[{words[position].strip()}]]"
+            texts.append("".join(words[max(0, position - window) : position + window + 1]).strip())
         return pd.DataFrame(
             {
                 "sequence": self.sequences.tolist(),
@@ -192,10 +199,6 @@ class Examples(Storable):
                 "text": texts,
             }
         )
-
-
-def _word(tokenizer: Any, token: int) -> str:
-    return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,19 +358,13 @@ def active_interactions(
 def examples(
     self: FeatureInteractions, tokens: Any, feature: int, k: int, side: str, skip: int, batch: int
 ) -> Examples:
-    if side not in ("input", "output"):
-        raise ValueError(f"side must be 'input' or 'output', got {side!r}")
-    count = (self.inputs if side == "input" else self.outputs).n
+    count = side_of(self, side).n
     if not 0 <= feature < count:
         raise IndexError(f"{side} features are 0 to {count - 1}, got {feature}")
     strengths = []
     rows = []
     for run in _each(self, tokens, batch, False):
-        if side == "input":
-            z = self.inputs.read(run.activations, run.source).coefficients[..., feature]
-        else:
-            z = activation(self, run, torch.tensor([feature]))[..., 0]
-        z = z.clone()
+        z = _activations(self, run, side, torch.tensor([feature]))[..., 0]
         z[:, :skip] = 0
         strengths.append(z)
         rows.append(run.tokens)
@@ -386,6 +383,38 @@ def examples(
     )
 
 
+@torch.no_grad()
+def labels(
+    self: FeatureInteractions, tokens: Any, side: str, k: int, skip: int, batch: int, progress: bool
+) -> list[str]:
+    n = side_of(self, side).n
+    best: Tensor | None = None  # [k, n], strongest activations so far, and where
+    where = torch.empty(0, n, dtype=torch.long)
+    rows: list[Tensor] = []
+    seen = 0
+    for run in _each(self, tokens, batch, progress):
+        z = _activations(self, run, side)
+        z[:, :skip] = 0
+        z = z.flatten(0, 1)
+        strongest = z.topk(min(k, len(z)), dim=0)
+        values, places = strongest.values, strongest.indices.cpu() + seen
+        if best is not None:
+            values, places = torch.cat([best, values]), torch.cat([where, places])
+        best, order = values.topk(min(k, len(values)), dim=0)
+        where = places.gather(0, order.cpu())
+        rows.append(run.tokens.cpu())
+        seen += len(z)
+    text = torch.cat(rows)
+    length, flat = text.shape[1], text.flatten().tolist()
+    assert best is not None  # there is at least one sequence
+    found = []
+    for values, places in zip(best.T.tolist(), where.T.tolist(), strict=True):
+        at = [place for value, place in zip(values, places, strict=True) if value > 0]
+        before = [flat[place - 1] if place % length else None for place in at]
+        found.append(label(self.model.tokenizer, [flat[place] for place in at], before))
+    return found
+
+
 def promoted(self: FeatureInteractions, row: Tensor, k: int) -> PromotedTokens:
     weights = self.model.W_U.detach()
     norm = getattr(getattr(self.model, "ln_final", None), "w", None)
@@ -394,21 +423,41 @@ def promoted(self: FeatureInteractions, row: Tensor, k: int) -> PromotedTokens:
     k = min(k, len(logits))
     up, down = logits.topk(k), logits.topk(k, largest=False)
     tokenizer = self.model.tokenizer
-    words = [_word(tokenizer, t) for t in [*up.indices.tolist(), *down.indices.tolist()]]
+    words = [plain(tokenizer, t) for t in [*up.indices.tolist(), *down.indices.tolist()]]
     return PromotedTokens(up.indices, up.values, down.indices, down.values, words)
 
 
-def activation(self: FeatureInteractions, run: Run, features: Tensor) -> Tensor:
-    """Activations of output features [batch, pos, m]; of a plain matrix their positive values."""
+def side_of(self: FeatureInteractions, side: str) -> Dictionary:
+    """The input or the output dictionary; ValueError for anything else."""
+    if side not in ("input", "output"):
+        raise ValueError(f"side must be 'input' or 'output', got {side!r}")
+    return self.inputs if side == "input" else self.outputs
+
+
+def _activations(
+    self: FeatureInteractions, run: Run, side: str, features: Tensor | None = None
+) -> Tensor:
+    """Activations of features (all) of either side, [batch, pos, m], to be changed at will."""
+    if side == "output":
+        return activation(self, run, features).clone()
+    z = self.inputs.read(run.activations, run.source).coefficients
+    return z.clone() if features is None else z[..., features]
+
+
+def activation(self: FeatureInteractions, run: Run, features: Tensor | None = None) -> Tensor:
+    """Activations of output features (all) [batch, pos, m]; of a plain matrix their positive values."""
     if self.output == "encoder" and self.outputs.encode is not None:
-        return self.outputs.encode(run.output)[..., features]
+        z = self.outputs.encode(run.output)
+        return z if features is None else z[..., features]
     return self.outputs_of(run.output, features).clamp_min(0)
 
 
-def _each(self: FeatureInteractions, tokens: Any, batch: int, progress: bool) -> Iterator[Run]:
-    rows = self.tokens(tokens)
+def _each(self: FeatureInteractions, text: Any, batch: int, progress: bool) -> Iterator[Run]:
+    """Runs of some sequences at a time: of what is held, or of the model."""
+    rows = self.run(text) if isinstance(text, Run) else self.tokens(text)
     with tqdm(total=len(rows), unit="sequence", disable=not progress) as bar:
-        for part in rows.split(batch):
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
             yield self.run(part)
             bar.update(len(part))
 

@@ -14,7 +14,7 @@ approximated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -135,12 +135,10 @@ def relative_error(
 
 
 @torch.no_grad()
-def attribute(
-    self: FeatureInteractions, tokens: Tensor, feature: int, position: int
-) -> Attribution:
+def attribute(self: FeatureInteractions, text: Any, feature: int, position: int) -> Attribution:
     """See :meth:`FeatureInteractions.attribute`."""
     index = int(self._features(feature))
-    run = self.run(tokens)
+    run = self.run(text)
     length = run.x.shape[1]
     if run.x.shape[0] != 1:
         raise ValueError(f"an attribution is of one sequence, got a batch of {run.x.shape[0]}")

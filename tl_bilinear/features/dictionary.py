@@ -95,12 +95,12 @@ class Dictionary:
 
     @classmethod
     def of(cls, source: Any, labels: Sequence[str] | None = None) -> Dictionary:
-        """A SAELens SAE or transcoder, a matrix [n, d], or a Dictionary as it is.
+        """A SAELens SAE or transcoder, a matrix [n, d], or a Dictionary (as it is, but for the labels).
 
         Raises TypeError for anything else, and for an SAE whose decode is not linear in its features.
         """
         if isinstance(source, Dictionary):
-            return source
+            return source if labels is None else replace(source, labels=labels)
         if isinstance(source, Tensor):
             return cls(source.detach(), labels=labels)
         if all(hasattr(source, name) for name in ("W_enc", "W_dec", "cfg", "encode", "decode")):

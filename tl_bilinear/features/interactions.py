@@ -26,7 +26,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +63,8 @@ from tl_bilinear.tensor.interaction import Kind
 if TYPE_CHECKING:
     from tl_bilinear.hooks import EigenComponents
 
+Text: TypeAlias = Tensor | str | Sequence[str] | Run
+"""Token ids [batch, pos], text, or a run of the model on some that serves several analyses."""
 Side = Literal["encoder", "decoder"]
 Basis = Literal["features", "activations"]
 
@@ -269,11 +271,13 @@ class FeatureInteractions:
 
     # ------------------------------------------------------------------ on activations
 
-    def tokens(self, text: Tensor | str | Sequence[str]) -> Int[Tensor, "batch pos"]:
+    def tokens(self, text: Text) -> Int[Tensor, "batch pos"]:
         """Token ids [batch, pos] of text, with [BOS] in front as the dictionaries were trained.
 
         Token ids are taken as they are. Raises ValueError where the two dictionaries disagree.
         """
+        if isinstance(text, Run):
+            return text.tokens
         if isinstance(text, Tensor):
             if text.ndim not in (1, 2) or text.dtype.is_floating_point:
                 raise ValueError(
@@ -288,12 +292,14 @@ class FeatureInteractions:
         given = {} if not wanted else {"prepend_bos": wanted.pop()}
         return self.model.to_tokens(text if isinstance(text, str) else list(text), **given)
 
-    def run(self, text: Tensor | str | Sequence[str]) -> Run:
-        """The model on some tokens: the activations around the layer.
+    def run(self, text: Text, *, batch: int = 16) -> Run:
+        """The model on some tokens: the activations around the layer, for any method that takes text.
 
-        Raises ValueError where SAEs are attached to the model: its activations are not its own then.
+        It holds three vectors a token, and some numbers. A run as `text` is given back. Raises
+        ValueError for a run that was made at other hooks, and where SAEs are attached to the model: its
+        activations are not its own then.
         """
-        return running.run(self, self.tokens(text))
+        return running.run(self, text, batch)
 
     def outputs_of(
         self, output: Float[Tensor, "... d"], features: Tensor | None = None
@@ -307,17 +313,17 @@ class FeatureInteractions:
         chosen = slice(None) if features is None else features
         return output @ self.directions[chosen].to(output).T
 
-    def attribute(self, text: Tensor | str, feature: int, position: int = -1) -> Attribution:
+    def attribute(self, text: Text, feature: int, position: int = -1) -> Attribution:
         """An output feature's pre-activation at one token as a sum over pairs of input features.
 
         Exact: the pairs, the named rest (b_dec, SAE error, biases) and the constants sum to what the
         model computes (`Attribution.error` says how nearly). Raises ValueError for several sequences.
         """
-        return attribution.attribute(self, self.tokens(text), feature, position)
+        return attribution.attribute(self, text, feature, position)
 
     def low_rank_correlation(
         self,
-        text: Tensor | str | Sequence[str],
+        text: Text,
         k: int = 10,
         features: Sequence[int] | Tensor | None = None,
         *,
@@ -334,7 +340,7 @@ class FeatureInteractions:
         return activity.low_rank(self, text, index, k, skip, batch, progress)
 
     def scatter(
-        self, text: Tensor | str | Sequence[str], feature: int, k: int = 2, *, skip: int = 1,
+        self, text: Text, feature: int, k: int = 2, *, skip: int = 1,
         batch: int = 16,
     ) -> ActivationScatter:  # fmt: skip
         """A feature's pre-activation beside its approximation by k eigenvectors, token by token."""
@@ -342,7 +348,7 @@ class FeatureInteractions:
 
     def active_interactions(
         self,
-        text: Tensor | str | Sequence[str],
+        text: Text,
         feature: int,
         *,
         skip: int = 1,
@@ -358,7 +364,7 @@ class FeatureInteractions:
 
     def examples(
         self,
-        text: Tensor | str | Sequence[str],
+        text: Text,
         feature: int,
         k: int = 10,
         *,
@@ -369,6 +375,24 @@ class FeatureInteractions:
         """The sequences on which a feature is most active, with its strength on every token (App. M)."""
         return activity.examples(self, text, feature, k, side, skip, batch)
 
+    def labels(
+        self,
+        text: Text,
+        k: int = 20,
+        *,
+        side: Literal["input", "output"] = "input",
+        skip: int = 1,
+        batch: int = 16,
+        progress: bool = False,
+    ) -> list[str]:
+        """A name for every feature of a side: the token that its k strongest activations are on.
+
+        In one pass over the text. ``happy``; ``(not) happy`` where the same token stands before; else
+        the three most common, ``happy | glad | proud``. A name says where a feature is active, not
+        what it does. For tables and figures: ``Dictionary.of(sae, labels=features.labels(text))``.
+        """
+        return activity.labels(self, text, side, k, skip, batch, progress)
+
     def promoted(
         self, feature: int, k: int = 10, *, side: Literal["input", "output"] = "output"
     ) -> PromotedTokens:
@@ -377,9 +401,7 @@ class FeatureInteractions:
         An input feature that lives after the norm is read as a direction of the residual stream
         (its norm weight taken off).
         """
-        if side not in ("input", "output"):
-            raise ValueError(f"side must be 'input' or 'output', got {side!r}")
-        chosen = self.inputs if side == "input" else self.outputs
+        chosen = activity.side_of(self, side)
         if not 0 <= feature < chosen.n:
             raise IndexError(f"{side} features are 0 to {chosen.n - 1}, got {feature}")
         row = chosen.decoder[feature]
@@ -389,9 +411,7 @@ class FeatureInteractions:
             row = row / weight.detach().to(row)
         return activity.promoted(self, row, k)
 
-    def mean_input(
-        self, text: Tensor | str | Sequence[str], where: Tensor | None = None
-    ) -> Float[Tensor, " d"]:
+    def mean_input(self, text: Text, where: Tensor | None = None) -> Float[Tensor, " d"]:
         """Mean activation at the input dictionary's hook, over tokens, [batch, pos], or some of them."""
         found = self.run(text).activations
         chosen = found.flatten(0, 1) if where is None else found[where]
@@ -403,9 +423,9 @@ class FeatureInteractions:
 
     def verify_pairs(
         self,
-        text: Tensor | str | Sequence[str],
+        text: Text,
         feature: int,
-        pairs: TopInteractions | int = 10,
+        pairs: TopInteractions | ActiveInteractions | int = 10,
         *,
         skip: int = 0,
         limit: int = 64,
@@ -415,8 +435,8 @@ class FeatureInteractions:
 
         Each pair's features are removed from the model's activations one at a time and together, on at
         most `limit` tokens where both are active, with the norm scale held (see `verification`). `pairs`
-        may be a number: that many of the strongest cross-interactions. Random directions of the same
-        length serve as the control.
+        may be a number: that many of the strongest cross-interactions. A feature with itself is left
+        out. Random directions of the same length serve as the control.
         """
         if isinstance(pairs, int):
             pairs = self.top(feature, pairs, kind="cross")

@@ -1,8 +1,15 @@
-"""One run of the model: the activations around a layer that analyses on tokens need."""
+"""One run of the model: the activations around a layer that analyses on tokens need.
+
+Where several look at the same text, one run serves them all:
+
+>>> run = features.run(tokens)
+>>> features.examples(run, 1882), features.low_rank_correlation(run), features.attribute(run[3], 1882)
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +33,7 @@ class Run:
     scale: [batch, pos, 1], the token's norm scale between the two (1 where there is none)
     output: the layer's output
     output_scale: [batch, pos], what the output dictionary's normalisation multiplies it by
+    read_at: hooks and normalisation that it was made for; it serves no others
     """
 
     tokens: Tensor
@@ -35,6 +43,24 @@ class Run:
     scale: Float[Tensor, "batch pos 1"]
     output: Float[Tensor, "batch pos d"]
     output_scale: Float[Tensor, "batch pos"]
+    read_at: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> Run:
+        """Some of the sequences: one, a slice, or their numbers."""
+        rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: Any = {n: v[rows] for n, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    @staticmethod
+    def cat(parts: Sequence[Run]) -> Run:
+        """Several runs of equally long sequences as one."""
+        held = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Run)}
+        tensors: Any = {n: torch.cat(v) for n, v in held.items() if isinstance(v[0], Tensor)}
+        return replace(parts[0], **tensors)
 
 
 def fires_as(model: Any, name: str) -> str:
@@ -56,9 +82,29 @@ def refuse_attached(model: Any) -> None:
         )
 
 
-@torch.no_grad()
-def run(self: FeatureInteractions, tokens: Tensor) -> Run:
+def read_at(self: FeatureInteractions) -> tuple[str, ...]:
+    """What the activations of a run depend on, beside the model and its tokens."""
+    sae = self.outputs.sae
+    normalised = "none" if sae is None else sae.cfg.normalize_activations
+    # A normalisation has constants of its own SAE; without one, any output dictionary reads the same.
+    whose = "" if normalised == "none" or self.output != "encoder" else f"{normalised} of {id(sae)}"
+    return (self.passage.hook, str(self.inputs.encoder_hook), self.output_hook, whose)
+
+
+def run(self: FeatureInteractions, text: Any, batch: int) -> Run:
     """See :meth:`FeatureInteractions.run`."""
+    if isinstance(text, Run):
+        if text.read_at != read_at(self):
+            raise ValueError(
+                f"this run holds activations at {', '.join(filter(None, text.read_at))}, and "
+                f"{', '.join(filter(None, read_at(self)))} are asked for: run the model again"
+            )
+        return text
+    return Run.cat([_forward(self, rows) for rows in self.tokens(text).split(batch)])
+
+
+@torch.no_grad()
+def _forward(self: FeatureInteractions, tokens: Tensor) -> Run:
     refuse_attached(self.model)
     passage = self.passage
     encodes = self.inputs.encoder_hook if self.inputs.encode is not None else None
@@ -91,4 +137,5 @@ def run(self: FeatureInteractions, tokens: Tensor) -> Run:
         scale,
         output,
         gain,
+        read_at(self),
     )

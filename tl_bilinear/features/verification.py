@@ -12,6 +12,7 @@ the same tokens, say how large such an effect is by chance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear.features.text import with_labels
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
     import pandas
 
+    from tl_bilinear.features.activity import ActiveInteractions
     from tl_bilinear.features.interactions import FeatureInteractions
     from tl_bilinear.features.running import Run
     from tl_bilinear.tensor import TopInteractions
@@ -53,29 +56,29 @@ class PairCheck(Storable):
     difference: Float[Tensor, " m"]
     control: Float[Tensor, " m"]
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row a pair."""
+    def to_pandas(self, labels: Sequence[str] | None = None) -> pandas.DataFrame:
+        """One row a pair; `labels`, a name for each input feature, adds label_b and label_c."""
         import pandas as pd
 
         names = ("rows", "columns", "tokens", "predicted", "measured", "difference", "control")
         found = {name: getattr(self, name).cpu().numpy() for name in names}
-        return pd.DataFrame(found).rename(columns={"rows": "b", "columns": "c"})
+        table = pd.DataFrame(found).rename(columns={"rows": "b", "columns": "c"})
+        return with_labels(table, labels)
 
 
 @torch.no_grad()
 def verify_pairs(
     self: FeatureInteractions,
-    tokens: Any,
+    text: Any,
     feature: int,
-    pairs: TopInteractions,
+    pairs: TopInteractions | ActiveInteractions,
     skip: int,
     limit: int,
     seed: int,
 ) -> PairCheck:
     """See :meth:`FeatureInteractions.verify_pairs`."""
     feature = int(self._features(feature))
-    rows = self.tokens(tokens)
-    run = self.run(rows)
+    run = self.run(text)
     z = self.inputs.read(run.activations, run.source).coefficients
     different = pairs.rows != pairs.columns
     b, c = pairs.rows[different], pairs.columns[different]
@@ -89,14 +92,17 @@ def verify_pairs(
         if len(where) == 0:
             found.append((0, [torch.nan] * 2, z.new_zeros(0), z.new_zeros(0), torch.nan))
             continue
-        at = (where[:, 0], where[:, 1])
-        first = z[at][:, one, None] * self.input_directions[one].to(z)
-        second = z[at][:, other, None] * self.input_directions[other].to(z)
-        factor = run.output_scale[at] / run.scale[at][:, 0].square()
+        # Only the sequences met run again, and of those each once.
+        used, place = where[:, 0].unique(return_inverse=True)
+        part, at = run[used], (place, where[:, 1])
+        active = z[used][at]
+        first = active[:, one, None] * self.input_directions[one].to(z)
+        second = active[:, other, None] * self.input_directions[other].to(z)
+        factor = part.output_scale[at] / part.scale[at][:, 0].square()
         predicted = 2 * factor * (first * form.apply(second.to(form.dtype))).sum(-1)
-        measured = _measured(self, run, feature, at, first, second)
+        measured = _measured(self, part, feature, at, first, second)
         random = [_of_length(part, generator) for part in (first, second)]
-        control = _measured(self, run, feature, at, random[0], random[1])
+        control = _measured(self, part, feature, at, random[0], random[1])
         found.append(
             (
                 len(where),

@@ -182,7 +182,9 @@ def correlation_figure(result: LowRankCorrelation, min_active: int = 10) -> go.F
         row=1,
         col=2,
     )
-    figure.update_xaxes(title="eigenvectors", row=1, col=1)
+    figure.update_xaxes(
+        title="eigenvectors", tickvals=ranks if len(ranks) <= 12 else None, row=1, col=1
+    )
     figure.update_yaxes(range=[0, 1.02], row=1, col=1)
     figure.update_xaxes(title="correlation", row=1, col=2)
     figure.update_yaxes(title="features", row=1, col=2)

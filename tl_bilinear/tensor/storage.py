@@ -110,6 +110,21 @@ def refuse_foreign(target: Path, ours: Callable[[Path], bool]) -> None:
         )
 
 
+def require_writable(out: str | Path, ours: Callable[[Path], bool]) -> None:
+    """Raise now, before the work, what writing a `whole_directory` to `out` would raise after it."""
+    target = Path(out).expanduser().resolve()
+    refuse_foreign(target, ours)
+    existing = next(parent for parent in (target, *target.parents) if parent.exists())
+    probe = (existing if existing != target else target.parent) / f".{target.name}.probe"
+    try:
+        probe.touch()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {probe.parent}: {error.strerror}; choose another folder with --out"
+        ) from error
+    probe.unlink()
+
+
 def _put_in_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)

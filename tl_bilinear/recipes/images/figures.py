@@ -27,14 +27,14 @@ from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.explain import explain
 from tl_bilinear.recipes.images.lowrank import certificates, shared_neurons
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE, ImageClassifier
-from tl_bilinear.recipes.images.quickstart import config_for, require_writable
+from tl_bilinear.recipes.images.quickstart import config_for
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
 from tl_bilinear.recipes.images.similarity import seeds_and_sizes
 from tl_bilinear.recipes.images.sweep import noise_and_decay, rare_pixels, regularisers, sweep
 from tl_bilinear.recipes.images.target import TARGET_CONFIG, hidden_target
 from tl_bilinear.recipes.images.toy import GATES, arithmetic_task, boolean_task, fit_toy
 from tl_bilinear.recipes.images.training import TrainingConfig
-from tl_bilinear.tensor.storage import whole_directory
+from tl_bilinear.tensor.storage import require_writable, whole_directory
 
 if TYPE_CHECKING:
     import pandas
@@ -445,7 +445,8 @@ def write_gallery(
 
 
 def _page(study: Study, made: Mapping[str, Figure], seconds: Mapping[str, float]) -> str:
-    from tl_bilinear.recipes.images.report import embed, page, settings_sentence
+    from tl_bilinear.recipes.images.report import settings_sentence
+    from tl_bilinear.recipes.page import embed, page
 
     data = study.data
     parts = [

@@ -1,4 +1,4 @@
-"""Reports: the quickstart's, and the page and its pieces that others share; one file, opens offline."""
+"""The quickstart's sections on an image model."""
 
 from __future__ import annotations
 
@@ -6,25 +6,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE
+from tl_bilinear.recipes.page import embed, table
 
 if TYPE_CHECKING:
-    from tl_bilinear.recipes.images.quickstart import Quickstart
-
-_STYLE = """
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1a1a1a;
-       max-width: 900px; margin: 2rem auto 4rem; padding: 0 1rem; background: #fff; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .2rem }
-h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem }
-h3 { font-size: 1.05rem; margin: 1.6rem 0 0 }
-p { max-width: 44rem } .note { color: #555; font-size: .92rem }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .28rem .9rem .28rem 0; text-align: right; border-bottom: 1px solid #eee }
-th { font-weight: 600; font-size: .88rem; color: #444 } th:first-child, td:first-child { text-align: left }
-.tables { display: flex; gap: 3.5rem; flex-wrap: wrap; align-items: flex-start }
-.blue { color: #2166ac; font-weight: 600 } .red { color: #b2182b; font-weight: 600 }
-summary { cursor: pointer; font-weight: 600; margin-top: 1rem } figure { margin: 0 }
-code { background: #f4f4f4; padding: .1em .3em; border-radius: 3px; font-size: .9em }
-"""
+    from tl_bilinear.recipes.images.quickstart import ImageQuickstart
 
 _SPACES = {
     PIXEL_SPACE: (
@@ -43,8 +28,8 @@ _SPACES = {
 }
 
 
-def report_html(result: Quickstart) -> str:
-    """A self-contained page: tables, accuracy under truncation, every class in both spaces."""
+def image_sections(result: ImageQuickstart) -> str:
+    """Tables, accuracy under truncation, and every class in both spaces, as HTML."""
     from tl_bilinear.plots import truncation_figure
 
     training, data = result.training, result.data
@@ -83,19 +68,7 @@ def report_html(result: Quickstart) -> str:
             f"<h2>{title}</h2><p>{text}</p><details{is_open}><summary>All classes</summary>{figures}"
             f"</details>"
         )
-    return page("tl_bilinear quickstart", "".join(sections))
-
-
-def page(title: str, body: str) -> str:
-    """A whole HTML page with its style and plotly.js inside: it opens offline."""
-    from plotly.offline import get_plotlyjs
-
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body>{body}</body></html>"
-    )
+    return "".join(sections)
 
 
 def settings_sentence(config: Any) -> str:
@@ -107,32 +80,32 @@ def settings_sentence(config: Any) -> str:
     )
 
 
-def _accuracy_table(result: Quickstart) -> str:
-    rows = "".join(
-        f"<tr><td>{k} eigenvector{'s' * (k > 1)} a class<td>{accuracy:.3f}"
+def _accuracy_table(result: ImageQuickstart) -> str:
+    rows = [
+        [f"{k} eigenvector{'s' * (k > 1)} a class", f"{accuracy:.3f}"]
         for k, accuracy in result.truncation.items()
-    )
-    return (
-        "<table><tr><th>kept<th>test accuracy"
-        f"{rows}<tr><td>whole model<td>{result.training.accuracy:.3f}</table>"
-    )
+    ]
+    whole = ["whole model", f"{result.training.accuracy:.3f}"]
+    return table(["kept", "test accuracy"], [*rows, whole])
 
 
-def _class_table(result: Quickstart) -> str:
+def _class_table(result: ImageQuickstart) -> str:
     spectrum = result.spectra.pixel
-    rows = "".join(
-        f"<tr><td>{escape(name)}<td>{float(values.max()):+.3f}<td>{float(values.min()):+.3f}"
-        f"<td>{float(rank):.1f}"
+    rows = [
+        [
+            escape(name),
+            f"{float(values.max()):+.3f}",
+            f"{float(values.min()):+.3f}",
+            f"{float(rank):.1f}",
+        ]
         for name, values, rank in zip(
             result.data.classes, spectrum.values, spectrum.effective_rank(), strict=True
         )
-    )
-    return (
-        "<table><tr><th>class<th>largest λ<th>most negative λ<th>effective rank" + rows + "</table>"
-    )
+    ]
+    return table(["class", "largest λ", "most negative λ", "effective rank"], rows)
 
 
-def _class_section(result: Quickstart, space: str, index: int) -> str:
+def _class_section(result: ImageQuickstart, space: str, index: int) -> str:
     from tl_bilinear.plots import eigenvector_figure
 
     name = escape(result.data.classes[index])
@@ -142,13 +115,3 @@ def _class_section(result: Quickstart, space: str, index: int) -> str:
         result.data.size,
     )
     return f"<h3>Class {name}</h3>{embed(figure)}"
-
-
-def embed(figure: Any) -> str:
-    """A plotly figure as a piece of a :func:`page`."""
-    html = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        config={"displayModeBar": False, "responsive": False},
-    )
-    return f"<figure>{html}</figure>"

@@ -6,7 +6,7 @@ with another gate is made bilinear (`finetune`).
 """
 
 from tl_bilinear.recipes.language.compare import ActivationComparison, compare_activations
-from tl_bilinear.recipes.language.data import LanguageData, prepare_text
+from tl_bilinear.recipes.language.data import LanguageData, pack_stories, prepare_text
 from tl_bilinear.recipes.language.finetune import (
     FinetuneComparison,
     FinetuneConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "language_loss",
     "load_tokenizer",
     "make_tokenizer",
+    "pack_stories",
     "prepare_text",
     "read_stories",
     "sample_text",

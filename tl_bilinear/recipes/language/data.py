@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from tl_bilinear.models.files import read_table, write_table
@@ -34,6 +35,9 @@ from tl_bilinear.recipes.language.text import (
 )
 from tl_bilinear.recipes.language.tokenizer import load_tokenizer
 from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "tl_bilinear language data"
 PARTS = ("train", "validation")
@@ -190,34 +194,20 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-class _PartWriter:
-    """Packs stories into rows and writes them as they fill."""
+class Packer:
+    """Rows of `n_ctx` tokens from stories, as the module says; a row is given out when it is full."""
 
-    def __init__(self, folder: Path, n_ctx: int, tokenizer: Any) -> None:
-        import datasets
-        from datasets.arrow_writer import ArrowWriter
-
-        self._folder, self._arrow = folder, folder.with_name(f"{folder.name}.arrow")
+    def __init__(self, tokenizer: Any, n_ctx: int) -> None:
         self._bos, self._eos, self._n_ctx = tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx
-        # Fixed-length lists are read back as one array, without a Python object for each token.
-        features = {"input_ids": datasets.Sequence(datasets.Value("int32"), length=n_ctx)}
-        self._writer = ArrowWriter(path=str(self._arrow), features=datasets.Features(features))
         self._row = [self._bos]
-        self._hash = hashlib.blake2b(digest_size=8)
-        self._waiting: list[list[int]] = []
-        self.stories = self.rows = 0
 
     @property
     def left_over(self) -> int:
-        """Tokens of the last, unfilled row, which is not written."""
+        """Tokens of the last, unfilled row, without its [BOS]."""
         return len(self._row) - 1
 
-    @property
-    def fingerprint(self) -> str:
-        return self._hash.hexdigest()
-
-    def add(self, tokens: list[int]) -> None:
-        self.stories += 1
+    def add(self, tokens: list[int]) -> Iterator[list[int]]:
+        """The rows that a story, given without [BOS] and [EOS], fills."""
         if len(self._row) > 1:
             self._row.append(self._bos)
         tokens = [*tokens, self._eos]
@@ -228,12 +218,62 @@ class _PartWriter:
             start += room
             if len(self._row) < self._n_ctx:
                 return
-            self._waiting.append(self._row)
+            yield self._row
             self._row = [self._bos]
-            if len(self._waiting) == _BATCH:
-                self._flush()
             if start >= len(tokens):
                 return
+
+
+def pack_stories(
+    stories: Iterable[str], tokenizer: Any, n_ctx: int = 256
+) -> Int[Tensor, "rows n_ctx"]:
+    """Stories as rows of tokens [rows, n_ctx], as `prepare_text` writes them, in memory.
+
+    What the last row cannot be filled with is left out. Raises ValueError where not one is filled.
+    """
+    import torch
+
+    packer = Packer(tokenizer, n_ctx)
+    ids = tokenizer(list(stories), add_special_tokens=False).input_ids
+    rows = [row for tokens in ids for row in packer.add(tokens)]
+    if not rows:
+        raise ValueError(
+            f"{len(ids)} stories of {packer.left_over} tokens do not fill one row of n_ctx={n_ctx}"
+        )
+    return torch.tensor(rows)
+
+
+class _PartWriter:
+    """Packs stories into rows and writes them as they fill."""
+
+    def __init__(self, folder: Path, n_ctx: int, tokenizer: Any) -> None:
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
+        self._folder, self._arrow = folder, folder.with_name(f"{folder.name}.arrow")
+        self._packer, self._n_ctx = Packer(tokenizer, n_ctx), n_ctx
+        # Fixed-length lists are read back as one array, without a Python object for each token.
+        features = {"input_ids": datasets.Sequence(datasets.Value("int32"), length=n_ctx)}
+        self._writer = ArrowWriter(path=str(self._arrow), features=datasets.Features(features))
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._waiting: list[list[int]] = []
+        self.stories = self.rows = 0
+
+    @property
+    def left_over(self) -> int:
+        """Tokens of the last, unfilled row, which is not written."""
+        return self._packer.left_over
+
+    @property
+    def fingerprint(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, tokens: list[int]) -> None:
+        self.stories += 1
+        for row in self._packer.add(tokens):
+            self._waiting.append(row)
+            if len(self._waiting) == _BATCH:
+                self._flush()
 
     def _flush(self) -> None:
         import numpy
