@@ -15,13 +15,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_bilinear.models.files import read_table, write_table
@@ -190,34 +192,20 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-class _PartWriter:
-    """Packs stories into rows and writes them as they fill."""
+class Packer:
+    """Stories end to end in rows of n_ctx tokens, each starting with [BOS]."""
 
-    def __init__(self, folder: Path, n_ctx: int, tokenizer: Any) -> None:
-        import datasets
-        from datasets.arrow_writer import ArrowWriter
-
-        self._folder, self._arrow = folder, folder.with_name(f"{folder.name}.arrow")
-        self._bos, self._eos, self._n_ctx = tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx
-        # Fixed-length lists are read back as one array, without a Python object for each token.
-        features = {"input_ids": datasets.Sequence(datasets.Value("int32"), length=n_ctx)}
-        self._writer = ArrowWriter(path=str(self._arrow), features=datasets.Features(features))
-        self._row = [self._bos]
-        self._hash = hashlib.blake2b(digest_size=8)
-        self._waiting: list[list[int]] = []
-        self.stories = self.rows = 0
+    def __init__(self, bos: int, eos: int, n_ctx: int) -> None:
+        self._bos, self._eos, self._n_ctx = bos, eos, n_ctx
+        self._row = [bos]
 
     @property
     def left_over(self) -> int:
-        """Tokens of the last, unfilled row, which is not written."""
+        """Tokens of the last, unfilled row, which is never given."""
         return len(self._row) - 1
 
-    @property
-    def fingerprint(self) -> str:
-        return self._hash.hexdigest()
-
-    def add(self, tokens: list[int]) -> None:
-        self.stories += 1
+    def add(self, tokens: list[int]) -> Iterator[list[int]]:
+        """The rows that one more story fills."""
         if len(self._row) > 1:
             self._row.append(self._bos)
         tokens = [*tokens, self._eos]
@@ -228,12 +216,55 @@ class _PartWriter:
             start += room
             if len(self._row) < self._n_ctx:
                 return
-            self._waiting.append(self._row)
+            yield self._row
             self._row = [self._bos]
-            if len(self._waiting) == _BATCH:
-                self._flush()
             if start >= len(tokens):
                 return
+
+
+def pack_stories(
+    stories: Sequence[str], tokenizer: Any, n_ctx: int = 256
+) -> Int[Tensor, "rows n_ctx"]:
+    """Stories as the rows that `prepare_text` makes of them, in memory; an unfilled row is left out."""
+    import torch
+
+    packer = Packer(tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx)
+    ids = tokenizer(list(stories), add_special_tokens=False).input_ids
+    rows = [row for tokens in ids for row in packer.add(tokens)]
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, n_ctx)
+
+
+class _PartWriter:
+    """Packs stories into rows and writes them as they fill."""
+
+    def __init__(self, folder: Path, n_ctx: int, tokenizer: Any) -> None:
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
+        self._folder, self._arrow = folder, folder.with_name(f"{folder.name}.arrow")
+        self._packer = Packer(tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx)
+        self._n_ctx = n_ctx
+        # Fixed-length lists are read back as one array, without a Python object for each token.
+        features = {"input_ids": datasets.Sequence(datasets.Value("int32"), length=n_ctx)}
+        self._writer = ArrowWriter(path=str(self._arrow), features=datasets.Features(features))
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._waiting: list[list[int]] = []
+        self.stories = self.rows = 0
+
+    @property
+    def left_over(self) -> int:
+        return self._packer.left_over
+
+    @property
+    def fingerprint(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, tokens: list[int]) -> None:
+        self.stories += 1
+        for row in self._packer.add(tokens):
+            self._waiting.append(row)
+            if len(self._waiting) == _BATCH:
+                self._flush()
 
     def _flush(self) -> None:
         import numpy
