@@ -432,6 +432,62 @@ def compare(
         typer.echo(compared)
 
 
+@train.command()
+@_reporting
+def saes(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a bilinear model, or its name on the Hugging Face hub.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Folder that `tl-bilinear data --tokenizer MODEL` wrote.")
+    ] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/saes"),
+    points: Annotated[
+        str | None,
+        typer.Option(help="mlp_in,resid_mid,mlp_out (default), resid_pre, resid_post, attn_out."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 3,4; all by default.")] = None,
+    k: Annotated[int | None, typer.Option(help="Features active on a token.")] = None,
+    expansion: Annotated[float | None, typer.Option(help="Features for each dimension.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in all.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens a step.")] = None,
+    learning_rate: _Rate = None,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="Where the cosine of the learning rate ends.")
+    ] = None,
+    aux_loss: Annotated[
+        float | None, typer.Option(help="Weight of the loss that revives dead features.")
+    ] = None,
+    seed: _Seed = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Train SAEs around the layers of a model, all from one forward pass (Table 3).
+
+    The same command goes on with a run that was interrupted. SAEs are in OUT/saes, as SAELens writes
+    them; the table has NMSE, L0, dead features, loss added and recovered (Fig. 21).
+    """
+    from tl_bilinear.recipes.language.saes import SAETrainingConfig, train_saes
+
+    given = {
+        "points": None if points is None else tuple(points.split(",")),
+        "layers": None if layers is None else tuple(_numbers("layers", layers)),
+        "k": k,
+        "expansion": expansion,
+        "tokens": tokens,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "final_learning_rate": final_learning_rate,
+        "aux_loss": aux_loss,
+        "seed": seed,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    run = train_saes(
+        model, data, SAETrainingConfig(**settings), folder=out, device=device, progress=not quiet
+    )
+    typer.echo(run)
+
+
 @app.command()
 @_reporting
 def finetune(

@@ -4,7 +4,9 @@ import struct
 import pytest
 import torch
 
+from tests.recipes.stories import make_stories
 from tl_bilinear.recipes.images import ImageData, TrainingConfig, train_classifier
+from tl_bilinear.recipes.language import prepare_text, train_tokenizer
 
 SIZE = (6, 5)
 
@@ -56,3 +58,19 @@ def idx_folder(tmp_path_factory, striped):
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", pixels)
         write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels)
     return folder
+
+
+@pytest.fixture(scope="package")
+def story_data(tmp_path_factory):
+    """Rows of 32 tokens of a vocabulary of 180, from made-up stories."""
+    folder = tmp_path_factory.mktemp("text")
+    stories = make_stories(300)
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    return prepare_text(
+        folder / "stories.txt",
+        tokenizer=train_tokenizer(stories, 180),
+        folder=folder / "data",
+        n_ctx=32,
+        validation=0.1,
+        progress=False,
+    )

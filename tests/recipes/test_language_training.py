@@ -42,18 +42,8 @@ OPTIONS = {"device": "cpu", "progress": False, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    stories = make_stories(300)
-    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
-    return prepare_text(
-        folder / "stories.txt",
-        tokenizer=train_tokenizer(stories, 180),
-        folder=folder / "data",
-        n_ctx=32,
-        validation=0.1,
-        progress=False,
-    )
+def data(story_data):
+    return story_data
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from tl_bilinear.features.activity import (
 )
 from tl_bilinear.features.attribution import Attribution
 from tl_bilinear.features.dictionary import Dictionary, Reading
+from tl_bilinear.features.evaluation import SAEEvaluation, evaluate_saes
 from tl_bilinear.features.interactions import FeatureInteractions
 from tl_bilinear.features.passage import Passage
 from tl_bilinear.features.results import (
@@ -53,10 +54,12 @@ __all__ = [
     "Passage",
     "PromotedTokens",
     "Reading",
+    "SAEEvaluation",
     "SignedTopKSAE",
     "SignedTopKSAEConfig",
     "Submatrix",
     "TopSequences",
+    "evaluate_saes",
     "published_disk_loader",
     "published_huggingface_loader",
     "read_top_sequences",

@@ -15,14 +15,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_bilinear.models.files import read_table, write_table
@@ -35,9 +36,6 @@ from tl_bilinear.recipes.language.text import (
 )
 from tl_bilinear.recipes.language.tokenizer import load_tokenizer
 from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FORMAT = "tl_bilinear language data"
 PARTS = ("train", "validation")
@@ -195,19 +193,19 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 class Packer:
-    """Rows of `n_ctx` tokens from stories, as the module says; a row is given out when it is full."""
+    """Stories end to end in rows of n_ctx tokens, each starting with [BOS]."""
 
-    def __init__(self, tokenizer: Any, n_ctx: int) -> None:
-        self._bos, self._eos, self._n_ctx = tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx
-        self._row = [self._bos]
+    def __init__(self, bos: int, eos: int, n_ctx: int) -> None:
+        self._bos, self._eos, self._n_ctx = bos, eos, n_ctx
+        self._row = [bos]
 
     @property
     def left_over(self) -> int:
-        """Tokens of the last, unfilled row, without its [BOS]."""
+        """Tokens of the last, unfilled row, which is never given."""
         return len(self._row) - 1
 
     def add(self, tokens: list[int]) -> Iterator[list[int]]:
-        """The rows that a story, given without [BOS] and [EOS], fills."""
+        """The rows that one more story fills."""
         if len(self._row) > 1:
             self._row.append(self._bos)
         tokens = [*tokens, self._eos]
@@ -225,22 +223,15 @@ class Packer:
 
 
 def pack_stories(
-    stories: Iterable[str], tokenizer: Any, n_ctx: int = 256
+    stories: Sequence[str], tokenizer: Any, n_ctx: int = 256
 ) -> Int[Tensor, "rows n_ctx"]:
-    """Stories as rows of tokens [rows, n_ctx], as `prepare_text` writes them, in memory.
-
-    What the last row cannot be filled with is left out. Raises ValueError where not one is filled.
-    """
+    """Stories as the rows that `prepare_text` makes of them, in memory; an unfilled row is left out."""
     import torch
 
-    packer = Packer(tokenizer, n_ctx)
+    packer = Packer(tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx)
     ids = tokenizer(list(stories), add_special_tokens=False).input_ids
     rows = [row for tokens in ids for row in packer.add(tokens)]
-    if not rows:
-        raise ValueError(
-            f"{len(ids)} stories of {packer.left_over} tokens do not fill one row of n_ctx={n_ctx}"
-        )
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, n_ctx)
 
 
 class _PartWriter:
@@ -251,7 +242,8 @@ class _PartWriter:
         from datasets.arrow_writer import ArrowWriter
 
         self._folder, self._arrow = folder, folder.with_name(f"{folder.name}.arrow")
-        self._packer, self._n_ctx = Packer(tokenizer, n_ctx), n_ctx
+        self._packer = Packer(tokenizer.bos_token_id, tokenizer.eos_token_id, n_ctx)
+        self._n_ctx = n_ctx
         # Fixed-length lists are read back as one array, without a Python object for each token.
         features = {"input_ids": datasets.Sequence(datasets.Value("int32"), length=n_ctx)}
         self._writer = ArrowWriter(path=str(self._arrow), features=datasets.Features(features))
@@ -261,7 +253,6 @@ class _PartWriter:
 
     @property
     def left_over(self) -> int:
-        """Tokens of the last, unfilled row, which is not written."""
         return self._packer.left_over
 
     @property

@@ -38,23 +38,18 @@ from torch import Tensor
 from tl_bilinear.models.files import read_table, write_table
 from tl_bilinear.models.huggingface import save_llama
 from tl_bilinear.recipes.language.data import LanguageData
-from tl_bilinear.tensor.storage import refuse_foreign
+from tl_bilinear.recipes.language.runs import RESULT, SETTINGS, enter_run, require_finished
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "tl_bilinear language run"
-SETTINGS, RESULT, MODEL, WRITING, SECONDS = (
-    "run.json",
-    "result.json",
-    "model",
-    ".writing",
-    "seconds.json",
-)
+MODEL, WRITING, SECONDS = "model", ".writing", "seconds.json"
 Run = TypeVar("Run", bound="LanguageRun")
 # The nonlinearity on the gate, by the name of the unit that it makes, as transformers calls it.
 ACTIVATIONS = {"bilinear": "linear", "reglu": "relu", "swiglu": "silu", "geglu": "gelu"}
 
+_COMMAND = "tl-bilinear train lm"
 _CHECKPOINTS = 10  # evenly spaced over a run; the last two are kept
 _CHECKPOINTS_KEPT = 2
 _LARGEST_MICRO_BATCH = 64
@@ -228,16 +223,13 @@ class LanguageRun:
         Raises FileNotFoundError for a folder without one, ValueError for a damaged one.
         """
         folder = Path(folder).expanduser()
-        if not (folder / RESULT).is_file():
-            state = "is not finished" if (folder / SETTINGS).is_file() else "is not there"
-            raise FileNotFoundError(f"the run {folder} {state}: `tl-bilinear train lm` makes it")
-        stored = read_table(folder / RESULT)
+        stored = require_finished(folder, _COMMAND)
         try:
             config = cls._config_type(**read_table(folder / SETTINGS)["config"])
             return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} was not written by this version of `tl-bilinear train lm`: {error}"
+                f"{folder} was not written by this version of `{_COMMAND}`: {error}"
             ) from error
 
 
@@ -323,6 +315,44 @@ def sample_text(llama: Any, tokenizer: Any, prompt: str = _PROMPT, seed: int = 0
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def sample_stories(
+    llama: Any,
+    tokenizer: Any,
+    count: int,
+    *,
+    temperature: float = 0.8,
+    batch: int = 64,
+    seed: int = 0,
+) -> list[str]:
+    """Whole stories, from [BOS] to [EOS]; those that do not end within the context are left out.
+
+    Raises ValueError where hardly any ends, as with a model that has not learned to.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stories: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for _ in range(4 * -(-count // batch)):
+            ids = torch.full((batch, 1), bos, device=llama.device)
+            written = llama.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_length=llama.config.max_position_embeddings,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                pad_token_id=eos,
+            )
+            ended = [row for row in written.tolist() if eos in row]
+            stories += [tokenizer.decode(row, skip_special_tokens=True) for row in ended]
+            if len(stories) >= count:
+                return stories[:count]
+    raise ValueError(
+        f"only {len(stories)} of {count} stories came to an end: train the model longer"
+    )
 
 
 # ---------------------------------------------------------------------- the run
@@ -413,7 +443,12 @@ def complete_run(
         folder, config, steps, micro_batch, world, precision, device, report_to, progress
     )
     if is_first_process():
-        _enter(folder, config, data)
+        made_from = {
+            "fingerprint": data.fingerprint,
+            "n_ctx": data.n_ctx,
+            "vocabulary": len(data.tokenizer),
+        }
+        enter_run(folder, FORMAT, dataclasses.asdict(config), made_from, _COMMAND)
     _everyone()
     if (folder / RESULT).is_file():
         return
@@ -630,34 +665,6 @@ def _history(logged: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 # ---------------------------------------------------------------------- the folder
-
-
-def _enter(folder: Path, config: LoopConfig, data: LanguageData) -> None:
-    """Claim the folder for these settings, or see that it is theirs already."""
-    settings: dict[str, Any] = {
-        "format": FORMAT,
-        "config": dataclasses.asdict(config),
-        "data": {
-            "fingerprint": data.fingerprint,
-            "n_ctx": data.n_ctx,
-            "vocabulary": len(data.tokenizer),
-        },
-    }
-    refuse_foreign(folder, lambda place: (place / SETTINGS).is_file())
-    if not (folder / SETTINGS).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_table(folder / SETTINGS, settings)
-        return
-    stored = read_table(folder / SETTINGS)
-    if stored.get("format") != FORMAT:
-        raise ValueError(f"{folder / SETTINGS} does not describe a run of `tl-bilinear train lm`")
-    before, now = ({**s["config"], **s["data"]} for s in (stored, settings))
-    changed = [f"{k}={now[k]!r} (there: {before.get(k)!r})" for k in now if now[k] != before.get(k)]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with other settings: {', '.join(changed)}. Choose another folder, or "
-            "delete that one"
-        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
