@@ -27,6 +27,7 @@ from tl_bilinear.features.results import (
     InteractionStatistics,
     Submatrix,
 )
+from tl_bilinear.features.running import Run
 from tl_bilinear.features.verification import PairCheck
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "Passage",
     "PromotedTokens",
     "Reading",
+    "Run",
     "SAEEvaluation",
     "SignedTopKSAE",
     "SignedTopKSAEConfig",

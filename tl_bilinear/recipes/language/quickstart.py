@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,11 +26,10 @@ from tl_bilinear.features import (
     LowRankCorrelation,
     PairCheck,
     PromotedTokens,
+    Run,
     Submatrix,
 )
-from tl_bilinear.features.running import Run
 from tl_bilinear.hooks import LossAdded, Verification, loss_added, verify
-from tl_bilinear.recipes.language.data import pack_stories
 from tl_bilinear.tensor import TopInteractions
 
 POINT = "mlp_in"
@@ -84,8 +84,7 @@ class LanguageQuickstart:
     correlation: those of the features shown with up to 8, on the second half
     found: the features shown
     tokens: how many the two halves have
-    sample: a story
-    facts: what else is known of the model, by name
+    sample: a story; facts: what else is known of the model, by name
     seconds: of analysis
     """
 
@@ -164,11 +163,12 @@ class LanguageQuickstart:
 def language_quickstart(
     model: Any,
     saes: Mapping[str, Any],
-    stories: Sequence[str],
+    tokens: Int[Tensor, "rows context"],
     *,
     layer: int,
     point: str = POINT,
     count: int = 3,
+    sample: str = "",
     facts: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> LanguageQuickstart:
@@ -178,21 +178,21 @@ def language_quickstart(
     ----------
     model: a bilinear HookedTransformer with a tokenizer
     saes: by point, "mlp_out" and `point`
-    stories: text that the model can read, packed into rows of its context
+    tokens: [rows, context], of which at most `ROWS` are looked at
     layer: int
-    facts: what else is to be said of the model
+    sample: some text, and facts: what is to be said of the model, by name
 
-    Raises ValueError for less text than two rows, and where fewer than `count` features can be chosen.
+    Raises ValueError for less than two rows, and where fewer than `count` features can be chosen.
     """
+    if len(tokens) < 2:
+        raise ValueError(
+            f"the text is cut in two: give at least 2 rows of tokens, got {len(tokens)}"
+        )
     start = time.monotonic()
     with tqdm(total=3 + count, unit="step", desc="language", disable=not progress) as bar:
-        rows = pack_stories(stories, model.tokenizer, model.cfg.n_ctx)
-        if len(rows) < 2:
-            raise ValueError(f"{len(stories)} stories fill {len(rows)} row, and two are needed")
         unnamed = FeatureInteractions(model, layer, saes[point], saes["mlp_out"])
-        rows = rows[:ROWS].to(model.W_U.device)
-        text = unnamed.run(rows)
-        first, second = text[: len(rows) // 2], text[len(rows) // 2 :]
+        text = unnamed.run(tokens[:ROWS].to(model.W_U.device))
+        first, second = text[: len(text) // 2], text[len(text) // 2 :]
         bar.update()
         named = Dictionary.of(unnamed.inputs, labels=unnamed.labels(text))
         features = FeatureInteractions(model, layer, named, unnamed.outputs)
@@ -212,7 +212,7 @@ def language_quickstart(
         correlation=correlation,
         found=found,
         tokens=(first.tokens.numel(), second.tokens.numel()),
-        sample=stories[0],
+        sample=sample,
         facts=facts or {},
         seconds=time.monotonic() - start,
     )
@@ -221,20 +221,42 @@ def language_quickstart(
 def demo_quickstart(*, progress: bool = True) -> LanguageQuickstart:
     """`language_quickstart` of the model that ships, at the last layer that has SAEs."""
     from tl_bilinear.demo import (
+        demo_card,
         demo_layers,
         load_demo_model,
         load_demo_saes,
         load_demo_stories,
+        load_demo_tokens,
     )
 
     layer = demo_layers()[-1]
     return language_quickstart(
         load_demo_model(),
         load_demo_saes(layer),
-        load_demo_stories(),
+        load_demo_tokens(),
         layer=layer,
+        sample=load_demo_stories()[0],
+        facts=_facts(demo_card(), layer),
         progress=progress,
     )
+
+
+def _facts(card: Mapping[str, Any], layer: int) -> dict[str, str]:
+    """What the model card says, in words."""
+    model = card["model"]
+    found = {
+        "loss on validation stories": f"{model['loss']:.3f} nats a token",
+        "trained on": f"{model['text_tokens']:,} tokens of {model['stories']['train']:,} stories, "
+        f"{model['tokens'] / model['text_tokens']:.1f} times",
+    }
+    for each in card["saes"]["evaluation"]:
+        if each["sae"] in (f"{layer}-{POINT}", f"{layer}-mlp_out"):
+            found[f"SAE {each['sae']}"] = (
+                f"{each['features']:,} features, {each['l0']:.0f} active at once; misses "
+                f"{each['nmse']:.0%} of the variance, and in the place of the activations adds "
+                f"{each['loss_added']:.3f} nats ({each['loss_added_relative']:.1%}) to the loss"
+            )
+    return found
 
 
 def choose_features(

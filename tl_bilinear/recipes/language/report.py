@@ -49,14 +49,16 @@ def _model(result: LanguageQuickstart) -> str:
     features = result.features
     model, cfg = features.model, features.model.cfg
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts = "".join(f" {escape(name)}: {escape(value)}." for name, value in result.facts.items())
-    return (
-        f"<p class=note>{cfg.n_layers} layers of width {cfg.d_model}, {cfg.d_mlp} hidden neurons in each "
-        f"MLP, {cfg.n_heads} attention heads, a vocabulary of {cfg.d_vocab:,}, {parameters / 1e6:.1f} million "
-        f"parameters.{facts} Analysed on {sum(result.tokens):,} tokens of stories that the model wrote "
-        f"itself, in {result.seconds:.0f} s.</p>"
-        f"<p>It writes like this:</p><blockquote>{escape(result.sample)}</blockquote>"
-    )
+    facts = {
+        "model": f"{cfg.n_layers} layers of width {cfg.d_model} with bilinear MLPs of {cfg.d_mlp} hidden neurons, "
+        f"{cfg.n_heads} heads, vocabulary {cfg.d_vocab:,}, {parameters / 1e6:.1f} million parameters",
+        **result.facts,
+        "analysed": f"on {sum(result.tokens):,} tokens of stories that the model wrote itself, in "
+        f"{result.seconds:.0f} s",
+    }
+    rows = "".join(f"<dt>{escape(name)}<dd>{escape(text)}" for name, text in facts.items())
+    sample = f"<blockquote>{escape(result.sample)}</blockquote>" if result.sample else ""
+    return f"<dl class=note>{rows}</dl>{sample}"
 
 
 def _terms(result: LanguageQuickstart) -> str:
