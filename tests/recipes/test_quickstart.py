@@ -27,12 +27,6 @@ POINTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(story_data):
     return HookedBilinearTransformer(
@@ -50,13 +44,13 @@ def model(story_data):
             "dtype": torch.float64,
         },
         tokenizer=story_data.tokenizer,
-    )
+    ).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def saes():
     return {
-        point: sae(hook, n=40, k=K, seed=seed, d=D, dtype="float64")
+        point: sae(hook, n=40, k=K, seed=seed, d=D, dtype="float64").requires_grad_(False)
         for seed, (point, hook) in enumerate(POINTS.items())
     }
 
@@ -85,8 +79,7 @@ def result(request, model, saes, tokens):
 def halves(result, tokens):
     """By name what the model has on the second half, row by row."""
     model, second = result.features.model, tokens[30:]
-    with torch.no_grad():
-        _, cache = model.run_with_cache(second)
+    _, cache = model.run_with_cache(second)
     return SimpleNamespace(
         tokens=second,
         x=cache[POINTS["mlp_in"]],
@@ -218,10 +211,9 @@ def test_the_downstream_effect_is_that_of_the_runs(result, model):
     one = result.found[0]
     on = one.examples.strengths > 0
     parts = result.features.components(one.feature, 2, write="feature")
-    with torch.no_grad():
-        clean = model(one.examples.tokens).softmax(-1)[..., one.promoted.promoted].sum(-1).log()
-        with model.hooks(fwd_hooks=parts.ablate(1, positions=on).fwd_hooks(model)):
-            without = model(one.examples.tokens)
+    clean = model(one.examples.tokens).softmax(-1)[..., one.promoted.promoted].sum(-1).log()
+    with model.hooks(fwd_hooks=parts.ablate(1, positions=on).fwd_hooks(model)):
+        without = model(one.examples.tokens)
     chance = without.softmax(-1)[..., one.promoted.promoted].sum(-1).log()
     change = [float((b - a)[here].mean()) for a, b, here in zip(clean, chance, on, strict=True)]
     assert_close(one.downstream.effect[1], torch.tensor(change, dtype=torch.float64))
