@@ -175,6 +175,7 @@ def test_one_run_serves_every_analysis(f, tokens, monkeypatch):
     assert_close(f.verify_pairs(run, feature, pairs).measured, measured.measured)
     assert torch.equal(run[-2:].x, run.x[5:])
     assert torch.equal(run[-1].x, run.x[6:])
+    assert torch.equal(run[torch.tensor([4, 1]), :5].output_scale, run.output_scale[[4, 1], :5])
 
 
 def test_a_run_at_other_hooks_is_refused(f, tokens):
@@ -204,9 +205,9 @@ def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, monkeypatch):
     z = f.inputs.sae.encode(run.activations)
     both = (z[..., int(pairs.rows[0])] != 0) & (z[..., int(pairs.columns[0])] != 0)
     found = f.verify_pairs(run, feature, pairs, limit=1)
-    first = int(both.nonzero()[0, 0])
+    row, place = both.nonzero()[0].tolist()
     assert len(seen) == 8  # four runs of the pair, four of the control
-    assert all(torch.equal(t, tokens[first : first + 1]) for t in seen)
+    assert all(torch.equal(t, tokens[row : row + 1, : place + 1]) for t in seen)
     assert found.tokens.tolist() == [1]
     assert found.difference < 1e-10
     by_hand = TopInteractions(pairs.rows, pairs.columns, pairs.means)

@@ -49,7 +49,7 @@ class Run:
         return len(self.tokens)
 
     def __getitem__(self, rows: Any) -> Run:
-        """Some of the sequences: one, a slice, or their numbers."""
+        """Some of the sequences: one, a slice, or their numbers; ``run[rows, :stop]`` cuts them."""
         rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: Any = {n: v[rows] for n, v in held.items() if isinstance(v, Tensor)}

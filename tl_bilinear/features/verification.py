@@ -92,9 +92,9 @@ def verify_pairs(
         if len(where) == 0:
             found.append((0, [torch.nan] * 2, z.new_zeros(0), z.new_zeros(0), torch.nan))
             continue
-        # Only the sequences met run again, and of those each once.
+        # Only the sequences met run again, as far as they matter.
         used, place = where[:, 0].unique(return_inverse=True)
-        part, at = run[used], (place, where[:, 1])
+        part, at = run[used, : int(where[:, 1].max()) + 1], (place, where[:, 1])
         active = z[used][at]
         first = active[:, one, None] * self.input_directions[one].to(z)
         second = active[:, other, None] * self.input_directions[other].to(z)

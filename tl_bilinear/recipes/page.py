@@ -25,7 +25,7 @@ nav { font-size: .92rem; color: #555; margin-bottom: 1.5rem } a { color: #2166ac
 article + article { margin-top: 4.5rem; border-top: 3px solid #1a1a1a; padding-top: .5rem }
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid #ddd; max-width: 44rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; max-width: 52rem } dd { margin: 0 }
-dt { font-weight: 600 } .chips { line-height: 2; margin: .5rem 0; max-width: none } .chips > b { display: inline-block; width: 3.6rem }
+dt { font-weight: 600 } .chips { line-height: 2; margin: .5rem 0; max-width: none } .chips > b { display: inline-block; width: 4rem }
 .chips > span, .name { background: #f0f2f5; border-radius: 3px; padding: .1em .4em }
 .chips > span { margin-right: .2rem; white-space: nowrap } .name { overflow-wrap: anywhere }
 .name small { color: #666; font-size: .75em } sup { line-height: 0 }

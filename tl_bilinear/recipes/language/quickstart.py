@@ -37,8 +37,8 @@ LEAST_ACTIVE = 50  # tokens of the first half
 RANKS = (1, 2, 4, 8)
 COMPONENTS = 2
 SHARED_TOKENS = 3  # of ten promoted ones: two features that share as many count as one
-ROWS = 96  # of text that are looked at, at most
-_SEQUENCES = 8  # on which interventions are run
+ROWS = 64  # of text that are looked at, at most
+_SEQUENCES, _FEWER = 8, 3  # rows on which interventions are run: on fewer where every token counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class OutputFeature:
     strongest, submatrix, statistics: its interactions, from weights alone
     active: the pairs that made it where it was active
     attribution: of its largest activation, ``examples.positions[0]`` of ``examples.tokens[0]``
-    pairs: interventions on the first cross pairs of `active`
+    pairs: interventions on the pairs that contribute most in the rows where it is strongest
     eigenvectors: interventions on its leading eigenvectors, at the layer's input
     downstream: what removing these components from the layer's output, along the feature's decoder
         row, does to the log-probability of the promoted tokens together, where the feature is active
@@ -229,13 +229,13 @@ def demo_quickstart(*, progress: bool = True) -> LanguageQuickstart:
         load_demo_tokens,
     )
 
-    layer = demo_layers()[-1]
+    layer, stories = demo_layers()[-1], load_demo_stories()
     return language_quickstart(
         load_demo_model(),
         load_demo_saes(layer),
         load_demo_tokens(),
         layer=layer,
-        sample=load_demo_stories()[0],
+        sample=next((story for story in stories if story.startswith("once")), stories[0]),
         facts=_facts(demo_card(), layer),
         progress=progress,
     )
@@ -245,6 +245,7 @@ def _facts(card: Mapping[str, Any], layer: int) -> dict[str, str]:
     """What the model card says, in words."""
     model = card["model"]
     found = {
+        "parameters": f"{model['parameters']:,}",
         "loss on validation stories": f"{model['loss']:.3f} nats a token",
         "trained on": f"{model['text_tokens']:,} tokens of {model['stories']['train']:,} stories, "
         f"{model['tokens'] / model['text_tokens']:.1f} times",
@@ -302,7 +303,9 @@ def read_feature(
         raise ValueError(f"output feature {feature} is active nowhere in this text: give more")
     promoted = features.promoted(feature)
     active = features.active_interactions(text, feature, limit=300)
-    cross = int((active.rows != active.columns).sum())
+    strongest = text[examples.sequences[:_FEWER]]
+    there = features.active_interactions(strongest, feature)
+    cross = int((there.rows != there.columns).sum())
     tokens, on = examples.tokens, examples.strengths > 0
     written = features.components(feature, COMPONENTS, write="feature")
 
@@ -323,14 +326,14 @@ def read_feature(
             text[int(examples.sequences[0])], feature, position=int(examples.positions[0])
         ),
         pairs=features.verify_pairs(
-            text, feature, active.top(min(3, cross), kind="cross"), skip=1, limit=8
+            strongest, feature, there.top(min(3, cross), kind="cross"), skip=1, limit=5
         ),
         eigenvectors=verify(
             features.model,
-            tokens,
+            strongest.tokens,
             features.components(feature, COMPONENTS),
             at="input",
-            positions=on,
+            positions=on[:_FEWER],
             progress=False,
         ),
         downstream=verify(

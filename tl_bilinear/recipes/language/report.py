@@ -46,12 +46,10 @@ def language_sections(result: LanguageQuickstart) -> str:
 
 
 def _model(result: LanguageQuickstart) -> str:
-    features = result.features
-    model, cfg = features.model, features.model.cfg
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cfg = result.features.model.cfg
     facts = {
         "model": f"{cfg.n_layers} layers of width {cfg.d_model} with bilinear MLPs of {cfg.d_mlp} hidden neurons, "
-        f"{cfg.n_heads} heads, vocabulary {cfg.d_vocab:,}, {parameters / 1e6:.1f} million parameters",
+        f"{cfg.n_heads} heads, a vocabulary of {cfg.d_vocab:,}",
         **result.facts,
         "analysed": f"on {sum(result.tokens):,} tokens of stories that the model wrote itself, in "
         f"{result.seconds:.0f} s",
