@@ -40,6 +40,7 @@ from tl_bilinear.tensor import (
 )
 
 if TYPE_CHECKING:
+    from tl_bilinear.demo import load_demo_model, load_demo_saes
     from tl_bilinear.features import Dictionary, FeatureInteractions
     from tl_bilinear.models import (
         BilinearMLP,
@@ -70,6 +71,8 @@ __all__ = [
     "TopInteractions",
     "Tucker",
     "functional_inner",
+    "load_demo_model",
+    "load_demo_saes",
     "match_eigenvectors",
     "pairwise_similarity",
     "register_gated_reader",
@@ -83,6 +86,8 @@ _LAZY = {
     "BilinearMLP": "tl_bilinear.models",
     "BilinearTransformerConfig": "tl_bilinear.models",
     "HookedBilinearTransformer": "tl_bilinear.models",
+    "load_demo_model": "tl_bilinear.demo",
+    "load_demo_saes": "tl_bilinear.demo",
 }
 
 models.register()

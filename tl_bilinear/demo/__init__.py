@@ -1,0 +1,103 @@
+"""A small bilinear language model with SAEs that comes with the package: everything works offline.
+
+>>> model = load_demo_model()                  # a HookedTransformer that writes TinyStories
+>>> saes = load_demo_saes(demo_layers()[-1])   # {"mlp_in": SAE, "resid_mid": SAE, "mlp_out": SAE}
+>>> features = FeatureInteractions(model, 3, saes["resid_mid"], saes["mlp_out"])
+>>> features.low_rank_correlation(load_demo_tokens())
+
+Trained by this package's recipes (`tl-bilinear tokenizer`, `data`, `train lm`, `train saes`) and packed
+by `python -m tl_bilinear.demo.pack`. ``files/MODEL_CARD.md`` has data, settings, losses, limits
+and the commands. The stories are the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_bilinear.models.files import read_table
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "demo_layers",
+    "load_demo_model",
+    "load_demo_saes",
+    "load_demo_stories",
+    "load_demo_tokens",
+]
+
+FOLDER = Path(__file__).parent / "files"
+MODEL, SAES, STORIES, CARD = "model", "saes", "stories.txt.gz", "card.json"
+SEPARATOR = "\n<|endoftext|>\n"
+
+
+def load_demo_model(device: str | torch.device | None = None) -> Any:
+    """The model that comes with the package: float32, tokenizer attached.
+
+    A `HookedBilinearTransformer` that also takes SAEs (SAELens's HookedSAETransformer), of 2.7 million
+    parameters in 4 layers; context 256, lower-case vocabulary of 2,048 entries.
+    """
+    import torch
+
+    from tl_bilinear.models import HookedBilinearSAETransformer
+    from tl_bilinear.recipes.language.train import no_file_bars
+
+    with no_file_bars():
+        model = HookedBilinearSAETransformer.from_hf(
+            FOLDER / MODEL, device=device, dtype=torch.float32
+        )
+    model.cfg.model_name = "tl-bilinear-demo"
+    return model.eval()
+
+
+def demo_layers() -> tuple[int, ...]:
+    """The layers that have SAEs."""
+    return tuple(sorted({int(place.name.split("-")[0]) for place in (FOLDER / SAES).iterdir()}))
+
+
+def load_demo_saes(layer: int, device: str | torch.device | None = None) -> dict[str, Any]:
+    """The SAELens SAEs of one layer, by point: "mlp_in", "resid_mid" and "mlp_out".
+
+    `device` defaults to the processor. Raises ValueError for a layer without SAEs, naming those with.
+    """
+    from sae_lens import SAE
+
+    places = sorted((FOLDER / SAES).glob(f"{layer}-*"))
+    if not places:
+        raise ValueError(f"layer {layer} of the demo model has no SAEs; {_some_layers()} do")
+    return {
+        place.name.partition("-")[2]: SAE.load_from_disk(place, device=str(device or "cpu"))
+        for place in places
+    }
+
+
+def load_demo_stories() -> list[str]:
+    """Stories that the model wrote itself, sampled at temperature 0.8."""
+    text = gzip.decompress((FOLDER / STORIES).read_bytes()).decode()
+    return text.split(SEPARATOR)
+
+
+def load_demo_tokens() -> Int[Tensor, "rows 256"]:
+    """The stories as rows of tokens, packed as in training: ``[BOS] story [EOS] [BOS] story ...``."""
+    from tl_bilinear.recipes.language.data import pack_stories
+    from tl_bilinear.recipes.language.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(FOLDER / MODEL)
+    return pack_stories(load_demo_stories(), tokenizer, n_ctx=demo_card()["model"]["n_ctx"])
+
+
+@functools.cache
+def demo_card() -> dict[str, Any]:
+    """Settings and measured numbers of the model and its SAEs, as in ``MODEL_CARD.md``."""
+    return read_table(FOLDER / CARD)
+
+
+def _some_layers() -> str:
+    return " and ".join(str(layer) for layer in demo_layers())
