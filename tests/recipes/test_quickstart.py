@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from tests.features.building import sae
-from tl_bilinear import BilinearTensor
+from tl_bilinear import BilinearTensor, demo
 from tl_bilinear.cli import app
 from tl_bilinear.models import HookedBilinearTransformer
 from tl_bilinear.recipes import quickstart as whole
@@ -320,7 +320,6 @@ def test_an_interrupt_in_the_second_part_leaves_nothing(idx_folder, tmp_path, mo
 
 @pytest.mark.slow
 def test_the_model_that_ships(idx_folder, tmp_path):
-    demo = pytest.importorskip("tl_bilinear.demo")
     out = tmp_path / "out"
     done = CliRunner().invoke(
         app, ["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST]
