@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_bilinear.features.text import pieces
 from tl_bilinear.recipes.language.quickstart import (
@@ -15,6 +15,8 @@ from tl_bilinear.recipes.language.quickstart import (
 from tl_bilinear.recipes.page import chips, embed, shaded, table
 
 if TYPE_CHECKING:
+    import pandas
+
     from tl_bilinear.recipes.language.quickstart import LanguageQuickstart, OutputFeature
 
 _EXAMPLES, _PAIRS = 5, 6
@@ -249,35 +251,35 @@ def _attribution(result: LanguageQuickstart, one: OutputFeature) -> str:
 
 
 def _checks(result: LanguageQuickstart, one: OutputFeature) -> str:
-    pairs = [
-        [
-            _pair(result, row["b"], row["c"]),
-            f"{row['tokens']}",
-            f"{row['predicted']:+.4f}",
-            f"{row['measured']:+.4f}",
-            f"{row['control']:.4f}",
+    def numbers(frame: pandas.DataFrame, name: Callable[[Any], str], **formats: str) -> Any:
+        return [
+            [name(row), *(format(row[column], how) for column, how in formats.items())]
+            for row in frame.to_dict("records")
         ]
-        for row in one.pairs.to_pandas().to_dict("records")
-    ]
-    taken = [
-        [
-            f"eigenvector {row['component'] + 1}",
-            f"{row['predicted']:+.4f}",
-            f"{row['measured']:+.4f}",
-            f"{row['error']:.0e}",
-            f"{row['control_error']:.0e}",
-        ]
-        for row in one.eigenvectors.to_pandas().to_dict("records")
-    ]
-    removed = [
-        [
-            f"component {row['component'] + 1}",
-            f"{row['effect']:+.4f}",
-            f"{row['low']:+.4f} to {row['high']:+.4f}",
-            f"{row['control_effect']:+.4f}",
-        ]
-        for row in one.downstream.to_pandas().to_dict("records")
-    ]
+
+    both = {"predicted": "+.4f", "measured": "+.4f"}
+    pairs = numbers(
+        one.pairs.to_pandas(),
+        lambda row: _pair(result, row["b"], row["c"]),
+        tokens=",",
+        **both,
+        control=".4f",
+    )
+    taken = numbers(
+        one.eigenvectors.to_pandas(),
+        lambda row: f"eigenvector {row['component'] + 1}",
+        **both,
+        error=".0e",
+        control_error=".0e",
+    )
+    removed = numbers(
+        one.downstream.to_pandas(),
+        lambda row: f"component {row['component'] + 1}",
+        effect="+.4f",
+        low="+.4f",
+        high="+.4f",
+        control_effect="+.4f",
+    )
     loss = one.loss.to_pandas().iloc[0]
     return (
         "<h3>Does the model agree?</h3>"
@@ -294,7 +296,7 @@ def _checks(result: LanguageQuickstart, one: OutputFeature) -> str:
         f"decoder direction, where it is active. The logarithm of the probability of the ten tokens that it is "
         f"said to raise changes there by (mean over {len(one.examples.sequences)} rows of text, 95 % interval; "
         f"beside it, as much removed along a random direction):</p>"
-        + table(["removed", "change", "interval", "random"], removed)
+        + table(["removed", "change", "from", "to", "random"], removed)
         + f"<p>Without both, the loss of the tokens that follow changes by {loss['difference']:+.4f} nats "
         f"({loss['low']:+.4f} to {loss['high']:+.4f}).</p>"
         f"<p class=note>{_verdict(one)}</p>"
@@ -315,7 +317,7 @@ def _verdict(one: OutputFeature) -> str:
     after = (
         f"Without component {' or '.join(lowers)} the tokens that it is said to raise become less likely."
         if lowers
-        else "That it makes the tokens that it is said to raise likelier is not shown: the intervals hold zero."
+        else "That it makes the tokens that it is said to raise likelier is not shown: no interval lies below zero."
     )
     return (
         f"{exact} (error {error:.0e}; random directions miss by {control:.0e} or more). {after} That a direction "
