@@ -101,7 +101,7 @@ def test_the_saes_fit_the_rest_of_the_package(run, model, story_data):
     output = features.run(rows).output
     feature = int(features.outputs_of(output).flatten(0, 1).mean(0).argmax())
     assert features.attribute(rows[0], feature).error < 1e-5
-    with pytest.raises(KeyError, match=r"no SAE 0-mlp_in in .*there are 1-mlp_in, 1-mlp_out"):
+    with pytest.raises(KeyError, match=r"no SAE 0-mlp_in in .*there are 1-mlp_in, 1-resid_mid"):
         run.sae(0, "mlp_in")
 
 

@@ -35,6 +35,7 @@ __all__ = [
 
 FOLDER = Path(__file__).parent / "files"
 MODEL, SAES, STORIES, CARD = "model", "saes", "stories.txt.gz", "card.json"
+NAME = "tl-bilinear-demo"
 SEPARATOR = "\n<|endoftext|>\n"
 
 
@@ -53,7 +54,7 @@ def load_demo_model(device: str | torch.device | None = None) -> Any:
         model = HookedBilinearSAETransformer.from_hf(
             FOLDER / MODEL, device=device, dtype=torch.float32
         )
-    model.cfg.model_name = "tl-bilinear-demo"
+    model.cfg.model_name = NAME
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_bilinear.demo import CARD, MODEL, SAES, SEPARATOR, STORIES
+from tl_bilinear.demo import CARD, MODEL, NAME, SAES, SEPARATOR, STORIES
 from tl_bilinear.models.files import write_table
 from tl_bilinear.models.huggingface import save_llama
 from tl_bilinear.tensor.storage import whole_directory
@@ -31,8 +31,10 @@ LM_OPTIONS = (
     "warmup",
 )
 SAE_OPTIONS = ("layers", "tokens", "batch", "learning_rate", "final_learning_rate")
+# A row of training text may start in the middle of a story: left to itself, so does the model.
+_OPENINGS = ("once upon a time", "one day", "there was", "tom and lily", "lily", "tim")
 _TEMPERATURE = 0.8
-_ROWS = 64  # stories sampled at once
+_ROWS = 16  # stories sampled at once
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -67,6 +69,7 @@ def pack(
         rounded: dict[str, Any] = {}
         for source in sorted((Path(saes) / "saes").iterdir()):
             sae = SAE.load_from_disk(source)
+            sae.cfg.metadata.model_name = NAME
             # Every float16 is a float32: the config goes on to say float32, and so it is loaded.
             _half(sae).save_model(folder / SAES / source.name)
             rounded[source.name] = SAE.load_from_disk(folder / SAES / source.name, dtype="float32")
@@ -74,7 +77,12 @@ def pack(
         rows = text.validation.with_format("torch")[:256]["input_ids"].long()
         evaluation = evaluate_saes(hooked, rounded, rows)
         written = sample_stories(
-            llama, text.tokenizer, stories, temperature=_TEMPERATURE, batch=_ROWS
+            llama,
+            text.tokenizer,
+            stories,
+            prompts=_OPENINGS,
+            temperature=_TEMPERATURE,
+            batch=_ROWS,
         )
         (folder / STORIES).write_bytes(gzip.compress(SEPARATOR.join(written).encode(), mtime=0))
         card = {

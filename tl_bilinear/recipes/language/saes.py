@@ -115,13 +115,11 @@ class SAERun:
 
     def sae(self, layer: int, point: str, device: str | torch.device = "cpu") -> Any:
         """The SAELens SAE of one point. Raises KeyError, naming those that there are."""
-        from sae_lens import SAE
-
-        place = self.folder / SAES / _name(layer, point)
-        if not place.is_dir():
-            there = sorted(each.name for each in (self.folder / SAES).iterdir())
-            raise KeyError(f"no SAE {place.name} in {self.folder}; there are {', '.join(there)}")
-        return SAE.load_from_disk(place, device=str(device))
+        name = _name(layer, point)
+        if name not in self.evaluation.names:
+            there = ", ".join(self.evaluation.names)
+            raise KeyError(f"no SAE {name} in {self.folder}; there are {there}")
+        return _load_sae(self.folder, name, device)
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> SAERun:
@@ -201,14 +199,19 @@ def train_saes(
     names = [(layer, point) for layer in layers for point in config.points]
     if not all((folder / SAES / _name(*each)).is_dir() for each in names):
         _train(model, data, config, names, folder, progress)
-    run = SAERun(folder, config, layers, None)  # type: ignore[arg-type]  # made next
     rows = data.validation.with_format("torch")[:evaluate_on]["input_ids"].long()
-    saes = {_name(*each): run.sae(*each, device=model.cfg.device) for each in names}
+    saes = {_name(*each): _load_sae(folder, _name(*each), model.cfg.device) for each in names}
     evaluation = evaluate_saes(model, saes, rows.to(model.cfg.device), progress=progress)
     evaluation.save(folder / EVALUATION)
     write_table(folder / RESULT, {"layers": list(layers)})
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return SAERun.load(folder)
+
+
+def _load_sae(folder: Path, name: str, device: str | torch.device) -> Any:
+    from sae_lens import SAE
+
+    return SAE.load_from_disk(folder / SAES / name, device=str(device))
 
 
 def load_hooked(model: Any, device: str | None = None) -> Any:

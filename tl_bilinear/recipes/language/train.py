@@ -323,23 +323,25 @@ def sample_stories(
     tokenizer: Any,
     count: int,
     *,
+    prompts: Sequence[str] = ("",),
     temperature: float = 0.8,
     batch: int = 64,
     seed: int = 0,
 ) -> list[str]:
-    """Whole stories, from [BOS] to [EOS]; those that do not end within the context are left out.
+    """Whole stories, up to [EOS], from each prompt in turn; those that do not end in time are left out.
 
     Raises ValueError where hardly any ends, as with a model that has not learned to.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     stories: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for _ in range(4 * -(-count // batch)):
-            ids = torch.full((batch, 1), bos, device=llama.device)
+        for start in range(4 * -(-count // batch)):
+            prompt = prompts[start % len(prompts)]
+            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(llama.device)
             written = llama.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                ids.expand(batch, -1),
+                attention_mask=ids.new_ones(batch, ids.shape[1]),
                 max_length=llama.config.max_position_embeddings,
                 do_sample=True,
                 temperature=temperature,
