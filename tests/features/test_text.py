@@ -138,6 +138,8 @@ def test_pairs_of_a_kind(f, tokens):
         assert (found.tokens, found.preactivation) == (active.tokens, active.preactivation)
     with pytest.raises(ValueError, match="the pairs held"):
         active.top(int(own.sum()) + 1, kind="self")
+    with pytest.raises(ValueError, match="kind must be 'all', 'self' or 'cross', got 'both'"):
+        active.top(1, kind="both")
 
 
 def test_one_run_serves_every_analysis(f, tokens, monkeypatch):
@@ -175,6 +177,9 @@ def test_one_run_serves_every_analysis(f, tokens, monkeypatch):
     assert_close(f.verify_pairs(run, feature, pairs).measured, measured.measured)
     assert torch.equal(run[-2:].x, run.x[5:])
     assert torch.equal(run[-1].x, run.x[6:])
+    assert [len(one) for one in run] == 7 * [1]
+    with pytest.raises(IndexError, match="sequence 7 of a run of 7"):
+        run[7]
     assert torch.equal(run[torch.tensor([4, 1]), :5].output_scale, run.output_scale[[4, 1], :5])
 
 

@@ -136,7 +136,10 @@ class ActiveInteractions(Storable):
     def top(self, k: int, *, kind: Kind = "all") -> ActiveInteractions:
         """The first k pairs, of a kind: "self", "cross" or both."""
         own = self.rows == self.columns
-        chosen = {"all": own | ~own, "self": own, "cross": ~own}[kind].nonzero()[:, 0]
+        kinds = {"all": own | ~own, "self": own, "cross": ~own}
+        if kind not in kinds:
+            raise ValueError(f"kind must be 'all', 'self' or 'cross', got {kind!r}")
+        chosen = kinds[kind].nonzero()[:, 0]
         _checks.require_count("k", k, len(chosen), "the pairs held")
         names = ("rows", "columns", "counts", "means", "spread")
         return replace(self, **{name: getattr(self, name)[chosen[:k]] for name in names})

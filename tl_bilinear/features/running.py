@@ -50,7 +50,10 @@ class Run:
 
     def __getitem__(self, rows: Any) -> Run:
         """Some of the sequences: one, a slice, or their numbers; ``run[rows, :stop]`` cuts them."""
-        rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"sequence {rows} of a run of {len(self)}")
+            rows = slice(rows, rows + 1 or None)
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: Any = {n: v[rows] for n, v in held.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
