@@ -113,7 +113,7 @@ def test_the_features_follow_the_rule(result, model, tokens):
 
     chosen = []
     for feature in choice.active[:, 1].argsort(descending=True).tolist():
-        if choice.counts[feature] >= 50 and len(chosen) < 3 and allowed(feature, chosen):
+        if choice.counts[feature] >= 100 and len(chosen) < 3 and allowed(feature, chosen):
             chosen.append(feature)
     assert [one.feature for one in result.found] == chosen
     assert torch.equal((z != 0).sum((0, 1)), choice.counts)
@@ -273,7 +273,7 @@ def test_text_is_escaped_and_shaded_by_strength():
 def test_too_little_text_is_refused(model, saes, tokens):
     with pytest.raises(ValueError, match="at least 2 rows of tokens, got 1"):
         language_quickstart(model, saes, tokens[:1], layer=LAYER, progress=False)
-    with pytest.raises(ValueError, match=r"output features, not 3, are active on at least 50 of"):
+    with pytest.raises(ValueError, match=r"output features, not 3, are active on at least 100 of"):
         language_quickstart(model, saes, tokens[:2], layer=LAYER, progress=False)
 
 
