@@ -17,7 +17,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .28rem .9rem .28rem 0; text-align: right; border-bottom: 1px solid #eee }
 th { font-weight: 600; font-size: .88rem; color: #444 }
 th:first-child, td:first-child { text-align: left }
-.tables { display: flex; gap: 3.5rem; flex-wrap: wrap; align-items: flex-start }
+.tables { display: flex; gap: 0 2.5rem; flex-wrap: wrap; align-items: flex-start }
 .blue { color: #2166ac; font-weight: 600 } .red { color: #b2182b; font-weight: 600 }
 summary { cursor: pointer; font-weight: 600; margin-top: 1rem } figure { margin: 0 }
 code { background: #f4f4f4; padding: .1em .3em; border-radius: 3px; font-size: .9em }
