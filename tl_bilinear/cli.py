@@ -469,6 +469,10 @@ def finetune(
     fit_rows: Annotated[
         int | None, typer.Option(help="Rows of text that closed forms are fitted on.")
     ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(help="Share of the loss that is learnt from MODEL's predictions, 0 to 1."),
+    ] = None,
     learning_rate: _Rate = None,
     weight_decay: _Decay = None,
     warmup: _Warmup = None,
@@ -494,6 +498,7 @@ def finetune(
         "schedule": schedule,
         "anneal": anneal,
         "fit_rows": fit_rows,
+        "distill": distill,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "warmup": warmup,

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import MethodType
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from tests.recipes.stories import make_stories
 from tl_bilinear import BilinearTensor, cli
+from tl_bilinear.models.approximation import approximate_llama, to_bilinear_llama
 from tl_bilinear.plots import finetune_figure
 from tl_bilinear.recipes.language import (
     FinetuneConfig,
@@ -29,6 +32,7 @@ from tl_bilinear.recipes.language import (
     train_language_model,
     train_tokenizer,
 )
+from tl_bilinear.recipes.language import train as training
 from tl_bilinear.recipes.language.finetune import (
     AnnealedGate,
     even_progress,
@@ -242,14 +246,130 @@ def test_the_figure(compared):
     assert {s.x0 for s in vertical} == {9.0}  # 30 % of 30 steps
 
 
+# ---------------------------------------------------------------------- distillation
+
+
+ONE_STEP = dataclasses.replace(TINY, path="closed", distill=0.3, batch=24, steps=1, warmup=0.0)
+
+
+@pytest.fixture(scope="module")
+def one_batch(data):
+    """Rows that make one step, with more [BOS], and so fewer labels, in the first of them."""
+    rows = sorted(range(len(data.train)), key=lambda n: -data.train[n]["input_ids"].count(1))
+    return dataclasses.replace(data, train=data.train.select(rows[:12] + rows[-12:]))
+
+
+def losses_by_hand(teacher, student, rows):
+    """KL(teacher || student) and cross-entropy, means over the tokens, one after the other."""
+    divergences, entropies = [], []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (teacher, student))
+        for here, label in enumerate(row["input_ids"][1:]):
+            if label != 1:
+                divergences.append(
+                    sum(a.exp() * (a - b) for a, b in zip(p[here], q[here], strict=True))
+                )
+                entropies.append(-q[here, label])
+    return torch.stack(divergences).mean().item(), torch.stack(entropies).mean().item()
+
+
+def test_the_loss_is_divergence_and_cross_entropy(swiglu, data, one_batch, tmp_path):
+    """That of the first step, before it: of the closed form, or of a gate that has not moved yet."""
+    teacher = LlamaForCausalLM.from_pretrained(swiglu)
+    rows = torch.tensor(one_batch.train[: TINY.fit_rows]["input_ids"])
+    fitted = approximate_llama(teacher, rows, warn_below=-1)
+    student = to_bilinear_llama(teacher, {n: one.tensor for n, one in fitted.items()})
+    divergence, entropy = losses_by_hand(teacher, student, one_batch.train)
+    assert divergence > 0.002
+    assert abs(entropy - divergence) > 0.1
+    for share in (0.3, 1.0):
+        config = dataclasses.replace(ONE_STEP, distill=share)
+        run = finetune(swiglu, one_batch, config, folder=tmp_path / str(share), **OPTIONS)
+        expected = share * divergence + (1 - share) * entropy
+        assert run.history[0]["loss"] == pytest.approx(expected, abs=2e-6)
+        # What is evaluated is the plain loss.
+        assert run.history[1]["eval_loss"] == pytest.approx(run.loss, abs=0.02)
+    itself = dataclasses.replace(ONE_STEP, path="affine", distill=1.0)
+    run = finetune(swiglu, one_batch, itself, folder=tmp_path / "itself", **OPTIONS)
+    assert abs(run.history[0]["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("distill", [0.3, 1.0])
+def test_micro_batches_change_no_gradient(swiglu, one_batch, tmp_path, distill):
+    """Though they hold different numbers of tokens."""
+    config = dataclasses.replace(ONE_STEP, distill=distill)
+    norms = []
+    for micro in (24, 6, 1):
+        run = finetune(
+            swiglu, one_batch, config, folder=tmp_path / str(micro), micro_batch=micro, **OPTIONS
+        )
+        norms.append((run.history[0]["grad_norm"], run.history[0]["loss"]))
+    assert_close(torch.tensor(norms), torch.tensor(norms[:1]).expand(3, 2), rtol=1e-5, atol=0)
+
+
+def test_without_distillation_there_is_no_teacher(compared, swiglu, data, tmp_path, monkeypatch):
+    """And the result is, to the bit, that of Trainer's own loss."""
+    monkeypatch.setattr(training.Distillation, "__post_init__", None)
+    config = dataclasses.replace(compared.runs["closed"].config, distill=0.0)
+    plain = finetune(swiglu, data, config, folder=tmp_path / "plain", **OPTIONS)
+    make = training._make_trainer
+
+    def stock(*arguments):
+        made, clock = make(*arguments)
+        made.compute_loss = MethodType(Trainer.compute_loss, made)
+        return made, clock
+
+    monkeypatch.setattr(training, "_make_trainer", stock)
+    again = finetune(swiglu, data, config, folder=tmp_path / "stock", **OPTIONS)
+    for run in (plain, again):
+        assert run.history == compared.runs["closed"].history
+        for name, weight in run.llama().state_dict().items():
+            assert torch.equal(weight, compared.runs["closed"].llama().state_dict()[name])
+
+
+@pytest.mark.parametrize("path", ["affine", "beta", "closed"])
+def test_the_teacher_is_come_closer_to(compared, swiglu, data, tmp_path, path):
+    teacher = LlamaForCausalLM.from_pretrained(swiglu)
+    config = dataclasses.replace(compared.runs[path].config, distill=1.0)
+    taught = finetune(swiglu, data, config, folder=tmp_path / path, **OPTIONS)
+    rows = data.validation.select(range(8))
+    closer, _ = losses_by_hand(teacher, taught.llama(), rows)
+    without, _ = losses_by_hand(teacher, compared.runs[path].llama(), rows)
+    assert closer < 0.8 * without
+    assert taught.llama().config.hidden_act == "linear"
+    assert taught.parameters == compared.runs[path].parameters  # no teacher in it
+    assert "distilled 100%" in str(taught)
+
+
+def test_the_baseline_learns_from_the_text_alone(compared, swiglu, data, tmp_path):
+    configs = {"taught": dataclasses.replace(TINY, distill=0.5)}
+    result = compare_finetuning(swiglu, data, configs, folder=tmp_path / "x", **OPTIONS)
+    assert result.baseline.loss == compared.baseline.loss
+    assert list(result.to_pandas()["distill"]) == [0.0, 0.5]
+
+
+def test_distillation_in_mixed_precision(swiglu, data, tmp_path):
+    config = dataclasses.replace(TINY, distill=0.5)
+    losses = [
+        finetune(
+            swiglu, data, config, folder=tmp_path / kind, **{**OPTIONS, "precision": kind}
+        ).loss
+        for kind in ("fp32", "bf16")
+    ]
+    assert 0 < abs(losses[0] - losses[1]) < 0.05
+
+
 # ---------------------------------------------------------------------- interruptions
 
 
+@pytest.mark.parametrize("distill", [0.0, 0.5])
 def test_an_interrupted_run_ends_where_the_whole_one_does(
-    compared, swiglu, data, tmp_path, monkeypatch
+    swiglu, data, tmp_path, monkeypatch, distill
 ):
     """Inside the annealing: the gates go on from where they were."""
-    config = dataclasses.replace(TINY, anneal=0.8)
+    config = dataclasses.replace(TINY, anneal=0.8, distill=distill)
     whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **OPTIONS)
     step, calls = Trainer.training_step, []
 
@@ -327,6 +447,9 @@ def test_the_command(compared, swiglu, data, monkeypatch, capsys):
         ({"path": "swish"}, "unknown path 'swish'; there are affine, beta, closed, none"),
         ({"schedule": "late"}, "unknown schedule 'late'; there are linear, cosine, even, layers"),
         ({"anneal": 1.0}, r"anneal must lie in \[0, 1\), got 1.0"),
+        ({"distill": 1.5}, r"distill must lie in \[0, 1\], got 1.5"),
+        ({"distill": -0.1}, r"distill must lie in \[0, 1\], got -0.1"),
+        ({"distill": math.nan}, r"distill must lie in \[0, 1\], got nan"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must not be negative, got -1.0"),

@@ -19,6 +19,8 @@ s goes from 0 to 1 over the first `anneal` share of the steps, by a `schedule`:
   pre-activations (on the path of beta most of the change is at small beta; "affine" is even by itself);
 - ``"layers"``: linear, one layer after the other, the first one first.
 
+With ``distill`` the model as it was teaches the one that changes, on the same text (`Distillation`).
+
 >>> data = LanguageData.load("data")                  # `tl-bilinear data ... --tokenizer MODEL`
 >>> compared = compare_finetuning("MODEL", data, {"affine": FinetuneConfig()}, folder="runs/finetune")
 >>> compared.gaps, compared.runs["affine"].hooked()   # a HookedBilinearTransformer
@@ -48,6 +50,7 @@ from tl_bilinear.models.approximation import (
 from tl_bilinear.models.files import write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
+    Distillation,
     LanguageRun,
     LoopConfig,
     complete_run,
@@ -73,9 +76,11 @@ _GRID, _POOL = 256, 50_000  # of the even schedule: betas, pre-activations
 class FinetuneConfig(LoopConfig):
     """The settings that decide the result; those of the loop are as in `LoopConfig`.
 
-    `fit_rows`: rows of text that the affine gates, or the even schedule, are fitted on. The learning
-    rate is the paper's for a model of 1.1B parameters; small models take 10 to 100 times as much.
-    `model` tells the starting weights from others; `finetune` fills it in.
+    `distill`: the share of the loss that is the divergence from the model before finetuning, in
+    [0, 1]; the rest is the text's cross-entropy. `fit_rows`: rows of text that the affine gates, or the
+    even schedule, are fitted on. The learning rate is the paper's for a model of 1.1B parameters; small
+    models take 10 to 100 times as much. `model` tells the starting weights from others; `finetune`
+    fills it in.
     """
 
     learning_rate: float = 3e-5
@@ -86,6 +91,7 @@ class FinetuneConfig(LoopConfig):
     schedule: str = "linear"
     anneal: float = 0.3
     fit_rows: int = 64
+    distill: float = 0.0
     model: str = ""
 
     def __post_init__(self) -> None:
@@ -97,6 +103,8 @@ class FinetuneConfig(LoopConfig):
                 )
         self._require_positive("fit_rows")
         self._require_shares("anneal")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
 
     @property
     def anneals(self) -> bool:
@@ -115,6 +123,7 @@ class FinetuneRun(LanguageRun):
     def __str__(self) -> str:
         path, schedule, anneal = (getattr(self.config, n) for n in ("path", "schedule", "anneal"))
         how = f"path {path!r}" + (f", {schedule} over {anneal:.0%}" if self.config.anneals else "")
+        how += f", distilled {self.config.distill:.0%}" if self.config.distill else ""
         return (
             f"{self.folder}: {how}; {self.tokens:,} tokens in {self.seconds:.0f} s\n"
             f"validation loss {self.loss:.4f} nats a token"
@@ -145,7 +154,7 @@ class FinetuneComparison:
         rows = [
             {
                 "run": name,
-                **{f: getattr(run.config, f) for f in ("path", "schedule", "anneal")},
+                **{f: getattr(run.config, f) for f in ("path", "schedule", "anneal", "distill")},
                 "loss": run.loss,
                 "gap": run.loss - self.baseline.loss,
                 "tokens": run.tokens,
@@ -367,6 +376,7 @@ def finetune(
         build=build,
         restore=restore,
         callbacks=lambda llama: [_anneal(llama, config, even.get("progress"))],
+        distillation=lambda: Distillation(start, config.distill) if config.distill else None,
         micro_batch=micro_batch,
         precision=precision,
         device=device,
@@ -386,8 +396,9 @@ def compare_finetuning(
 ) -> FinetuneComparison:
     """Finetune with each config, and once with the gates as they were: equal tokens, equal order.
 
-    The baseline has the settings of the first config. Each run has a folder of its own in `folder`,
-    and one that is there is read or continued; options are those of `finetune`.
+    The baseline has the settings of the first config, and learns from the text alone. Each run has a
+    folder of its own in `folder`, and one that is there is read or continued; options are those of
+    `finetune`.
 
     Raises ValueError for configs whose tokens differ, before anything is trained.
     """
@@ -400,7 +411,9 @@ def compare_finetuning(
     tokens = {n: (c.total_steps(len(data.train)) * c.batch, c.seed) for n, c in configs.items()}
     if len(set(tokens.values())) > 1:
         raise ValueError(f"these configs do not see the same text: (rows, seed) are {tokens}")
-    first = dataclasses.replace(next(iter(configs.values())), path="none", schedule="linear")
+    first = dataclasses.replace(
+        next(iter(configs.values())), path="none", schedule="linear", distill=0.0
+    )
     runs = {
         name: finetune(model, data, config, folder=folder / name, **options)
         for name, config in {BASELINE: first, **configs}.items()
