@@ -471,7 +471,7 @@ def finetune(
     ] = None,
     distill: Annotated[
         float | None,
-        typer.Option(help="Share of the loss that is learnt from MODEL's predictions, 0 to 1."),
+        typer.Option(help="Share of the loss that the finished baseline teaches, 0 to 1."),
     ] = None,
     learning_rate: _Rate = None,
     weight_decay: _Decay = None,

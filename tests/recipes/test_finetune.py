@@ -6,9 +6,11 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -343,11 +345,52 @@ def test_the_teacher_is_come_closer_to(compared, swiglu, data, tmp_path, path):
     assert "distilled 100%" in str(taught)
 
 
-def test_the_baseline_learns_from_the_text_alone(compared, swiglu, data, tmp_path):
-    configs = {"taught": dataclasses.replace(TINY, distill=0.5)}
-    result = compare_finetuning(swiglu, data, configs, folder=tmp_path / "x", **OPTIONS)
+def test_the_baseline_learns_from_the_text_and_teaches(compared, swiglu, data, tmp_path):
+    taught = dataclasses.replace(TINY, path="closed", distill=1.0)
+    result = compare_finetuning(swiglu, data, {"taught": taught}, folder=tmp_path / "x", **OPTIONS)
     assert result.baseline.loss == compared.baseline.loss
-    assert list(result.to_pandas()["distill"]) == [0.0, 0.5]
+    assert list(result.to_pandas()["distill"]) == [0.0, 1.0]
+    alone = finetune(
+        swiglu,
+        data,
+        taught,
+        folder=tmp_path / "alone",
+        teacher=compared.baseline.model_folder,
+        **OPTIONS,
+    )
+    assert alone.loss == result.runs["taught"].loss
+    assert alone.config.teacher == result.runs["taught"].config.teacher != ""
+    rows = data.validation.select(range(8))
+    for teacher, nearer, further in (
+        (compared.baseline.llama(), "taught", "itself"),
+        (LlamaForCausalLM.from_pretrained(swiglu), "itself", "taught"),
+    ):
+        folders = {"taught": alone.folder, "itself": tmp_path / "itself"}
+        finetune(swiglu, data, taught, folder=folders["itself"], **OPTIONS)
+        distance = {
+            name: losses_by_hand(teacher, FinetuneRun.load(folder).llama(), rows)[0]
+            for name, folder in folders.items()
+        }
+        assert distance[nearer] < distance[further]
+
+
+def test_a_teacher_belongs_to_its_run(compared, swiglu, data, tmp_path):
+    taught = dataclasses.replace(ONE_STEP, batch=8)
+    finetune(swiglu, data, taught, folder=tmp_path / "run", **OPTIONS)
+    another = compared.runs["beta"].model_folder  # a bilinear one, which no path leads from
+    with pytest.raises(
+        ValueError, match=r"holds a run with other settings: teacher='\w+' \(there: '"
+    ):
+        finetune(swiglu, data, taught, folder=tmp_path / "run", teacher=another, **OPTIONS)
+    finetune(swiglu, data, taught, folder=tmp_path / "another", teacher=another, **OPTIONS)
+    wide = LlamaForCausalLM.from_pretrained(swiglu)
+    wide.resize_token_embeddings(160)
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(
+        ValueError, match=r"wide has a vocabulary of 160 and reads 32 .* of 150, and"
+    ):
+        finetune(swiglu, data, taught, folder=tmp_path / "x", teacher=tmp_path / "wide", **OPTIONS)
+    assert not (tmp_path / "x").exists()
 
 
 def test_distillation_in_mixed_precision(swiglu, data, tmp_path):
@@ -417,6 +460,32 @@ def test_killed_and_started_again(swiglu, data, tmp_path):
     assert not (tmp_path / "out" / "affine" / "result.json").exists()
     resumed = finetune(swiglu, data, config, folder=tmp_path / "out" / "affine", **OPTIONS)
     assert resumed.loss == pytest.approx(whole.loss, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_are_taught_as_one(swiglu, data, tmp_path):
+    """The loss of the first step, which Adam would forgive a factor, and that at the end."""
+    config = dataclasses.replace(TINY, path="closed", distill=1.0, steps=6)
+    alone = compare_finetuning(swiglu, data, {"closed": config}, folder=tmp_path / "1", **OPTIONS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    arguments = ["--path", "closed", "--distill", "1", "--steps", "6", "--batch", "8"]
+    arguments += ["--learning-rate", "3e-3", "--weight-decay", "0", "--fit-rows", "48"]
+    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    command = [sys.executable, *launcher, "-m", "tl_bilinear.cli", "finetune", str(swiglu)]
+    done = subprocess.run(
+        [*command, "--data", str(data.folder), "--out", str(tmp_path / "2"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    both, one = FinetuneRun.load(tmp_path / "2" / "closed"), alone.runs["closed"]
+    assert both.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-3)
+    assert both.loss == pytest.approx(one.loss, abs=1e-3)
 
 
 # ---------------------------------------------------------------------- the command

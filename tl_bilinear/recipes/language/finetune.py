@@ -19,7 +19,8 @@ s goes from 0 to 1 over the first `anneal` share of the steps, by a `schedule`:
   pre-activations (on the path of beta most of the change is at small beta; "affine" is even by itself);
 - ``"layers"``: linear, one layer after the other, the first one first.
 
-With ``distill`` the model as it was teaches the one that changes, on the same text (`Distillation`).
+With ``distill`` a frozen teacher adds its predictions to what the model learns (`Distillation`): the
+model as it was, or, in a comparison, the finished baseline, which knows the text as well.
 
 >>> data = LanguageData.load("data")                  # `tl-bilinear data ... --tokenizer MODEL`
 >>> compared = compare_finetuning("MODEL", data, {"affine": FinetuneConfig()}, folder="runs/finetune")
@@ -76,11 +77,11 @@ _GRID, _POOL = 256, 50_000  # of the even schedule: betas, pre-activations
 class FinetuneConfig(LoopConfig):
     """The settings that decide the result; those of the loop are as in `LoopConfig`.
 
-    `distill`: the share of the loss that is the divergence from the model before finetuning, in
-    [0, 1]; the rest is the text's cross-entropy. `fit_rows`: rows of text that the affine gates, or the
-    even schedule, are fitted on. The learning rate is the paper's for a model of 1.1B parameters; small
-    models take 10 to 100 times as much. `model` tells the starting weights from others; `finetune`
-    fills it in.
+    `distill`: the share of the loss that is the divergence from a teacher, in [0, 1]; the rest is the
+    text's cross-entropy. `fit_rows`: rows of text that the affine gates, or the even schedule, are
+    fitted on. The learning rate is the paper's for a model of 1.1B parameters; small models take 10 to
+    100 times as much. `model` and `teacher` tell the weights of either from others; `finetune` fills
+    them in.
     """
 
     learning_rate: float = 3e-5
@@ -93,6 +94,7 @@ class FinetuneConfig(LoopConfig):
     fit_rows: int = 64
     distill: float = 0.0
     model: str = ""
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,6 +321,7 @@ def finetune(
     config: FinetuneConfig = FinetuneConfig(),
     *,
     folder: str | PathLike[str],
+    teacher: str | PathLike[str] | None = None,
     micro_batch: int | None = None,
     precision: str = "auto",
     device: str | None = None,
@@ -334,18 +337,25 @@ def finetune(
         embeddings), or its name on the hub.
     data:
         Rows of its own tokenizer: `tl-bilinear data SOURCE --tokenizer MODEL`.
+    teacher:
+        With `config.distill`: a causal language model of the same vocabulary, a folder or a name.
+        Default: the model as it was, which knows of the text only what it was trained on.
     folder, micro_batch, precision, device, report_to, progress:
         As for `train_language_model`, and errors as there.
 
     Raises TypeError for a model that is no Llama; ValueError for text of another tokenizer or longer
-    rows than the model reads, or an activation that the path does not lead away from.
+    rows than the model or the teacher reads, or an activation that the path does not lead away from.
     """
     from transformers import LlamaForCausalLM
 
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
     start = _load_for(model, data)  # refused, if it is, before the folder is claimed
-    settings = {"hidden_act": start.config.hidden_act}
-    config = dataclasses.replace(config, model=digest_of(start.state_dict(), settings))
+    config = dataclasses.replace(config, model=_digest(start), teacher="")
+    distillation: Distillation | None = None
+    if config.distill:
+        teaches = start if teacher is None else _load_teacher(teacher, start, data)
+        config = dataclasses.replace(config, teacher=_digest(teaches))
+        distillation = Distillation(teaches, config.distill)
     rows = torch.tensor(data.train[: config.fit_rows]["input_ids"])
     even: dict[str, Tensor] = {}
 
@@ -376,7 +386,7 @@ def finetune(
         build=build,
         restore=restore,
         callbacks=lambda llama: [_anneal(llama, config, even.get("progress"))],
-        distillation=lambda: Distillation(start, config.distill) if config.distill else None,
+        distillation=distillation,
         micro_batch=micro_batch,
         precision=precision,
         device=device,
@@ -396,9 +406,9 @@ def compare_finetuning(
 ) -> FinetuneComparison:
     """Finetune with each config, and once with the gates as they were: equal tokens, equal order.
 
-    The baseline has the settings of the first config, and learns from the text alone. Each run has a
-    folder of its own in `folder`, and one that is there is read or continued; options are those of
-    `finetune`.
+    The baseline has the settings of the first config, learns from the text alone, and then teaches the
+    runs that distil. Each run has a folder of its own in `folder`, and one that is there is read or
+    continued; options are those of `finetune`.
 
     Raises ValueError for configs whose tokens differ, before anything is trained.
     """
@@ -414,13 +424,15 @@ def compare_finetuning(
     first = dataclasses.replace(
         next(iter(configs.values())), path="none", schedule="linear", distill=0.0
     )
+    baseline = finetune(model, data, first, folder=folder / BASELINE, **options)
+    options = {"teacher": baseline.model_folder, **options}
     runs = {
         name: finetune(model, data, config, folder=folder / name, **options)
-        for name, config in {BASELINE: first, **configs}.items()
+        for name, config in configs.items()
     }
     before = _load_for(model, data)
     start = language_loss(before, data.validation, data.tokenizer.bos_token_id)
-    compared = FinetuneComparison(start, runs.pop(BASELINE), runs)
+    compared = FinetuneComparison(start, baseline, runs)
     if is_first_process():
         write_table(
             folder / _TABLE,
@@ -459,11 +471,36 @@ def _gate_pool(llama: Any, rows: Tensor) -> Float[Tensor, " n"]:
     return torch.cat(found)
 
 
+def _digest(llama: Any) -> str:
+    return digest_of(llama.state_dict(), {"hidden_act": getattr(llama.config, "hidden_act", None)})
+
+
+def _source(model: str | PathLike[str]) -> str:
+    """A folder, or else a name on the hub."""
+    folder = Path(model).expanduser()
+    return str(folder if folder.exists() else model)
+
+
+def _load_teacher(teacher: str | PathLike[str], llama: Any, data: LanguageData) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with no_file_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(_source(teacher), dtype=torch.float32)
+    vocabulary = llama.config.vocab_size
+    if loaded.config.vocab_size != vocabulary or loaded.config.max_position_embeddings < data.n_ctx:
+        raise ValueError(
+            f"the teacher {teacher} has a vocabulary of {loaded.config.vocab_size} and reads "
+            f"{loaded.config.max_position_embeddings} tokens; it must have the model's tokenizer, of "
+            f"{vocabulary}, and read rows of {data.n_ctx}"
+        )
+    return loaded
+
+
 def _load_for(model: str | PathLike[str], data: LanguageData) -> Any:
     """The Llama to finetune, fit for this text."""
     from transformers import AutoConfig, LlamaForCausalLM
 
-    source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
+    source = _source(model)
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "llama":
         raise ValueError(

@@ -363,7 +363,7 @@ def sample_stories(
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """A teacher, a Llama of the same vocabulary, whose predictions a model learns beside the text.
+    """A frozen language model of the same vocabulary that teaches another, beside the text.
 
     The loss of a token is ``share * KL(teacher || model) + (1 - share) * cross-entropy``, in nats
     (Hinton et al. 2015, at temperature 1). Every process holds the whole teacher.
@@ -449,7 +449,7 @@ def complete_run(
     build: Callable[[], Any],
     restore: Callable[[Path], Any],
     callbacks: Callable[[Any], Sequence[Any]] = lambda llama: (),
-    distillation: Callable[[], Distillation | None] = lambda: None,
+    distillation: Distillation | None = None,
     micro_batch: int | None,
     precision: str,
     device: str | None,
@@ -490,7 +490,7 @@ def complete_run(
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if _step_of(_last_checkpoint(folder)) < steps:
             llama = build()
-            _train(folder, llama, data, arguments, callbacks(llama), distillation())
+            _train(folder, llama, data, arguments, callbacks(llama), distillation)
         last = _last_checkpoint(folder)
         assert last is not None  # training ends with one
         _finish(folder, last, restore(last), config, data, arguments)
