@@ -490,7 +490,10 @@ def complete_run(
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if _step_of(_last_checkpoint(folder)) < steps:
             llama = build()
-            _train(folder, llama, data, arguments, callbacks(llama), distillation)
+            trainer, clock = _make_trainer(
+                folder, llama, data, arguments, callbacks(llama), distillation
+            )
+            _train(folder, trainer, clock)
         last = _last_checkpoint(folder)
         assert last is not None  # training ends with one
         _finish(folder, last, restore(last), config, data, arguments)
@@ -574,16 +577,8 @@ def _arguments(
     return arguments
 
 
-def _train(
-    folder: Path,
-    llama: Any,
-    data: LanguageData,
-    arguments: Any,
-    callbacks: Sequence[Any],
-    distillation: Distillation | None,
-) -> None:
+def _train(folder: Path, trainer: Any, clock: Any) -> None:
     """From the last checkpoint, or the beginning, to the checkpoint of the last step."""
-    trainer, clock = _make_trainer(folder, llama, data, arguments, callbacks, distillation)
     last = _last_checkpoint(folder)
     if last is not None:
         clock.seconds = read_table(last / SECONDS)["seconds"]
@@ -592,7 +587,7 @@ def _train(
     except KeyboardInterrupt:
         step = _step_of(_last_checkpoint(folder))
         raise KeyboardInterrupt(
-            f"interrupted; the same command goes on from step {step} of {arguments.max_steps}"
+            f"interrupted; the same command goes on from step {step} of {trainer.args.max_steps}"
         ) from None
 
 
