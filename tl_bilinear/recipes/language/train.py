@@ -380,10 +380,10 @@ class Distillation:
     ) -> Float[Tensor, ""]:
         """KL(teacher || model), summed over the tokens that `inputs`, as `Collate` makes it, labels."""
         with torch.no_grad():
-            taught = self.teacher(input_ids=inputs["input_ids"]).logits[:, :-1].float()
+            taught = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
         each = torch.nn.functional.kl_div(
             logits[:, :-1].float().log_softmax(-1),
-            taught.log_softmax(-1),
+            taught.float().log_softmax(-1),
             log_target=True,
             reduction="none",
         ).sum(-1)
