@@ -486,12 +486,13 @@ def _load_teacher(teacher: str | PathLike[str], llama: Any, data: LanguageData) 
 
     with no_file_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(_source(teacher), dtype=torch.float32)
-    vocabulary = llama.config.vocab_size
-    if loaded.config.vocab_size != vocabulary or loaded.config.max_position_embeddings < data.n_ctx:
+    vocabulary = loaded.config.vocab_size
+    longest = getattr(loaded.config, "max_position_embeddings", data.n_ctx)  # some have no limit
+    if vocabulary != llama.config.vocab_size or longest < data.n_ctx:
         raise ValueError(
-            f"the teacher {teacher} has a vocabulary of {loaded.config.vocab_size} and reads "
-            f"{loaded.config.max_position_embeddings} tokens; it must have the model's tokenizer, of "
-            f"{vocabulary}, and read rows of {data.n_ctx}"
+            f"the teacher {teacher} has a vocabulary of {vocabulary} and reads {longest} tokens; "
+            f"it must have the model's tokenizer, of {llama.config.vocab_size}, and read rows of "
+            f"{data.n_ctx}"
         )
     return loaded
 
