@@ -435,8 +435,8 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(
 
 @pytest.mark.slow
 def test_killed_and_started_again(swiglu, data, tmp_path):
-    config = dataclasses.replace(TINY, steps=400, anneal=0.8)
-    whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **OPTIONS)
+    """While the gates change and the baseline teaches."""
+    config = dataclasses.replace(TINY, steps=400, anneal=0.8, distill=0.5)
     arguments = [
         "finetune",
         str(swiglu),
@@ -445,9 +445,9 @@ def test_killed_and_started_again(swiglu, data, tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    arguments += ["--path", "affine", "--anneal", "0.8", "--steps", "400", "--batch", "8"]
-    arguments += ["--learning-rate", "3e-3", "--weight-decay", "0", "--fit-rows", "48"]
-    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    arguments += ["--path", "affine", "--anneal", "0.8", "--distill", "0.5", "--steps", "400"]
+    arguments += ["--batch", "8", "--learning-rate", "3e-3", "--weight-decay", "0"]
+    arguments += ["--fit-rows", "48", "--device", "cpu", "--precision", "fp32", "--quiet"]
     program = f"from tl_bilinear.cli import app; app({arguments!r})"
     with subprocess.Popen([sys.executable, "-c", program], env=dict(os.environ)) as process:
         deadline = time.monotonic() + 120
@@ -458,7 +458,9 @@ def test_killed_and_started_again(swiglu, data, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "out" / "affine" / "result.json").exists()
-    resumed = finetune(swiglu, data, config, folder=tmp_path / "out" / "affine", **OPTIONS)
+    options = {**OPTIONS, "teacher": tmp_path / "out" / "baseline" / "model"}
+    whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **options)
+    resumed = finetune(swiglu, data, config, folder=tmp_path / "out" / "affine", **options)
     assert resumed.loss == pytest.approx(whole.loss, abs=1e-3)
 
 
