@@ -509,6 +509,10 @@ def finetune(
     fit_rows: Annotated[
         int | None, typer.Option(help="Rows of text that closed forms are fitted on.")
     ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(help="Share of the loss that the finished baseline teaches, 0 to 1."),
+    ] = None,
     learning_rate: _Rate = None,
     weight_decay: _Decay = None,
     warmup: _Warmup = None,
@@ -534,6 +538,7 @@ def finetune(
         "schedule": schedule,
         "anneal": anneal,
         "fit_rows": fit_rows,
+        "distill": distill,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "warmup": warmup,

@@ -3,11 +3,15 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from tests.recipes.stories import make_stories
 from tl_bilinear import BilinearTensor, cli
+from tl_bilinear.models.approximation import approximate_llama, to_bilinear_llama
 from tl_bilinear.plots import finetune_figure
 from tl_bilinear.recipes.language import (
     FinetuneConfig,
@@ -29,6 +34,7 @@ from tl_bilinear.recipes.language import (
     train_language_model,
     train_tokenizer,
 )
+from tl_bilinear.recipes.language import train as training
 from tl_bilinear.recipes.language.finetune import (
     AnnealedGate,
     even_progress,
@@ -242,14 +248,171 @@ def test_the_figure(compared):
     assert {s.x0 for s in vertical} == {9.0}  # 30 % of 30 steps
 
 
+# ---------------------------------------------------------------------- distillation
+
+
+ONE_STEP = dataclasses.replace(TINY, path="closed", distill=0.3, batch=24, steps=1, warmup=0.0)
+
+
+@pytest.fixture(scope="module")
+def one_batch(data):
+    """Rows that make one step, with more [BOS], and so fewer labels, in the first of them."""
+    rows = sorted(range(len(data.train)), key=lambda n: -data.train[n]["input_ids"].count(1))
+    return dataclasses.replace(data, train=data.train.select(rows[:12] + rows[-12:]))
+
+
+def losses_by_hand(teacher, student, rows):
+    """KL(teacher || student) and cross-entropy, means over the tokens, one after the other."""
+    divergences, entropies = [], []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (teacher, student))
+        for here, label in enumerate(row["input_ids"][1:]):
+            if label != 1:
+                divergences.append(
+                    sum(a.exp() * (a - b) for a, b in zip(p[here], q[here], strict=True))
+                )
+                entropies.append(-q[here, label])
+    return torch.stack(divergences).mean().item(), torch.stack(entropies).mean().item()
+
+
+def test_the_loss_is_divergence_and_cross_entropy(swiglu, data, one_batch, tmp_path):
+    """That of the first step, before it: of the closed form, or of a gate that has not moved yet."""
+    teacher = LlamaForCausalLM.from_pretrained(swiglu)
+    rows = torch.tensor(one_batch.train[: TINY.fit_rows]["input_ids"])
+    fitted = approximate_llama(teacher, rows, warn_below=-1)
+    student = to_bilinear_llama(teacher, {n: one.tensor for n, one in fitted.items()})
+    divergence, entropy = losses_by_hand(teacher, student, one_batch.train)
+    assert divergence > 0.002
+    assert abs(entropy - divergence) > 0.1
+    for share in (0.3, 1.0):
+        config = dataclasses.replace(ONE_STEP, distill=share)
+        run = finetune(swiglu, one_batch, config, folder=tmp_path / str(share), **OPTIONS)
+        expected = share * divergence + (1 - share) * entropy
+        assert run.history[0]["loss"] == pytest.approx(expected, abs=2e-6)
+        # What is evaluated is the plain loss.
+        assert run.history[1]["eval_loss"] == pytest.approx(run.loss, abs=0.02)
+    itself = dataclasses.replace(ONE_STEP, path="affine", distill=1.0)
+    run = finetune(swiglu, one_batch, itself, folder=tmp_path / "itself", **OPTIONS)
+    assert abs(run.history[0]["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("distill", [0.3, 1.0])
+def test_micro_batches_change_no_gradient(swiglu, one_batch, tmp_path, distill):
+    """Though they hold different numbers of tokens."""
+    config = dataclasses.replace(ONE_STEP, distill=distill)
+    norms = []
+    for micro in (24, 6, 1):
+        run = finetune(
+            swiglu, one_batch, config, folder=tmp_path / str(micro), micro_batch=micro, **OPTIONS
+        )
+        norms.append((run.history[0]["grad_norm"], run.history[0]["loss"]))
+    assert_close(torch.tensor(norms), torch.tensor(norms[:1]).expand(3, 2), rtol=1e-5, atol=0)
+
+
+def test_without_distillation_there_is_no_teacher(compared, swiglu, data, tmp_path, monkeypatch):
+    """And the result is, to the bit, that of Trainer's own loss."""
+    monkeypatch.setattr(training.Distillation, "__post_init__", None)
+    config = dataclasses.replace(compared.runs["closed"].config, distill=0.0)
+    plain = finetune(swiglu, data, config, folder=tmp_path / "plain", **OPTIONS)
+    make = training._make_trainer
+
+    def stock(*arguments):
+        made, clock = make(*arguments)
+        made.compute_loss = MethodType(Trainer.compute_loss, made)
+        return made, clock
+
+    monkeypatch.setattr(training, "_make_trainer", stock)
+    again = finetune(swiglu, data, config, folder=tmp_path / "stock", **OPTIONS)
+    for run in (plain, again):
+        assert run.history == compared.runs["closed"].history
+        for name, weight in run.llama().state_dict().items():
+            assert torch.equal(weight, compared.runs["closed"].llama().state_dict()[name])
+
+
+@pytest.mark.parametrize("path", ["affine", "beta", "closed"])
+def test_the_teacher_is_come_closer_to(compared, swiglu, data, tmp_path, path):
+    teacher = LlamaForCausalLM.from_pretrained(swiglu)
+    config = dataclasses.replace(compared.runs[path].config, distill=1.0)
+    taught = finetune(swiglu, data, config, folder=tmp_path / path, **OPTIONS)
+    rows = data.validation.select(range(8))
+    closer, _ = losses_by_hand(teacher, taught.llama(), rows)
+    without, _ = losses_by_hand(teacher, compared.runs[path].llama(), rows)
+    assert closer < 0.8 * without
+    assert taught.llama().config.hidden_act == "linear"
+    assert taught.parameters == compared.runs[path].parameters  # no teacher in it
+    assert "distilled 100%" in str(taught)
+
+
+def test_the_baseline_learns_from_the_text_and_teaches(compared, swiglu, data, tmp_path):
+    taught = dataclasses.replace(TINY, path="closed", distill=1.0)
+    result = compare_finetuning(swiglu, data, {"taught": taught}, folder=tmp_path / "x", **OPTIONS)
+    assert result.baseline.loss == compared.baseline.loss
+    assert list(result.to_pandas()["distill"]) == [0.0, 1.0]
+    alone = finetune(
+        swiglu,
+        data,
+        taught,
+        folder=tmp_path / "alone",
+        teacher=compared.baseline.model_folder,
+        **OPTIONS,
+    )
+    assert alone.loss == result.runs["taught"].loss
+    assert alone.config.teacher == result.runs["taught"].config.teacher != ""
+    rows = data.validation.select(range(8))
+    for teacher, nearer, further in (
+        (compared.baseline.llama(), "taught", "itself"),
+        (LlamaForCausalLM.from_pretrained(swiglu), "itself", "taught"),
+    ):
+        folders = {"taught": alone.folder, "itself": tmp_path / "itself"}
+        finetune(swiglu, data, taught, folder=folders["itself"], **OPTIONS)
+        distance = {
+            name: losses_by_hand(teacher, FinetuneRun.load(folder).llama(), rows)[0]
+            for name, folder in folders.items()
+        }
+        assert distance[nearer] < distance[further]
+
+
+def test_a_teacher_belongs_to_its_run(compared, swiglu, data, tmp_path):
+    taught = dataclasses.replace(ONE_STEP, batch=8)
+    finetune(swiglu, data, taught, folder=tmp_path / "run", **OPTIONS)
+    another = compared.runs["beta"].model_folder  # a bilinear one, which no path leads from
+    with pytest.raises(
+        ValueError, match=r"holds a run with other settings: teacher='\w+' \(there: '"
+    ):
+        finetune(swiglu, data, taught, folder=tmp_path / "run", teacher=another, **OPTIONS)
+    finetune(swiglu, data, taught, folder=tmp_path / "another", teacher=another, **OPTIONS)
+    wide = LlamaForCausalLM.from_pretrained(swiglu)
+    wide.resize_token_embeddings(160)
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(
+        ValueError, match=r"wide has a vocabulary of 160 and reads 32 .* of 150, and"
+    ):
+        finetune(swiglu, data, taught, folder=tmp_path / "x", teacher=tmp_path / "wide", **OPTIONS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_distillation_in_mixed_precision(swiglu, data, tmp_path):
+    config = dataclasses.replace(TINY, distill=0.5)
+    losses = [
+        finetune(
+            swiglu, data, config, folder=tmp_path / kind, **{**OPTIONS, "precision": kind}
+        ).loss
+        for kind in ("fp32", "bf16")
+    ]
+    assert 0 < abs(losses[0] - losses[1]) < 0.05
+
+
 # ---------------------------------------------------------------------- interruptions
 
 
+@pytest.mark.parametrize("distill", [0.0, 0.5])
 def test_an_interrupted_run_ends_where_the_whole_one_does(
-    compared, swiglu, data, tmp_path, monkeypatch
+    swiglu, data, tmp_path, monkeypatch, distill
 ):
     """Inside the annealing: the gates go on from where they were."""
-    config = dataclasses.replace(TINY, anneal=0.8)
+    config = dataclasses.replace(TINY, anneal=0.8, distill=distill)
     whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **OPTIONS)
     step, calls = Trainer.training_step, []
 
@@ -272,8 +435,8 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(
 
 @pytest.mark.slow
 def test_killed_and_started_again(swiglu, data, tmp_path):
-    config = dataclasses.replace(TINY, steps=400, anneal=0.8)
-    whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **OPTIONS)
+    """While the gates change and the baseline teaches."""
+    config = dataclasses.replace(TINY, steps=400, anneal=0.8, distill=0.5)
     arguments = [
         "finetune",
         str(swiglu),
@@ -282,9 +445,9 @@ def test_killed_and_started_again(swiglu, data, tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    arguments += ["--path", "affine", "--anneal", "0.8", "--steps", "400", "--batch", "8"]
-    arguments += ["--learning-rate", "3e-3", "--weight-decay", "0", "--fit-rows", "48"]
-    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    arguments += ["--path", "affine", "--anneal", "0.8", "--distill", "0.5", "--steps", "400"]
+    arguments += ["--batch", "8", "--learning-rate", "3e-3", "--weight-decay", "0"]
+    arguments += ["--fit-rows", "48", "--device", "cpu", "--precision", "fp32", "--quiet"]
     program = f"from tl_bilinear.cli import app; app({arguments!r})"
     with subprocess.Popen([sys.executable, "-c", program], env=dict(os.environ)) as process:
         deadline = time.monotonic() + 120
@@ -295,8 +458,36 @@ def test_killed_and_started_again(swiglu, data, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "out" / "affine" / "result.json").exists()
-    resumed = finetune(swiglu, data, config, folder=tmp_path / "out" / "affine", **OPTIONS)
+    options = {**OPTIONS, "teacher": tmp_path / "out" / "baseline" / "model"}
+    whole = finetune(swiglu, data, config, folder=tmp_path / "whole", **options)
+    resumed = finetune(swiglu, data, config, folder=tmp_path / "out" / "affine", **options)
     assert resumed.loss == pytest.approx(whole.loss, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_are_taught_as_one(swiglu, data, tmp_path):
+    """The loss of the first step, which Adam would forgive a factor, and that at the end."""
+    config = dataclasses.replace(TINY, path="closed", distill=1.0, steps=6)
+    alone = compare_finetuning(swiglu, data, {"closed": config}, folder=tmp_path / "1", **OPTIONS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    arguments = ["--path", "closed", "--distill", "1", "--steps", "6", "--batch", "8"]
+    arguments += ["--learning-rate", "3e-3", "--weight-decay", "0", "--fit-rows", "48"]
+    arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
+    command = [sys.executable, *launcher, "-m", "tl_bilinear.cli", "finetune", str(swiglu)]
+    done = subprocess.run(
+        [*command, "--data", str(data.folder), "--out", str(tmp_path / "2"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    both, one = FinetuneRun.load(tmp_path / "2" / "closed"), alone.runs["closed"]
+    assert both.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-3)
+    assert both.loss == pytest.approx(one.loss, abs=1e-3)
 
 
 # ---------------------------------------------------------------------- the command
@@ -327,6 +518,9 @@ def test_the_command(compared, swiglu, data, monkeypatch, capsys):
         ({"path": "swish"}, "unknown path 'swish'; there are affine, beta, closed, none"),
         ({"schedule": "late"}, "unknown schedule 'late'; there are linear, cosine, even, layers"),
         ({"anneal": 1.0}, r"anneal must lie in \[0, 1\), got 1.0"),
+        ({"distill": 1.5}, r"distill must lie in \[0, 1\], got 1.5"),
+        ({"distill": -0.1}, r"distill must lie in \[0, 1\], got -0.1"),
+        ({"distill": math.nan}, r"distill must lie in \[0, 1\], got nan"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must not be negative, got -1.0"),

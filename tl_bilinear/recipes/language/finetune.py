@@ -19,6 +19,9 @@ s goes from 0 to 1 over the first `anneal` share of the steps, by a `schedule`:
   pre-activations (on the path of beta most of the change is at small beta; "affine" is even by itself);
 - ``"layers"``: linear, one layer after the other, the first one first.
 
+With ``distill`` a frozen teacher adds its predictions to what the model learns (`Distillation`): the
+model as it was, or, in a comparison, the finished baseline, which knows the text as well.
+
 >>> data = LanguageData.load("data")                  # `tl-bilinear data ... --tokenizer MODEL`
 >>> compared = compare_finetuning("MODEL", data, {"affine": FinetuneConfig()}, folder="runs/finetune")
 >>> compared.gaps, compared.runs["affine"].hooked()   # a HookedBilinearTransformer
@@ -48,6 +51,7 @@ from tl_bilinear.models.approximation import (
 from tl_bilinear.models.files import write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
+    Distillation,
     LanguageRun,
     LoopConfig,
     complete_run,
@@ -73,9 +77,11 @@ _GRID, _POOL = 256, 50_000  # of the even schedule: betas, pre-activations
 class FinetuneConfig(LoopConfig):
     """The settings that decide the result; those of the loop are as in `LoopConfig`.
 
-    `fit_rows`: rows of text that the affine gates, or the even schedule, are fitted on. The learning
-    rate is the paper's for a model of 1.1B parameters; small models take 10 to 100 times as much.
-    `model` tells the starting weights from others; `finetune` fills it in.
+    `distill`: the share of the loss that is the divergence from a teacher, in [0, 1]; the rest is the
+    text's cross-entropy. `fit_rows`: rows of text that the affine gates, or the even schedule, are
+    fitted on. The learning rate is the paper's for a model of 1.1B parameters; small models take 10 to
+    100 times as much. `model` and `teacher` tell the weights of either from others; `finetune` fills
+    them in.
     """
 
     learning_rate: float = 3e-5
@@ -86,7 +92,9 @@ class FinetuneConfig(LoopConfig):
     schedule: str = "linear"
     anneal: float = 0.3
     fit_rows: int = 64
+    distill: float = 0.0
     model: str = ""
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +105,8 @@ class FinetuneConfig(LoopConfig):
                 )
         self._require_positive("fit_rows")
         self._require_shares("anneal")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
 
     @property
     def anneals(self) -> bool:
@@ -115,6 +125,7 @@ class FinetuneRun(LanguageRun):
     def __str__(self) -> str:
         path, schedule, anneal = (getattr(self.config, n) for n in ("path", "schedule", "anneal"))
         how = f"path {path!r}" + (f", {schedule} over {anneal:.0%}" if self.config.anneals else "")
+        how += f", distilled {self.config.distill:.0%}" if self.config.distill else ""
         return (
             f"{self.folder}: {how}; {self.tokens:,} tokens in {self.seconds:.0f} s\n"
             f"validation loss {self.loss:.4f} nats a token"
@@ -145,7 +156,7 @@ class FinetuneComparison:
         rows = [
             {
                 "run": name,
-                **{f: getattr(run.config, f) for f in ("path", "schedule", "anneal")},
+                **{f: getattr(run.config, f) for f in ("path", "schedule", "anneal", "distill")},
                 "loss": run.loss,
                 "gap": run.loss - self.baseline.loss,
                 "tokens": run.tokens,
@@ -310,6 +321,7 @@ def finetune(
     config: FinetuneConfig = FinetuneConfig(),
     *,
     folder: str | PathLike[str],
+    teacher: str | PathLike[str] | None = None,
     micro_batch: int | None = None,
     precision: str = "auto",
     device: str | None = None,
@@ -325,18 +337,25 @@ def finetune(
         embeddings), or its name on the hub.
     data:
         Rows of its own tokenizer: `tl-bilinear data SOURCE --tokenizer MODEL`.
+    teacher:
+        With `config.distill`: a causal language model of the same vocabulary, a folder or a name.
+        Default: the model as it was, which knows of the text only what it was trained on.
     folder, micro_batch, precision, device, report_to, progress:
         As for `train_language_model`, and errors as there.
 
     Raises TypeError for a model that is no Llama; ValueError for text of another tokenizer or longer
-    rows than the model reads, or an activation that the path does not lead away from.
+    rows than the model or the teacher reads, or an activation that the path does not lead away from.
     """
     from transformers import LlamaForCausalLM
 
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
     start = _load_for(model, data)  # refused, if it is, before the folder is claimed
-    settings = {"hidden_act": start.config.hidden_act}
-    config = dataclasses.replace(config, model=digest_of(start.state_dict(), settings))
+    config = dataclasses.replace(config, model=_digest(start), teacher="")
+    distillation: Distillation | None = None
+    if config.distill:
+        teaches = start if teacher is None else _load_teacher(teacher, start, data)
+        config = dataclasses.replace(config, teacher=_digest(teaches))
+        distillation = Distillation(teaches, config.distill)
     rows = torch.tensor(data.train[: config.fit_rows]["input_ids"])
     even: dict[str, Tensor] = {}
 
@@ -367,6 +386,7 @@ def finetune(
         build=build,
         restore=restore,
         callbacks=lambda llama: [_anneal(llama, config, even.get("progress"))],
+        distillation=distillation,
         micro_batch=micro_batch,
         precision=precision,
         device=device,
@@ -386,8 +406,9 @@ def compare_finetuning(
 ) -> FinetuneComparison:
     """Finetune with each config, and once with the gates as they were: equal tokens, equal order.
 
-    The baseline has the settings of the first config. Each run has a folder of its own in `folder`,
-    and one that is there is read or continued; options are those of `finetune`.
+    The baseline has the settings of the first config, learns from the text alone, and then teaches the
+    runs that distil. Each run has a folder of its own in `folder`, and one that is there is read or
+    continued; options are those of `finetune`.
 
     Raises ValueError for configs whose tokens differ, before anything is trained.
     """
@@ -400,14 +421,18 @@ def compare_finetuning(
     tokens = {n: (c.total_steps(len(data.train)) * c.batch, c.seed) for n, c in configs.items()}
     if len(set(tokens.values())) > 1:
         raise ValueError(f"these configs do not see the same text: (rows, seed) are {tokens}")
-    first = dataclasses.replace(next(iter(configs.values())), path="none", schedule="linear")
+    first = dataclasses.replace(
+        next(iter(configs.values())), path="none", schedule="linear", distill=0.0
+    )
+    baseline = finetune(model, data, first, folder=folder / BASELINE, **options)
+    options = {"teacher": baseline.model_folder, **options}
     runs = {
         name: finetune(model, data, config, folder=folder / name, **options)
-        for name, config in {BASELINE: first, **configs}.items()
+        for name, config in configs.items()
     }
     before = _load_for(model, data)
     start = language_loss(before, data.validation, data.tokenizer.bos_token_id)
-    compared = FinetuneComparison(start, runs.pop(BASELINE), runs)
+    compared = FinetuneComparison(start, baseline, runs)
     if is_first_process():
         write_table(
             folder / _TABLE,
@@ -446,11 +471,37 @@ def _gate_pool(llama: Any, rows: Tensor) -> Float[Tensor, " n"]:
     return torch.cat(found)
 
 
+def _digest(llama: Any) -> str:
+    return digest_of(llama.state_dict(), {"hidden_act": getattr(llama.config, "hidden_act", None)})
+
+
+def _source(model: str | PathLike[str]) -> str:
+    """A folder, or else a name on the hub."""
+    folder = Path(model).expanduser()
+    return str(folder if folder.exists() else model)
+
+
+def _load_teacher(teacher: str | PathLike[str], llama: Any, data: LanguageData) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with no_file_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(_source(teacher), dtype=torch.float32)
+    vocabulary = loaded.config.vocab_size
+    longest = getattr(loaded.config, "max_position_embeddings", data.n_ctx)  # some have no limit
+    if vocabulary != llama.config.vocab_size or longest < data.n_ctx:
+        raise ValueError(
+            f"the teacher {teacher} has a vocabulary of {vocabulary} and reads {longest} tokens; "
+            f"it must have the model's tokenizer, of {llama.config.vocab_size}, and read rows of "
+            f"{data.n_ctx}"
+        )
+    return loaded
+
+
 def _load_for(model: str | PathLike[str], data: LanguageData) -> Any:
     """The Llama to finetune, fit for this text."""
     from transformers import AutoConfig, LlamaForCausalLM
 
-    source = str(Path(model).expanduser()) if Path(model).expanduser().exists() else str(model)
+    source = _source(model)
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "llama":
         raise ValueError(

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_bilinear.models.files import read_table, write_table
@@ -360,6 +361,35 @@ def sample_stories(
 # ---------------------------------------------------------------------- the run
 
 
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """A frozen language model of the same vocabulary that teaches another, beside the text.
+
+    The loss of a token is ``share * KL(teacher || model) + (1 - share) * cross-entropy``, in nats
+    (Hinton et al. 2015, at temperature 1). Every process holds the whole teacher.
+    """
+
+    teacher: Any
+    share: float
+
+    def __post_init__(self) -> None:
+        self.teacher.eval().requires_grad_(False)
+
+    def divergence(
+        self, logits: Float[Tensor, "n n_ctx d_vocab"], inputs: Mapping[str, Tensor]
+    ) -> Float[Tensor, ""]:
+        """KL(teacher || model), summed over the tokens that `inputs`, as `Collate` makes it, labels."""
+        with torch.no_grad():
+            taught = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        each = torch.nn.functional.kl_div(
+            logits[:, :-1].float().log_softmax(-1),
+            taught.float().log_softmax(-1),
+            log_target=True,
+            reduction="none",
+        ).sum(-1)
+        return each.masked_fill(inputs["labels"][:, 1:] == -100, 0).sum()
+
+
 def train_language_model(
     data: LanguageData | str | PathLike[str],
     config: LanguageConfig = CONFIGS["paper"],
@@ -419,6 +449,7 @@ def complete_run(
     build: Callable[[], Any],
     restore: Callable[[Path], Any],
     callbacks: Callable[[Any], Sequence[Any]] = lambda llama: (),
+    distillation: Distillation | None = None,
     micro_batch: int | None,
     precision: str,
     device: str | None,
@@ -427,8 +458,8 @@ def complete_run(
 ) -> None:
     """Bring the run in a folder to its end, from wherever it stands; see `train_language_model`.
 
-    `build` makes the Llama to train, `callbacks` those of Trainer that go with it, `restore` makes the
-    final model from the last checkpoint.
+    `build` makes the Llama to train, `callbacks` those of Trainer that go with it, `distillation` what
+    it learns from beside the text; `restore` makes the final model from the last checkpoint.
     """
     folder = Path(folder).expanduser().resolve()
     steps = config.total_steps(len(data.train))
@@ -459,7 +490,10 @@ def complete_run(
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if _step_of(_last_checkpoint(folder)) < steps:
             llama = build()
-            _train(folder, llama, data, arguments, callbacks(llama))
+            trainer, clock = _make_trainer(
+                folder, llama, data, arguments, callbacks(llama), distillation
+            )
+            _train(folder, trainer, clock)
         last = _last_checkpoint(folder)
         assert last is not None  # training ends with one
         _finish(folder, last, restore(last), config, data, arguments)
@@ -543,11 +577,8 @@ def _arguments(
     return arguments
 
 
-def _train(
-    folder: Path, llama: Any, data: LanguageData, arguments: Any, callbacks: Sequence[Any]
-) -> None:
+def _train(folder: Path, trainer: Any, clock: Any) -> None:
     """From the last checkpoint, or the beginning, to the checkpoint of the last step."""
-    trainer, clock = _make_trainer(folder, llama, data, arguments, callbacks)
     last = _last_checkpoint(folder)
     if last is not None:
         clock.seconds = read_table(last / SECONDS)["seconds"]
@@ -556,7 +587,7 @@ def _train(
     except KeyboardInterrupt:
         step = _step_of(_last_checkpoint(folder))
         raise KeyboardInterrupt(
-            f"interrupted; the same command goes on from step {step} of {arguments.max_steps}"
+            f"interrupted; the same command goes on from step {step} of {trainer.args.max_steps}"
         ) from None
 
 
@@ -567,11 +598,35 @@ def _processor_has_bf16() -> bool:
 
 
 def _make_trainer(
-    folder: Path, llama: Any, data: LanguageData, arguments: Any, callbacks: Sequence[Any]
+    folder: Path,
+    llama: Any,
+    data: LanguageData,
+    arguments: Any,
+    callbacks: Sequence[Any],
+    distillation: Distillation | None,
 ) -> tuple[Any, Any]:
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class RecipeTrainer(Trainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            # What is evaluated is the cross-entropy, whatever the model learns from.
+            if distillation is None or not model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            with self.accelerator.autocast():
+                divergence = distillation.divergence(outputs.logits, inputs)
+            # Trainer's loss is a mean over the tokens of a step, in all micro batches and processes;
+            # gradients are then averaged over processes.
+            divergence *= self.accelerator.num_processes / num_items_in_batch
+            loss = torch.lerp(loss, divergence, distillation.share)
+            return (loss, outputs) if return_outputs else loss
+
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             try:
                 super()._save_checkpoint(model, trial)
@@ -609,6 +664,8 @@ def _make_trainer(
     )
     rows = len(data.train) // batch * batch
     clock = Clock()
+    if distillation is not None:
+        distillation.teacher.to(arguments.device)
     trainer = RecipeTrainer(
         llama,
         arguments,
