@@ -1,6 +1,8 @@
 """A small model, its layer's input and output under interventions, and slow references."""
 
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
 from tests.models.building import bilinear_model
 from tl_bilinear import BilinearTensor
@@ -14,6 +16,18 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 def model64(**fields):
     return bilinear_model(dtype=torch.float64, **fields)
+
+
+def hooks_of(model):
+    return {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
+
+
+def sae(hook, **metadata):
+    torch.manual_seed(0)
+    cfg = StandardSAEConfig(
+        d_in=16, d_sae=32, dtype="float64", metadata=SAEMetadata(hook_name=hook, **metadata)
+    )
+    return StandardSAE(cfg)
 
 
 def through(model, *interventions, tokens=TOKENS):

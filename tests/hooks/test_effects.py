@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
-from tests.hooks.running import EXACT, LAYER, TOKENS, eigen, model64, through
+from tests.hooks.running import EXACT, LAYER, TOKENS, eigen, model64, sae, through
 from tl_bilinear import BilinearTensor
 from tl_bilinear.hooks import (
     Chain,
@@ -122,13 +122,8 @@ def test_masked_targets(model):
         loss_added(model, TOKENS, edit, mask=mask[:, 1:], progress=False)
 
 
-def test_saes_stay_attached_in_both_runs():
-    from sae_lens import HookedSAETransformer
-
-    from tests.hooks.test_interventions import sae
-    from tests.models.building import config, randomise
-
-    model = randomise(HookedSAETransformer.from_config(config(dtype=torch.float64), bilinear=True))
+def test_saes_stay_attached_in_both_runs(sae_model):
+    model = sae_model
     edit = eigen(model, 2).ablate((0, 0))
     one = sae("blocks.1.mlp.hook_in")
     plain = loss_added(model, TOKENS, edit, progress=False)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
+from sae_lens import HookedSAETransformer
 from sae_lens.saes.sae import SAEMetadata
 from torch.testing import assert_close
 from transformer_lens import HookedTransformer
@@ -20,7 +20,9 @@ from tests.hooks.running import (
     WRITTEN,
     directions,
     eigen,
+    hooks_of,
     model64,
+    sae,
     through,
 )
 from tests.models.building import config, randomise
@@ -39,19 +41,6 @@ from tl_bilinear.hooks import (
 @pytest.fixture(scope="module")
 def model():
     return model64(bilinear_bias=True)
-
-
-@pytest.fixture(scope="module")
-def sae_model():
-    return randomise(HookedSAETransformer.from_config(config(dtype=torch.float64), bilinear=True))
-
-
-def sae(hook, **metadata):
-    torch.manual_seed(0)
-    cfg = StandardSAEConfig(
-        d_in=16, d_sae=32, dtype="float64", metadata=SAEMetadata(hook_name=hook, **metadata)
-    )
-    return StandardSAE(cfg)
 
 
 # ---------------------------------------------------------------------- order
@@ -126,10 +115,6 @@ def test_layers_of_their_own_and_from_the_end(model):
 
 
 # ---------------------------------------------------------------------- the model stays as it was
-
-
-def hooks_of(model):
-    return {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
 
 
 def test_nothing_stays_behind_not_even_after_an_exception(model):

@@ -12,10 +12,11 @@ from tests.hooks.running import (
     WRITTEN,
     directions,
     eigen,
+    hooks_of,
     model64,
+    sae,
     through,
 )
-from tests.hooks.test_interventions import hooks_of, sae, sae_model  # noqa: F401  a fixture
 from tl_bilinear import BilinearTensor
 from tl_bilinear.hooks import EigenComponents, HOSVDComponents, ProjectInput, recording
 
@@ -184,7 +185,7 @@ def test_gradients_attribute_the_loss_to_components(model, parts):
 
 
 @pytest.mark.parametrize("hook", [READ, WRITTEN, f"blocks.{LAYER}.mlp.hook_out"])
-def test_saes_come_and_go_while_it_is_open(sae_model, hook):  # noqa: F811
+def test_saes_come_and_go_while_it_is_open(sae_model, hook):
     parts = eigen(sae_model, 2, k=3)
     with recording(sae_model, parts):
         plain = sae_model.run_with_cache(TOKENS)[1]

@@ -4,9 +4,8 @@ import struct
 import pytest
 import torch
 
-from tests.recipes.stories import make_stories
+from tests.recipes.stories import prepare_stories
 from tl_bilinear.recipes.images import ImageData, TrainingConfig, train_classifier
-from tl_bilinear.recipes.language import prepare_text, train_tokenizer
 
 SIZE = (6, 5)
 
@@ -63,14 +62,4 @@ def idx_folder(tmp_path_factory, striped):
 @pytest.fixture(scope="package")
 def story_data(tmp_path_factory):
     """Rows of 32 tokens of a vocabulary of 180, from made-up stories."""
-    folder = tmp_path_factory.mktemp("text")
-    stories = make_stories(300)
-    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
-    return prepare_text(
-        folder / "stories.txt",
-        tokenizer=train_tokenizer(stories, 180),
-        folder=folder / "data",
-        n_ctx=32,
-        validation=0.1,
-        progress=False,
-    )
+    return prepare_stories(tmp_path_factory.mktemp("text"), 300, 180)

@@ -2,6 +2,8 @@
 
 import random
 
+from tl_bilinear.recipes.language import prepare_text, train_tokenizer
+
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max")
 THINGS = ("ball", "cat", "red box", "big tree", "little dog", "cake", "boat")
 PLACES = ("park", "garden", "house", "forest")
@@ -21,3 +23,17 @@ def make_stories(count: int, seed: int = 0) -> list[str]:
         )
         stories[story] = None
     return list(stories)
+
+
+def prepare_stories(folder, count, vocabulary):
+    """Rows of 32 tokens, a tenth of the stories for validation."""
+    stories = make_stories(count)
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    return prepare_text(
+        folder / "stories.txt",
+        tokenizer=train_tokenizer(stories, vocabulary),
+        folder=folder / "data",
+        n_ctx=32,
+        validation=0.1,
+        progress=False,
+    )

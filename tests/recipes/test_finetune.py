@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.activations import ACT2FN
 
-from tests.recipes.stories import make_stories
+from tests.recipes.stories import prepare_stories
 from tl_bilinear import BilinearTensor, cli
 from tl_bilinear.models.approximation import approximate_llama, to_bilinear_llama
 from tl_bilinear.plots import finetune_figure
@@ -30,9 +30,7 @@ from tl_bilinear.recipes.language import (
     compare_finetuning,
     finetune,
     language_loss,
-    prepare_text,
     train_language_model,
-    train_tokenizer,
 )
 from tl_bilinear.recipes.language import train as training
 from tl_bilinear.recipes.language.finetune import (
@@ -48,17 +46,7 @@ TINY = FinetuneConfig(steps=30, batch=8, learning_rate=3e-3, fit_rows=48, weight
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    stories = make_stories(400)
-    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
-    return prepare_text(
-        folder / "stories.txt",
-        tokenizer=train_tokenizer(stories, 150),
-        folder=folder / "data",
-        n_ctx=32,
-        validation=0.1,
-        progress=False,
-    )
+    return prepare_stories(tmp_path_factory.mktemp("text"), 400, 150)
 
 
 @pytest.fixture(scope="module")
