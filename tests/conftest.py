@@ -16,38 +16,7 @@ from hypothesis import settings
 
 import tests.typecheck  # noqa: F401  the hook below names it
 
-jaxtyping.install_import_hook(
-    [
-        "tl_bilinear.circuits.composition",
-        "tl_bilinear.circuits.graph",
-        "tl_bilinear.circuits.paths",
-        "tl_bilinear.circuits.residual",
-        "tl_bilinear.circuits.upstream",
-        "tl_bilinear.tensor.bilinear",
-        "tl_bilinear.tensor.eigen",
-        "tl_bilinear.tensor.gated",
-        "tl_bilinear.tensor.hosvd",
-        "tl_bilinear.tensor.interaction",
-        "tl_bilinear.tensor.quartic",
-        "tl_bilinear.tensor.spectrum",
-        "tl_bilinear.features.activity",
-        "tl_bilinear.features.attribution",
-        "tl_bilinear.features.dictionary",
-        "tl_bilinear.features.interactions",
-        "tl_bilinear.features.results",
-        "tl_bilinear.features.verification",
-        "tl_bilinear.hooks.components",
-        "tl_bilinear.hooks.effects",
-        "tl_bilinear.hooks.interventions",
-        "tl_bilinear.hooks.verify",
-        "tl_bilinear.models.approximation",
-        "tl_bilinear.models.component",
-        "tl_bilinear.models.folding",
-        "tl_bilinear.models.published",
-        "tl_bilinear.models.transformer",
-    ],
-    "tests.typecheck.check",
-)
+jaxtyping.install_import_hook("tl_bilinear", "tests.typecheck.check")
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")

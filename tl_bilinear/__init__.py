@@ -31,12 +31,19 @@ from tl_bilinear.tensor import (
     Spectrum,
     TopInteractions,
     Tucker,
+    approximate,
+    cp,
     functional_inner,
+    functional_similarity,
+    hosvd,
     match_eigenvectors,
     pairwise_similarity,
+    reexpress,
     register_gated_reader,
     register_mlp_reader,
     register_model_reader,
+    spectrum,
+    tucker,
 )
 
 if TYPE_CHECKING:
@@ -70,14 +77,21 @@ __all__ = [
     "Spectrum",
     "TopInteractions",
     "Tucker",
+    "approximate",
+    "cp",
     "functional_inner",
+    "functional_similarity",
+    "hosvd",
     "load_demo_model",
     "load_demo_saes",
     "match_eigenvectors",
     "pairwise_similarity",
+    "reexpress",
     "register_gated_reader",
     "register_mlp_reader",
     "register_model_reader",
+    "spectrum",
+    "tucker",
 ]
 
 _LAZY = {

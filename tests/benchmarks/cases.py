@@ -26,6 +26,7 @@ from tl_bilinear.recipes.images import (
     train_classifiers,
 )
 from tl_bilinear.recipes.images.training import accuracy
+from tl_bilinear.tensor import cp, hosvd
 
 Side = Callable[[], dict[str, Any]]
 
@@ -86,7 +87,7 @@ def hosvd_sides(d: int, h: int, k: int | None, dense: bool) -> dict[str, Side]:
     tensor = layer_like_trained(d, h, d)
 
     def ours() -> dict[str, Any]:
-        found = tensor.hosvd(k)
+        found = hosvd(tensor, k)
         return {
             "values": found.values,
             "floor": found.floor,
@@ -110,7 +111,7 @@ def cp_sides(d: int, h: int, rank: int) -> dict[str, Side]:
     tensor = layer_like_trained(d, h, d)
 
     def ours() -> dict[str, Any]:
-        found = tensor.cp(rank, restarts=1)
+        found = cp(tensor, rank, restarts=1)
         return {"relative error": found.relative_error, "steps": found.steps}
 
     def parafac() -> dict[str, Any]:

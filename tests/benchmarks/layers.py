@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tl_bilinear import BilinearTensor
-from tl_bilinear.tensor.storage import load_tensors
+from tl_bilinear.io import load_tensors
 
 MEASURED = Path(__file__).with_name("trained_spectrum.json")
 DICTIONARY = Path(__file__).parent / ".trained" / "dictionary-512.safetensors"

@@ -28,7 +28,7 @@ from transformer_lens import HookedTransformer
 import tl_bilinear  # noqa: F401  gives HookedTransformer.from_config
 from tests.benchmarks.layers import DICTIONARY
 from tl_bilinear import BilinearTensor
-from tl_bilinear.tensor.storage import save_tensors
+from tl_bilinear.io import save_tensors
 
 WIDTH, FEATURES, CONTEXT, VOCABULARY = 512, 32768, 128, 2048
 HOOK = "blocks.0.mlp.hook_in"

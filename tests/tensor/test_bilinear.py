@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.tensor import reference
 from tests.tensor.reference import random_tensor, tensors
 from tl_bilinear import BilinearTensor, register_mlp_reader
-from tl_bilinear.tensor import readers
+from tl_bilinear.tensor import registry
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 seeds = st.integers(0, 2**16)
@@ -121,7 +121,7 @@ def test_inner_products_are_those_of_the_dense_tensors(t, seed, hidden):
 def test_inner_products_are_tiled(monkeypatch):
     t, other = random_tensor(5, 13, 3), random_tensor(5, 7, 3, seed=1)
     whole = t.inner(other), t.norm()
-    monkeypatch.setattr("tl_bilinear.tensor._grams.TILE_BYTES", 7 * 8 * 2)
+    monkeypatch.setattr("tl_bilinear.tensor.grams.TILE_BYTES", 7 * 8 * 2)
     assert_close((t.inner(other), t.norm()), whole, **TOLERANCE)
 
 
@@ -351,7 +351,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monk
 
 
 def test_readers_are_a_registry(monkeypatch):
-    monkeypatch.setattr(readers, "_mlp_readers", dict(readers._mlp_readers))
+    monkeypatch.setattr(registry, "_mlp_readers", dict(registry._mlp_readers))
 
     class Mine(torch.nn.Module):
         weight = ones(3, 4)

@@ -138,7 +138,7 @@ def test_pairs_leave_out_an_eigendecomposition_with_itself():
         pairwise_similarity(spectra[:1])
 
 
-def test_storage_and_errors(tmp_path):
+def test_storage_and_errors(tmp_path, unchecked):
     v = rotation(1)
     first = spectrum([2.0, -1], v[:2], space="a")
     found = match_eigenvectors(first, first)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tl_bilinear import BilinearTensor
-from tl_bilinear.tensor import Approximation, GatedLayer
+from tl_bilinear.tensor import Approximation, GatedLayer, approximate
 from tl_bilinear.tensor.gated import _gaussian_moments, _sample_moments
 
 QUIET = {"warn_below": -1e9}
@@ -50,7 +49,7 @@ def mean_square(t, gated, x):
 @given(st.integers(0, 50), st.booleans(), st.sampled_from([F.silu, F.gelu, F.relu, torch.tanh]))
 def test_each_neuron_is_a_weighted_regression(seed, biases, activation):
     gated, x = layer(seed, biases=biases, activation=activation), samples(400, 5, seed)
-    found = BilinearTensor.approximate(gated, x, fit="neuron", **QUIET)
+    found = approximate(gated, x, fit="neuron", **QUIET)
     g, u = gated.branches(used(x))
     for h in range(gated.d_hidden):
         design = torch.stack([torch.ones_like(g[:, h]), g[:, h]], 1) * u[:, h, None]
@@ -61,7 +60,7 @@ def test_each_neuron_is_a_weighted_regression(seed, biases, activation):
 @given(st.integers(0, 50))
 def test_all_neurons_are_a_least_squares_fit_of_the_output(seed):
     gated, x = layer(seed), samples(400, 5, seed)
-    found = BilinearTensor.approximate(gated, x, fit="output", **QUIET)
+    found = approximate(gated, x, fit="output", **QUIET)
     g, u = gated.branches(used(x))
     # One row for each output of each input; columns: every neuron's a and b.
     design = torch.cat([u[:, None] * gated.out, (g * u)[:, None] * gated.out], -1).flatten(0, 1)
@@ -75,7 +74,7 @@ def test_all_neurons_are_a_least_squares_fit_of_the_output(seed):
 def test_each_fit_is_better_than_the_last():
     gated, x = layer(h=20, d_out=6), samples(4000, 5)
     errors = [
-        mean_square(BilinearTensor.approximate(gated, x, fit=fit, **QUIET).tensor, gated, used(x))
+        mean_square(approximate(gated, x, fit=fit, **QUIET).tensor, gated, used(x))
         for fit in ("neuron", "output", "refit")
     ]
     assert errors[0] > 1.01 * errors[1]
@@ -85,7 +84,7 @@ def test_each_fit_is_better_than_the_last():
 def test_the_refitted_map_is_stationary():
     """With its a and b kept, no other output map or bias of the output does better."""
     gated, x = layer(h=6), samples(2000, 5)
-    found = BilinearTensor.approximate(gated, x, fit="refit", **QUIET).tensor
+    found = approximate(gated, x, fit="refit", **QUIET).tensor
     left = F.linear(used(x), found.left, found.bias_left)
     hidden = left * F.linear(used(x), found.right, found.bias_right)
     design = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
@@ -106,14 +105,14 @@ def test_an_affine_activation_is_met_exactly(seed, fit, affine):
     a, b = affine
     gated, x = layer(seed, activation=lambda g: a + b * g), samples(300, 5, seed)
     for inputs in (x, (x.mean(0), torch.cov(x.T))):
-        found = BilinearTensor.approximate(gated, inputs, fit=fit)  # and does not warn
+        found = approximate(gated, inputs, fit=fit)  # and does not warn
         assert_close(found.tensor(x), gated(x), rtol=1e-7, atol=1e-7)
         assert found.variance_explained > 1 - 1e-12
 
 
 def test_the_tensor_is_the_layer_with_affine_gates():
     gated, x = layer(), samples(300, 5)
-    found = BilinearTensor.approximate(gated, x, fit="output", **QUIET)
+    found = approximate(gated, x, fit="output", **QUIET)
     g, u = gated.branches(x)
     by_hand = ((found.intercept + found.slope * g) * u) @ gated.out.T + gated.bias_out
     assert_close(found.tensor(x), by_hand, rtol=0, atol=1e-10)
@@ -158,9 +157,9 @@ def test_moments_of_a_polynomial_are_exact():
 
 def test_gaussian_inputs_give_the_fit_of_many_gaussian_samples():
     gated, x = layer(h=10), torch.randn(60_000, 5).double() * 0.8 + 0.1
-    sampled = BilinearTensor.approximate(gated, x, fit="output", **QUIET)
+    sampled = approximate(gated, x, fit="output", **QUIET)
     moments = (x.mean(0), torch.cov(x.T))
-    exact = BilinearTensor.approximate(gated, moments, fit="output", **QUIET)
+    exact = approximate(gated, moments, fit="output", **QUIET)
     assert "4,096 Gaussian inputs" in exact.measured_on
     assert abs(sampled.variance_explained - exact.variance_explained) < 0.02
     best = mean_square(sampled.tensor, gated, x)
@@ -173,7 +172,7 @@ def test_gaussian_inputs_give_the_fit_of_many_gaussian_samples():
 def test_the_fidelity_is_that_of_inputs_the_fit_has_not_seen():
     gated, x = layer(h=12), samples(1000, 5)
     x[800:] *= 3  # the held-out share is another distribution
-    found = BilinearTensor.approximate(gated, x, **QUIET)
+    found = approximate(gated, x, **QUIET)
     y = gated(x[800:])
     want = 1 - (found.tensor(x[800:]) - y).square().sum() / (y - y.mean(0)).square().sum()
     assert found.variance_explained == pytest.approx(want.item(), abs=1e-10)
@@ -183,15 +182,15 @@ def test_the_fidelity_is_that_of_inputs_the_fit_has_not_seen():
 def test_it_warns_below_the_level_and_says_what_to_do():
     gated, x = layer(activation=torch.sin), samples(500, 5) * 3
     with pytest.warns(UserWarning, match=r"explains .*% of the variance .*finetune"):
-        BilinearTensor.approximate(gated, x)
+        approximate(gated, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        BilinearTensor.approximate(gated, x, warn_below=-10)
+        approximate(gated, x, warn_below=-10)
 
 
 def test_results_say_that_they_are_of_an_approximation():
     gated, x = layer(), samples(500, 5)
-    found = BilinearTensor.approximate(gated, x, output_space="blocks.0.hook_mlp_out", **QUIET)
+    found = approximate(gated, x, output_space="blocks.0.hook_mlp_out", **QUIET)
     space = found.tensor.output_space
     assert space.startswith("blocks.0.hook_mlp_out (approximation of a silu layer, ")
     assert f"{found.variance_explained:.1%}" in space
@@ -200,24 +199,21 @@ def test_results_say_that_they_are_of_an_approximation():
 
 def test_neurons_are_listed_by_their_error():
     gated, x = layer(), samples(500, 5)
-    found = BilinearTensor.approximate(gated, x, fit="neuron", **QUIET)
+    found = approximate(gated, x, fit="neuron", **QUIET)
     table = found.to_pandas()
-    assert list(table.columns) == ["intercept", "slope", "errors"]
-    top = found.top(3)
-    assert list(top["errors"]) == sorted(table["errors"], reverse=True)[:3]
-    h, test = int(top.index[0]), x[400:]
+    assert list(table.columns) == ["neuron", "intercept", "slope", "errors"]
+    assert list(table["errors"]) == sorted(found.errors.tolist(), reverse=True)
+    h, test = int(table["neuron"][0]), x[400:]
     g, u = gated.branches(test)
     alone = ((gated.activation(g) - found.intercept - found.slope * g) * u)[:, h, None] * gated.out[
         :, h
     ]
     variance = (gated(test) - gated(test).mean(0)).square().sum()
-    assert top["errors"].iloc[0] == pytest.approx(
-        (alone.square().sum() / variance).item(), rel=1e-8
-    )
+    assert table["errors"][0] == pytest.approx((alone.square().sum() / variance).item(), rel=1e-8)
 
 
 def test_saved_and_loaded(tmp_path):
-    found = BilinearTensor.approximate(layer(), samples(500, 5), input_space="here", **QUIET)
+    found = approximate(layer(), samples(500, 5), input_space="here", **QUIET)
     found.save(tmp_path / "a.safetensors")
     again = Approximation.load(tmp_path / "a.safetensors")
     assert again.to_pandas().equals(found.to_pandas())
@@ -225,16 +221,16 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(again.tensor.bias_left, found.tensor.bias_left)
     assert str(again) == str(found)
     found.tensor.save(tmp_path / "t.safetensors")
-    with pytest.raises(ValueError, match="does not hold an Approximation"):
+    with pytest.raises(ValueError, match="holds BilinearTensor, not Approximation"):
         Approximation.load(tmp_path / "t.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_lower_precision(dtype):
     gated, x = layer(dtype=dtype), samples(2000, 5)
-    found = BilinearTensor.approximate(gated, x.to(dtype), **QUIET)
+    found = approximate(gated, x.to(dtype), **QUIET)
     assert found.tensor.dtype == found.slope.dtype == torch.float32
-    exact = BilinearTensor.approximate(gated.to(torch.float64), x.to(dtype).double(), **QUIET)
+    exact = approximate(gated.to(torch.float64), x.to(dtype).double(), **QUIET)
     assert_close(found.tensor.left.double(), exact.tensor.left, rtol=1e-5, atol=1e-5)
 
 
@@ -242,7 +238,7 @@ def test_neurons_that_never_move_are_no_trouble():
     gated = layer(biases=False)
     gated.gate[0], gated.up[1], gated.out[:, 2] = 0, 0, 0
     for fit in ("neuron", "output", "refit"):
-        found = BilinearTensor.approximate(gated, samples(500, 5), fit=fit, **QUIET)
+        found = approximate(gated, samples(500, 5), fit=fit, **QUIET)
         assert torch.isfinite(found.tensor.out).all()
         assert found.variance_explained > 0.5
 
@@ -285,6 +281,6 @@ def test_neurons_that_never_move_are_no_trouble():
 )
 def test_bad_input(inputs, options, error, message, unchecked):
     with pytest.raises(error, match=message):
-        BilinearTensor.approximate(layer(), inputs, **options)
+        approximate(layer(), inputs, **options)
     if error is MemoryError:
-        BilinearTensor.approximate(layer(), inputs, fit="neuron", max_bytes=100, warn_below=-1e9)
+        approximate(layer(), inputs, fit="neuron", max_bytes=100, warn_below=-1e9)

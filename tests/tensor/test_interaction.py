@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.tensor.reference import random_tensor, tensors
 from tl_bilinear import BilinearTensor, Eigendecomposition, TopInteractions
-from tl_bilinear.tensor import _top
+from tl_bilinear.tensor import top as top_module
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 BATCHES = [(), (1,), (3,), (2, 3), (0,), (2, 0)]
@@ -53,8 +53,8 @@ def test_products_and_numbers(t, seed, batch):
 @pytest.mark.parametrize(("d", "h", "count"), [(9, 4, 30), (4, 9, 1), (30, 3, 2)])
 def test_norms_agree_whichever_way_is_cheaper(d, h, count, monkeypatch):
     Q = random_tensor(d, h, 5).interaction(normal(1, count, 5))
-    monkeypatch.setattr("tl_bilinear.tensor._grams.TILE_BYTES", 2 * h * 8)
-    monkeypatch.setattr("tl_bilinear.tensor._top.BLOCK_ELEMENTS", 2 * d)
+    monkeypatch.setattr("tl_bilinear.tensor.grams.TILE_BYTES", 2 * h * 8)
+    monkeypatch.setattr("tl_bilinear.tensor.top.BLOCK_ELEMENTS", 2 * d)
     assert_close(Q.frobenius_norm(), torch.linalg.matrix_norm(Q.dense()), **TOLERANCE)
 
 
@@ -145,13 +145,13 @@ def test_truncation_and_its_certificate(t, seed, radius):
     for k in range(1, t.d_in + 1):
         top = Q.eigh(k)
         assert_close(top.values, full.values[:, :k], **TOLERANCE)
-        assert_close(full.truncate(k).quadratic(x), full.quadratic(x, k), **TOLERANCE)
-        for e in (top, full.truncate(k), full.top(k)):
+        assert_close(full.top(k).quadratic(x), full.quadratic(x, k), **TOLERANCE)
+        for e in (top, full.top(k), full.top(k)):
             error = (Q.quadratic(x) - e.quadratic(x)).abs()
             assert (error <= e.certificate(radius) * (1 + 1e-9) + 1e-12).all()
             norm = torch.linalg.matrix_norm(Q.dense() - e.dense(), ord=2)
             assert_close(e.bound, norm, rtol=1e-6, atol=1e-9)
-    assert_close(full.certificate(radius, 1), full.truncate(1).certificate(radius))
+    assert_close(full.certificate(radius, 1), full.top(1).certificate(radius))
 
 
 def test_the_certificate_is_attained():
@@ -208,7 +208,7 @@ def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="finds at most 2 h = 4 eigenpairs, got k=5"):
         Q.eigh(5, method="lowrank")
     with pytest.raises(ValueError, match="k must lie between 1 and 2"):
-        Q.eigh(2).truncate(3)
+        Q.eigh(2).top(3)
     with pytest.raises(ValueError, match="must not be negative"):
         Q.eigh(2).certificate(-1.0)
     with pytest.raises(
@@ -236,14 +236,14 @@ def brute_force_top(Q, k, kind):
 @pytest.mark.parametrize("kind", ["all", "self", "cross"])
 @pytest.mark.parametrize("k", [1, 4, 7])
 def test_top_interactions(kind, k, block, monkeypatch):
-    monkeypatch.setattr("tl_bilinear.tensor._top.BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("tl_bilinear.tensor.top.BLOCK_ELEMENTS", block)
     t = random_tensor(7, 5, 3)
     top = t.interaction().top(k, kind=kind)
     assert top.values.shape == (3, k)
     for a, dense in enumerate(t.dense()):
         expected = brute_force_top(dense, k, kind)
         assert [(i, j) for _, i, j, _, _ in expected] == list(
-            zip(top.rows[a].tolist(), top.columns[a].tolist(), strict=True)
+            zip(top.first[a].tolist(), top.second[a].tolist(), strict=True)
         )
         assert_close(top.values[a].tolist(), [e[3] for e in expected], **TOLERANCE)
         assert_close(top.coefficients[a].tolist(), [e[4] for e in expected], **TOLERANCE)
@@ -256,7 +256,7 @@ def test_top_interactions_of_directions(kind, block, seed, n, d, k):
     t = random_tensor(d, 5, 2, seed=seed)
     directions = normal(seed + 1, n, d) * normal(seed + 2, n, 1).abs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tl_bilinear.tensor._top.BLOCK_ELEMENTS", block)
+        patch.setattr("tl_bilinear.tensor.top.BLOCK_ELEMENTS", block)
         k = min(k, n * (n - 1) // 2 if kind == "cross" else n)
         top = t.interaction().top(k, kind=kind, directions=directions)
     for a, dense in enumerate(t.fold(directions).dense()):
@@ -264,8 +264,8 @@ def test_top_interactions_of_directions(kind, block, seed, n, d, k):
         assert_close(
             top.coefficients[a].abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-10
         )
-        assert_close(dense[top.rows[a], top.columns[a]], top.values[a], rtol=1e-8, atol=1e-10)
-        pairs = set(zip(top.rows[a].tolist(), top.columns[a].tolist(), strict=True))
+        assert_close(dense[top.first[a], top.second[a]], top.values[a], rtol=1e-8, atol=1e-10)
+        pairs = set(zip(top.first[a].tolist(), top.second[a].tolist(), strict=True))
         assert len(pairs) == k
         assert all(i <= j for i, j in pairs)
 
@@ -280,15 +280,17 @@ def test_screening_in_few_rounded_terms_loses_no_pair(kind, dtype, seed, n, d, k
     t = BilinearTensor(left, right, normal(seed + 1, 1, 8))
     directions = normal(seed + 2, n, d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_top, "SCREEN_FROM", 1)
-        patch.setattr(_top, "CORNER", 8)
-        patch.setattr(_top, "_MARGIN", 1.0)  # so that small cases are screened, in either precision
-        patch.setattr(_top, "_faster_dtype", lambda weighted: dtype)
+        patch.setattr(top_module, "SCREEN_FROM", 1)
+        patch.setattr(top_module, "CORNER", 8)
+        patch.setattr(
+            top_module, "_MARGIN", 1.0
+        )  # so that small cases are screened, in either precision
+        patch.setattr(top_module, "_faster_dtype", lambda weighted: dtype)
         top = t.interaction()[0].top(k, kind=kind, directions=directions)
     dense = t.fold(directions).dense()[0]
     expected = brute_force_top(dense, k, kind)
     assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
-    assert_close(dense[top.rows, top.columns], top.values, rtol=1e-8, atol=1e-12)
+    assert_close(dense[top.first, top.second], top.values, rtol=1e-8, atol=1e-12)
 
 
 def test_the_margin_is_what_keeps_pairs(monkeypatch):
@@ -301,17 +303,17 @@ def test_the_margin_is_what_keeps_pairs(monkeypatch):
         directions = normal(seed + 2, 60, 12)
         exact = t.interaction()[0].top(5, directions=directions)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_top, "SCREEN_FROM", 1)
-            patch.setattr(_top, "CORNER", 30)
-            patch.setattr(_top, "_MARGIN", 1.0)
-            patch.setattr(_top, "_faster_dtype", lambda weighted: torch.bfloat16)
-            made = _top._Screen.__init__
+            patch.setattr(top_module, "SCREEN_FROM", 1)
+            patch.setattr(top_module, "CORNER", 30)
+            patch.setattr(top_module, "_MARGIN", 1.0)
+            patch.setattr(top_module, "_faster_dtype", lambda weighted: torch.bfloat16)
+            made = top_module._Screen.__init__
 
             def careless(self, *args, made=made):
                 made(self, *args)
                 self.margin = torch.zeros_like(self.margin)
 
-            patch.setattr(_top._Screen, "__init__", careless)
+            patch.setattr(top_module._Screen, "__init__", careless)
             try:
                 found = t.interaction()[0].top(5, directions=directions)
                 lost += not torch.equal(found.coefficients, exact.coefficients)
@@ -324,9 +326,9 @@ def test_most_pairs_of_directions_are_never_computed(monkeypatch):
     t = random_tensor(32, 64, 1, dtype=torch.float32)
     directions = normal(1, 4000, 32).float() * torch.linspace(1, 0.01, 4000)[:, None]
     computed = []
-    block = _top.DirectionEntries.block
+    block = top_module.DirectionEntries.block
     monkeypatch.setattr(
-        _top.DirectionEntries,
+        top_module.DirectionEntries,
         "block",
         lambda self, rows, columns: (computed.append(block(self, rows, columns)), computed[-1])[1],
     )
@@ -335,8 +337,8 @@ def test_most_pairs_of_directions_are_never_computed(monkeypatch):
     dense = t.fold(directions).dense()[0].triu()
     dense.diagonal().div_(2)
     best = (2 * dense.abs()).flatten().topk(20)
-    assert top.rows.tolist() == (best.indices // 4000).tolist()
-    assert top.columns.tolist() == (best.indices % 4000).tolist()
+    assert top.first.tolist() == (best.indices // 4000).tolist()
+    assert top.second.tolist() == (best.indices % 4000).tolist()
     assert_close(top.coefficients.abs(), best.values, rtol=1e-5, atol=0)
 
 
@@ -357,7 +359,7 @@ def test_all_interactions_make_the_output():
     t = random_tensor(6, 4, 2)
     top = t.interaction().top(6 * 7 // 2)
     x = normal(0, 6)
-    total = (top.coefficients * x[top.rows] * x[top.columns]).sum(-1)
+    total = (top.coefficients * x[top.first] * x[top.second]).sum(-1)
     assert_close(total, t(x), **TOLERANCE)
 
 
@@ -365,15 +367,15 @@ def test_all_interactions_make_the_output():
 def test_top_interactions_of_one_and_of_no_matrix(tmp_path):
     t = random_tensor(4, 3, 2)
     one = t.interaction()[0].top(3)
-    assert one.rows.shape == (3,)
+    assert one.first.shape == (3,)
     assert t.interaction()[:0].top(3).values.shape == (0, 3)
     table = t.interaction().top(3).to_pandas()
-    assert table.columns.tolist() == ["matrix", "i", "j", "kind", "value", "coefficient"]
+    assert table.columns.tolist() == ["matrix", "first", "second", "kind", "value", "coefficient"]
     assert table["matrix"].tolist() == [0, 0, 0, 1, 1, 1]
     assert set(table["kind"]) <= {"self", "cross"}
     one.save(tmp_path / "top.safetensors")
     assert torch.equal(TopInteractions.load(tmp_path / "top.safetensors").values, one.values)
-    assert one.top(2).rows.tolist() == one.rows[:2].tolist()
+    assert one.top(2).first.tolist() == one.first[:2].tolist()
     with pytest.raises(
         ValueError, match=r"k must lie between 1 and 10 \(the all interactions of 4"
     ):

@@ -26,7 +26,7 @@ def test_it_is_the_layer(t, more, seed):
     directions = directions_for(t, more, seed)
     written = reexpress(t, directions)
     dense = t.dense()
-    assert_close(written.tensor().dense(), dense, **TOLERANCE)
+    assert_close(written.tensor.dense(), dense, **TOLERANCE)
     assert_close(
         torch.einsum("ka,kij->aij", written.dual, written.interactions.dense()), dense, **TOLERANCE
     )
@@ -55,7 +55,7 @@ def test_float32():
     t = random_tensor(6, 9, 5, dtype=torch.float32)
     written = reexpress(t, directions_for(t, 2, 0))
     assert written.dual.dtype == torch.float32
-    assert_close(written.tensor().dense(), t.dense(), rtol=1e-4, atol=1e-4)
+    assert_close(written.tensor.dense(), t.dense(), rtol=1e-4, atol=1e-4)
     assert_close(written.eigenvector_form().dense(), t.dense(), rtol=1e-4, atol=1e-4)
 
 

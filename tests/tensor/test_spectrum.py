@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.tensor.reference import random_tensor
 from tl_bilinear import BilinearTensor, Spectrum
+from tl_bilinear.tensor import spectrum
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def test_agrees_with_dense_matrices(seed, d_out, d_in, n):
     directions = torch.randn(n, d_out, dtype=torch.float64)
     k = min(3, d_in)
     norms, traces, values, ranks = reference(tensor, directions, k)
-    sweep = tensor.spectrum(directions, k, effective_rank=True, progress=False)
+    sweep = spectrum(tensor, directions, k, effective_rank=True, progress=False)
     torch.testing.assert_close(sweep.norms, norms, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(sweep.traces, traces, rtol=1e-10, atol=1e-10)
     assert sorted(sweep.index.tolist()) == list(range(n))
@@ -47,8 +48,8 @@ def test_agrees_with_dense_matrices(seed, d_out, d_in, n):
 
 def test_every_output_where_no_directions_are_given():
     tensor = random_tensor(4, 3, 5)
-    sweep = tensor.spectrum(k=2, progress=False)
-    same = tensor.spectrum(torch.eye(5, dtype=torch.float64), k=2, progress=False)
+    sweep = spectrum(tensor, k=2, progress=False)
+    same = spectrum(tensor, torch.eye(5, dtype=torch.float64), k=2, progress=False)
     torch.testing.assert_close(sweep.values, same.values)
     torch.testing.assert_close(sweep.norms, same.norms)
 
@@ -56,8 +57,8 @@ def test_every_output_where_no_directions_are_given():
 def test_screening_takes_the_largest_norms_and_keeps_all_of_them():
     tensor = random_tensor(8, 10, 6)
     directions = torch.randn(40, 6, dtype=torch.float64)
-    whole = tensor.spectrum(directions, 2, progress=False)
-    sweep = tensor.spectrum(directions, 2, screen=7, progress=False)
+    whole = spectrum(tensor, directions, 2, progress=False)
+    sweep = spectrum(tensor, directions, 2, screen=7, progress=False)
     assert set(sweep.index.tolist()) == set(whole.norms.topk(7).indices.tolist())
     torch.testing.assert_close(sweep.norms, whole.norms)
     place = {int(i): row for row, i in enumerate(whole.index)}
@@ -67,7 +68,7 @@ def test_screening_takes_the_largest_norms_and_keeps_all_of_them():
 
 def test_one_end_of_the_spectrum():
     tensor = random_tensor(8, 12, 3)
-    sweep = tensor.spectrum(k=2, which="negative", progress=False)
+    sweep = spectrum(tensor, k=2, which="negative", progress=False)
     for row, direction in enumerate(sweep.index.tolist()):
         every = torch.linalg.eigvalsh(tensor.dense()[direction])
         torch.testing.assert_close(sweep.values[row], every[:2])
@@ -76,13 +77,13 @@ def test_one_end_of_the_spectrum():
 def test_share_is_one_where_the_rank_is_k():
     left = torch.randn(2, 30)
     tensor = BilinearTensor(left, left, torch.randn(4, 2))
-    sweep = tensor.spectrum(k=2, progress=False)
+    sweep = spectrum(tensor, k=2, progress=False)
     torch.testing.assert_close(sweep.share, torch.ones(4))
 
 
 def test_empty_directions():
-    sweep = random_tensor(5, 3, 4).spectrum(
-        torch.zeros(0, 4, dtype=torch.float64), 2, progress=False
+    sweep = spectrum(
+        random_tensor(5, 3, 4), torch.zeros(0, 4, dtype=torch.float64), 2, progress=False
     )
     assert len(sweep) == 0
     assert sweep.values.shape == (0, 2)
@@ -91,7 +92,7 @@ def test_empty_directions():
 
 def test_table_and_storage(tmp_path):
     tensor = random_tensor(8, 10, 6)
-    sweep = tensor.spectrum(k=2, effective_rank=True, progress=False)
+    sweep = spectrum(tensor, k=2, effective_rank=True, progress=False)
     table = sweep.to_pandas()
     assert list(table.columns[:5]) == ["direction", "norm", "trace", "value_1", "value_2"]
     assert table["value_1"].abs().is_monotonic_decreasing
@@ -106,40 +107,40 @@ def test_table_and_storage(tmp_path):
 def test_bad_requests(unchecked, tmp_path):
     tensor = random_tensor(5, 3, 4)
     with pytest.raises(ValueError, match=r"directions must have shape \[\.\.\., 4\]"):
-        tensor.spectrum(torch.randn(3, 5), 2)
+        spectrum(tensor, torch.randn(3, 5), 2)
     with pytest.raises(ValueError, match="screen must lie between 1 and 4"):
-        tensor.spectrum(k=2, screen=5)
+        spectrum(tensor, k=2, screen=5)
     with pytest.raises(ValueError, match="k must lie between 1 and 5"):
-        tensor.spectrum(k=6)
+        spectrum(tensor, k=6)
 
 
 def test_another_sweeps_folder_is_refused(tmp_path):
     tensor = random_tensor(5, 3, 4)
-    tensor.spectrum(k=2, checkpoint=tmp_path, progress=False)
-    tensor.spectrum(k=2, checkpoint=tmp_path, progress=False)  # the same again is welcome
-    for other in (lambda: tensor.spectrum(k=1, checkpoint=tmp_path, progress=False),
-                  lambda: (2 * tensor).spectrum(k=2, checkpoint=tmp_path, progress=False)):  # fmt: skip
+    spectrum(tensor, k=2, checkpoint=tmp_path, progress=False)
+    spectrum(tensor, k=2, checkpoint=tmp_path, progress=False)  # the same again is welcome
+    for other in (lambda: spectrum(tensor, k=1, checkpoint=tmp_path, progress=False),
+                  lambda: spectrum(2 * tensor, k=2, checkpoint=tmp_path, progress=False)):  # fmt: skip
         with pytest.raises(ValueError, match="holds the batches of another sweep"):
             other()
 
 
 def test_stored_batches_are_read_not_done_again(tmp_path):
     tensor = random_tensor(5, 3, 4)
-    first = tensor.spectrum(k=2, checkpoint=tmp_path, progress=False)
+    first = spectrum(tensor, k=2, checkpoint=tmp_path, progress=False)
     path = next(tmp_path.glob("batch-*.safetensors"))
     before = path.stat().st_mtime_ns
-    again = tensor.spectrum(k=2, checkpoint=tmp_path, progress=False)
+    again = spectrum(tensor, k=2, checkpoint=tmp_path, progress=False)
     assert path.stat().st_mtime_ns == before
     assert torch.equal(first.values, again.values)
 
 
 PROGRAM = """
-import sys, time, torch
+import importlib, sys, time, torch
 from tl_bilinear import BilinearTensor
 from tl_bilinear.tensor import spectrum
 
 torch.set_num_threads(1)
-spectrum._MOST_PER_BATCH = 8
+importlib.import_module("tl_bilinear.tensor.spectrum")._MOST_PER_BATCH = 8
 folder, out, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
 work = BilinearTensor.interaction
 
@@ -151,7 +152,7 @@ BilinearTensor.interaction = slow
 generator = torch.Generator().manual_seed(0)
 tensor = BilinearTensor(*(torch.randn(*s, generator=generator) for s in ((30, 20), (30, 20), (10, 30))))
 directions = torch.randn(80, 10, generator=generator)
-sweep = tensor.spectrum(directions, 3, checkpoint=folder or None, progress=False)
+sweep = spectrum(tensor, directions, 3, checkpoint=folder or None, progress=False)
 import os
 sweep.save(out + os.environ.get("RANK", ""))
 """

@@ -1,25 +1,31 @@
-"""Linear algebra on factored bilinear tensors; knows no framework but torch."""
+"""Linear algebra on factored bilinear tensors; knows no framework but torch.
+
+Values (a bilinear tensor, an interaction matrix, an eigendecomposition) know their own algebra. A method
+is a function of values, one file each: `hosvd`, `tucker`, `cp`, `reexpress`, `spectrum`, `approximate`,
+`functional_similarity`, `match_eigenvectors`.
+"""
 
 from tl_bilinear.tensor.bilinear import BilinearParts, BilinearTensor
 from tl_bilinear.tensor.compare import (
     EigenvectorMatch,
     functional_inner,
+    functional_similarity,
     match_eigenvectors,
     pairwise_similarity,
 )
-from tl_bilinear.tensor.cp import CP
-from tl_bilinear.tensor.eigen import Eigendecomposition, EigenProjector
-from tl_bilinear.tensor.gated import Approximation, GatedLayer
-from tl_bilinear.tensor.hosvd import HOSVD, Tucker
+from tl_bilinear.tensor.cp import CP, cp
+from tl_bilinear.tensor.eigendecomposition import Eigendecomposition, EigenProjector
+from tl_bilinear.tensor.gated import Approximation, GatedLayer, approximate
+from tl_bilinear.tensor.hosvd import HOSVD, Tucker, hosvd, tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
-from tl_bilinear.tensor.readers import (
+from tl_bilinear.tensor.reexpress import Reexpression, reexpress
+from tl_bilinear.tensor.registry import (
     register_gated_reader,
     register_mlp_reader,
     register_model_reader,
 )
-from tl_bilinear.tensor.reexpress import Reexpression
-from tl_bilinear.tensor.spectrum import Spectrum
+from tl_bilinear.tensor.spectrum import Spectrum, spectrum
 
 __all__ = [
     "CP",
@@ -38,11 +44,18 @@ __all__ = [
     "Spectrum",
     "TopInteractions",
     "Tucker",
+    "approximate",
+    "cp",
     "functional_inner",
+    "functional_similarity",
+    "hosvd",
     "match_eigenvectors",
     "pairwise_similarity",
+    "reexpress",
     "register_gated_reader",
     "register_mlp_reader",
     "register_model_reader",
+    "spectrum",
+    "tucker",
     "with_residual",
 ]

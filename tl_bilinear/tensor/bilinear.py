@@ -28,30 +28,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_bilinear.tensor import _checks, readers
-from tl_bilinear.tensor._grams import pair_gram_tiles, squared_norms
-from tl_bilinear.tensor.interaction import InteractionMatrix, Method, Which
-from tl_bilinear.tensor.storage import Storable
-
-if TYPE_CHECKING:
-    from tl_bilinear.tensor.cp import CP
-    from tl_bilinear.tensor.gated import Approximation, Fit, GatedLayer
-    from tl_bilinear.tensor.hosvd import HOSVD, Mode, Tucker
-    from tl_bilinear.tensor.reexpress import Reexpression
-    from tl_bilinear.tensor.spectrum import Spectrum
+from tl_bilinear import checks
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import registry
+from tl_bilinear.tensor.grams import pair_gram_tiles, squared_norms
+from tl_bilinear.tensor.interaction import InteractionMatrix
 
 _FACTORS = ("left", "right", "out", "bias_left", "bias_right", "bias_out")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class BilinearTensor(Storable):
+@dataclass(frozen=True, eq=False)
+class BilinearTensor(Result):
     """A bilinear layer in factored form; an immutable value, not an nn.Module.
 
     Parameters
@@ -85,17 +78,17 @@ class BilinearTensor(Storable):
 
     def __post_init__(self) -> None:
         given = {
-            name: _checks.require_tensor(name, getattr(self, name))
+            name: checks.require_tensor(name, getattr(self, name))
             for name in _FACTORS
             if getattr(self, name) is not None or name in _FACTORS[:3]
         }
         _check_shapes(given)
-        _checks.require_same_device(given)
+        checks.require_same_device(given)
         dtype = torch.float32
         for tensor in given.values():
             dtype = torch.promote_types(dtype, tensor.dtype)
         for name, tensor in given.items():
-            _checks.require_finite(name, tensor)
+            checks.require_finite(name, tensor)
             object.__setattr__(self, name, tensor.to(dtype))
 
     # ------------------------------------------------------------------ where tensors come from
@@ -112,7 +105,7 @@ class BilinearTensor(Storable):
         Raises IndexError for a layer that does not exist, ValueError for a layer that is not
         bilinear (naming what was found), TypeError for a model that no reader recognises.
         """
-        return readers.read_model(model, layer)
+        return registry.read_model(model, layer)
 
     @classmethod
     def from_mlp(cls, module: nn.Module, maps: Sequence[str] | None = None) -> BilinearTensor:
@@ -133,59 +126,7 @@ class BilinearTensor(Storable):
         Raises ValueError for a module that is not bilinear (naming what was found) and for maps that it
         does not have (naming those it has), TypeError for one that no reader recognises.
         """
-        return readers.read_mlp(module, maps)
-
-    @classmethod
-    def approximate(
-        cls,
-        mlp: nn.Module | GatedLayer,
-        inputs: Tensor | tuple[Tensor, Tensor],
-        *,
-        fit: Fit = "refit",
-        held_out: float = 0.2,
-        warn_below: float = 0.9,
-        max_bytes: int = _checks.MAX_DENSE_BYTES,
-        input_space: str | None = None,
-        output_space: str | None = None,
-    ) -> Approximation:
-        """The bilinear layer nearest to a gated MLP that is not bilinear, and how near it is.
-
-        The activation of each hidden neuron becomes the affine function ``a + b g`` of its
-        pre-activation that is best under the layer's inputs (`tl_bilinear.tensor.gated` has the
-        mathematics), so the result is an exact BilinearTensor with biases.
-
-        Parameters
-        ----------
-        mlp: nn.Module or GatedLayer
-            A gated MLP of Hugging Face (``gate_proj``, ``up_proj``, ``down_proj``) or of
-            TransformerLens, with any activation that acts on each number by itself.
-        inputs: [..., d_in], or (mean [d_in], covariance [d_in, d_in])
-            Activations at the MLP's input, some tens for each hidden neuron, the last `held_out`
-            share of which the fidelity is measured on; or their first two moments, taken as
-            Gaussian. Real inputs are not: samples fit better.
-        fit: "neuron", "output" or "refit"
-            Each neuron by itself (cheap at any size); all jointly, for the least error of the
-            layer's output; or together with the output map and its bias.
-        warn_below: float
-            Variance explained below which a warning is given.
-        max_bytes: int
-            Of the moments that "output" and "refit" take, 80 d_hidden^2.
-
-        Raises TypeError for a module that no reader recognises; ValueError for inputs of another
-        width or too few, or an unknown fit; MemoryError above `max_bytes`, naming the way around.
-        """
-        from tl_bilinear.tensor.gated import GatedLayer, approximate
-
-        return approximate(
-            mlp if isinstance(mlp, GatedLayer) else readers.read_gated(mlp),
-            inputs,
-            fit=fit,
-            held_out=held_out,
-            warn_below=warn_below,
-            max_bytes=max_bytes,
-            input_space=input_space,
-            output_space=output_space,
-        )
+        return registry.read_mlp(module if maps is None else registry.NamedMaps(module, maps))
 
     # ------------------------------------------------------------------ what it is
 
@@ -239,7 +180,9 @@ class BilinearTensor(Storable):
 
     def __call__(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """The layer's output, biases included."""
-        x = _checks.require_rows("x", x, self.d_in, self._input_meaning(), self.left)
+        x = checks.require_rows(
+            "x", x, self.d_in, checks.meaning("d_in", self.input_space), self.left
+        )
         hidden = _affine(x, self.left, self.bias_left) * _affine(x, self.right, self.bias_right)
         return _affine(hidden, self.out, self.bias_out)
 
@@ -259,11 +202,13 @@ class BilinearTensor(Storable):
 
         Returns a tensor of shape [d_out, n, n]; raises ValueError for rows of another width.
         """
-        directions = self._matrix("directions", directions, self.d_in, self._input_meaning())
+        directions = checks.require_matrix(
+            "directions", directions, self.d_in, checks.meaning("d_in", self.input_space), self.left
+        )
         bias_left, bias_right = self.bias_left, self.bias_right
         if offset is not None:
-            offset = _checks.require_rows(
-                "offset", offset, self.d_in, self._input_meaning(), self.left
+            offset = checks.require_rows(
+                "offset", offset, self.d_in, checks.meaning("d_in", self.input_space), self.left
             )
             bias_left = _affine(offset, self.left, bias_left)
             bias_right = _affine(offset, self.right, bias_right)
@@ -285,7 +230,13 @@ class BilinearTensor(Storable):
 
         Returns a tensor of shape [n, d_in, d_in]; raises ValueError for rows of another width.
         """
-        directions = self._matrix("directions", directions, self.d_out, self._output_meaning())
+        directions = checks.require_matrix(
+            "directions",
+            directions,
+            self.d_out,
+            checks.meaning("d_out", self.output_space),
+            self.left,
+        )
         return BilinearTensor(
             self.left,
             self.right,
@@ -345,172 +296,27 @@ class BilinearTensor(Storable):
         """
         if directions is None:
             weights = self.out
+            if self.d_out <= self.d_hidden:  # else they may be larger than the layer
+                directions = torch.eye(self.d_out, dtype=self.dtype, device=self.device)
         else:
-            directions = _checks.require_rows(
-                "directions", directions, self.d_out, self._output_meaning(), self.left
+            directions = checks.require_rows(
+                "directions",
+                directions,
+                self.d_out,
+                checks.meaning("d_out", self.output_space),
+                self.left,
             )
             weights = directions @ self.out
-        return InteractionMatrix(self.left, self.right, weights, space=self.input_space)
+        return InteractionMatrix(
+            self.left, self.right, weights, self.input_space, directions, self.output_space
+        )
 
-    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "d_out d_in d_in"]:
+    def dense(self, max_bytes: int = checks.MAX_DENSE_BYTES) -> Float[Tensor, "d_out d_in d_in"]:
         """B itself, symmetric in its input modes; the oracle of the tests, rarely what you want.
 
         Raises MemoryError, with the size in bytes, above `max_bytes`.
         """
         return self.interaction().dense(max_bytes)
-
-    # ------------------------------------------------------------------ decompositions
-
-    def spectrum(
-        self,
-        directions: Float[Tensor, "n d_out"] | None = None,
-        k: int = 5,
-        *,
-        which: Which = "magnitude",
-        screen: int | None = None,
-        effective_rank: bool = False,
-        method: Method = "auto",
-        tol: float | None = None,
-        seed: int = 0,
-        max_bytes: int = _checks.MAX_SOLVER_BYTES,
-        checkpoint: str | Path | None = None,
-        progress: bool = True,
-    ) -> Spectrum:
-        """The heads of the spectra of a whole dictionary of output directions, norms first.
-
-        Parameters
-        ----------
-        directions: [n, d_out], optional
-            One a row; None for every output.
-        k: int
-            Eigenvalues of each direction.
-        screen: int, optional
-            Decompose only so many directions, those of largest ``||Q||_F`` (exact and cheap).
-        effective_rank: bool
-            Also ``(L1 / L2)^2`` of all eigenvalues (appendix D): a full spectrum for each direction.
-        which, method, tol, seed, max_bytes
-            As `InteractionMatrix.eigh`; the progress bar shows the memory that a batch takes.
-        checkpoint: str or Path, optional
-            A folder that keeps each batch as it is done. The same call with the same weights goes on
-            where an interrupted one stopped, to the same result; another sweep's folder is refused.
-        progress: bool
-            Show a progress bar.
-
-        Under torchrun or `accelerate launch` the processes share the directions out between them and
-        each returns the whole result. Eigenvectors are not kept: ``interaction(u).eigh(k)`` gives
-        those of the directions you choose.
-
-        Raises ValueError for directions of another width, k or screen out of range, or a foreign
-        checkpoint.
-        """
-        from tl_bilinear.tensor.spectrum import spectrum
-
-        if directions is not None:
-            directions = self._matrix("directions", directions, self.d_out, self._output_meaning())
-        return spectrum(
-            self.detach(),
-            None if directions is None else directions.detach(),
-            k,
-            which=which,
-            screen=screen,
-            effective_rank=effective_rank,
-            method=method,
-            tol=tol,
-            seed=seed,
-            max_bytes=max_bytes,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-
-    def hosvd(self, k: int | None = None, *, mode: Mode = "output") -> HOSVD:
-        """Singular values and directions of B flattened along one mode (section 3.3).
-
-        Parameters
-        ----------
-        k: int, optional
-            How many, the largest first; None for all.
-        mode: "output" or "input"
-            Flatten to d_out x d_in^2 (the paper's) or to d_in x (d_out d_in).
-
-        Flops ``h^2 (4 d_in + 2 d_out)`` in float64 for the output mode, about five times that for the
-        input mode; memory a few tiles of the h x h Gram (64 MiB each) beside the factors in float64.
-
-        Raises ValueError for k below 1 or above the mode's size.
-        """
-        from tl_bilinear.tensor.hosvd import hosvd
-
-        return hosvd(self, k, mode)
-
-    def tucker(self, k_out: int, k_in: int) -> Tucker:
-        """B on its k_out leading output and k_in leading input directions, with the exact error.
-
-        The truncated higher-order SVD: within a factor sqrt(3) of the best of these ranks.
-        """
-        from tl_bilinear.tensor.hosvd import tucker
-
-        return tucker(self, k_out, k_in)
-
-    def cp(
-        self,
-        rank: int,
-        *,
-        restarts: int = 3,
-        steps: int = 100,
-        tol: float = 1e-3,
-        seed: int = 0,
-        ridge: float = 1e-3,
-        sparsity: float = 0.0,
-        init: Literal["eigen", "random"] | BilinearTensor = "eigen",
-        progress: bool = False,
-    ) -> CP:
-        """Neurons that all outputs share: ``B ~ sum_r o_r (x) sym(l_r m_r^T)``, from the factors.
-
-        Parameters
-        ----------
-        rank: int
-            How many neurons.
-        restarts, steps: int
-            Starts (`init`, then random ones), and Gauss-Newton steps of each, at most.
-        tol: float
-            Relative decrease of the squared error, over a few steps, at which a start has converged.
-        seed: int
-            Of the random starts.
-        ridge: float
-            Weight of the squared neuron weights beside the squared error, both relative to ``|B|^2``.
-            Without it a dense layer's best fit is made of large neurons that cancel; a planted one is
-            recovered exactly with 0.
-        sparsity: float
-            Weight of an L1 penalty on the input factors, 1e-5 to 1e-3; the result's `dense_error` is
-            the error without it.
-        init: "eigen", "random" or a BilinearTensor
-            Where the first start begins: leading eigenpairs of the HOSVD components, a mixture of
-            hidden neurons, or a layer of yours.
-
-        About ``8 rank h (2 d_in + d_out)`` flops a step. Raises ValueError for settings out of range.
-        """
-        from tl_bilinear.tensor.cp import cp
-
-        return cp(
-            self,
-            rank,
-            restarts=restarts,
-            steps=steps,
-            tol=tol,
-            seed=seed,
-            ridge=ridge,
-            sparsity=sparsity,
-            init=init,
-            progress=progress,
-        )
-
-    def reexpress(self, directions: Float[Tensor, "n d_out"]) -> Reexpression:
-        """The layer through a full-rank set of output directions (appendix I): ``sum_k u+_k (x) Q_k``.
-
-        Raises ValueError, naming the rank, for directions that do not span the output space.
-        """
-        from tl_bilinear.tensor.reexpress import reexpress
-
-        return reexpress(self, directions)
 
     # ------------------------------------------------------------------ algebra
 
@@ -518,7 +324,7 @@ class BilinearTensor(Storable):
         """The sum of two layers with the same inputs and outputs; hidden dimensions stack."""
         if not isinstance(other, BilinearTensor):
             return NotImplemented
-        self._require_same_shape(other, "added")
+        require_same_shape(self, other, "added")
 
         def stacked(name: str) -> Tensor | None:
             if getattr(self, name) is None and getattr(other, name) is None:
@@ -544,7 +350,7 @@ class BilinearTensor(Storable):
         if isinstance(factor, Tensor) and factor.ndim > 0:
             raise ValueError(
                 f"a BilinearTensor is scaled by a number, got a tensor of shape "
-                f"{_checks.shape(factor)}; to scale outputs one by one use project(torch.diag(...))"
+                f"{checks.shape(factor)}; to scale outputs one by one use project(torch.diag(...))"
             )
         if not isinstance(factor, (int, float, Tensor)):
             return NotImplemented
@@ -569,8 +375,8 @@ class BilinearTensor(Storable):
 
         The hidden sizes may differ. Costs O(h1 h2 (d_in + d_out)), holds a few tiles of h1 x h2.
         """
-        self._require_same_shape(other, "compared")
-        total = torch.zeros((), dtype=_checks.gram_dtype(self.left), device=self.device)
+        require_same_shape(self, other, "compared")
+        total = torch.zeros((), dtype=checks.gram_dtype(self.left), device=self.device)
         out = self.out.to(total.dtype)
         for rows, tile in pair_gram_tiles(self.left, self.right, other.left, other.right):
             total = total + ((out[:, rows].T @ other.out.to(total.dtype)) * tile).sum()
@@ -586,18 +392,6 @@ class BilinearTensor(Storable):
         scale = self.norm() * other.norm()
         tiny = torch.finfo(scale.dtype).tiny
         return torch.where(scale > 0, self.inner(other) / scale.clamp_min(tiny), 0.0)
-
-    def functional_similarity(
-        self, other: BilinearTensor, *, centred: bool = False
-    ) -> Float[Tensor, ""]:
-        """Cosine of two layers as functions of ``x ~ N(0, I)``, biases included, exact from Grams.
-
-        ``E[f . g] / sqrt(E[f . f] E[g . g])``; `centred` gives their correlation instead. Raises
-        ValueError for layers of different d_in or d_out.
-        """
-        from tl_bilinear.tensor.compare import functional_similarity
-
-        return functional_similarity(self, other, centred=centred)
 
     # ------------------------------------------------------------------ inside
 
@@ -616,32 +410,9 @@ class BilinearTensor(Storable):
         factors = {name: getattr(self, name) for name in _FACTORS}
         return self._with(**{n: None if t is None else function(t) for n, t in factors.items()})
 
-    def _matrix(self, name: str, value: Tensor, width: int, meaning: str) -> Tensor:
-        value = _checks.require_rows(name, value, width, meaning, self.left)
-        if value.ndim != 2:
-            raise ValueError(
-                f"{name} must be a matrix [n, {width}], one direction a row, got "
-                f"{_checks.shape(value)}; for one direction pass u[None]"
-            )
-        return value
-
-    def _require_same_shape(self, other: BilinearTensor, verb: str) -> None:
-        if self.shape != other.shape:
-            raise ValueError(
-                f"tensors of shape {list(self.shape)} and {list(other.shape)} (d_out, d_in, d_in) "
-                f"cannot be {verb}; fold or project them into common bases first"
-            )
-        _checks.require_same_device({"the first": self.left, "the second": other.left})
-
-    def _input_meaning(self) -> str:
-        return "d_in" if self.input_space is None else f"d_in, {self.input_space}"
-
-    def _output_meaning(self) -> str:
-        return "d_out" if self.output_space is None else f"d_out, {self.output_space}"
-
 
 @dataclass(frozen=True, eq=False)
-class BilinearParts:
+class BilinearParts(Result):
     """A biased layer as ``f(x) = interaction(x) + linear x + constant`` (appendix J).
 
     Attributes
@@ -662,6 +433,16 @@ class BilinearParts:
         return self.interaction(x), x.to(self.linear.dtype) @ self.linear.T, self.constant
 
 
+def require_same_shape(first: BilinearTensor, second: BilinearTensor, verb: str) -> None:
+    """Raise ValueError for layers of different widths or devices."""
+    if first.shape != second.shape:
+        raise ValueError(
+            f"tensors of shape {list(first.shape)} and {list(second.shape)} (d_out, d_in, d_in) "
+            f"cannot be {verb}; fold or project them into common bases first"
+        )
+    checks.require_same_device({"the first": first.left, "the second": second.left})
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -675,18 +456,18 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
         if tensor.ndim != (1 if name.startswith("bias") else 2):
             raise ValueError(
                 f"{name} must have {'one dimension' if name.startswith('bias') else 'two dimensions'}"
-                f", got shape {_checks.shape(tensor)}"
+                f", got shape {checks.shape(tensor)}"
             )
     left, right, out = given["left"], given["right"], given["out"]
     if left.shape != right.shape:
         raise ValueError(
-            f"left and right must both be [d_hidden, d_in], got left {_checks.shape(left)} and "
-            f"right {_checks.shape(right)}"
+            f"left and right must both be [d_hidden, d_in], got left {checks.shape(left)} and "
+            f"right {checks.shape(right)}"
         )
     if out.shape[1] != left.shape[0]:
         raise ValueError(
             f"out must be [d_out, d_hidden] with d_hidden={left.shape[0]} as in left "
-            f"{_checks.shape(left)}, got out {_checks.shape(out)}"
+            f"{checks.shape(left)}, got out {checks.shape(out)}"
             + ("; transpose it" if out.shape[0] == left.shape[0] else "")
         )
     sizes = {"bias_left": left.shape[0], "bias_right": left.shape[0], "bias_out": out.shape[0]}
@@ -694,5 +475,5 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
         if name in given and given[name].shape[0] != size:
             raise ValueError(
                 f"{name} must have {size} entries "
-                f"({'d_out' if name == 'bias_out' else 'd_hidden'}), got {_checks.shape(given[name])}"
+                f"({'d_out' if name == 'bias_out' else 'd_hidden'}), got {checks.shape(given[name])}"
             )

@@ -22,14 +22,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks
-from tl_bilinear.tensor.eigen import Eigendecomposition
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear import checks
+from tl_bilinear.results import Result
+from tl_bilinear.tensor.bilinear import BilinearTensor, require_same_shape
+from tl_bilinear.tensor.eigendecomposition import Eigendecomposition
 
 if TYPE_CHECKING:
     import pandas
-
-    from tl_bilinear.tensor.bilinear import BilinearTensor
 
 Matching = Literal["rank", "assignment"]
 
@@ -52,9 +51,9 @@ def functional_inner(
 
     Raises ValueError for layers of different d_in or d_out.
     """
-    first._require_same_shape(second, "compared")
+    require_same_shape(first, second, "compared")
     dtype = first.dtype
-    first, second = (each.to(_checks.gram_dtype(each.left)) for each in (first, second))
+    first, second = (each.to(checks.gram_dtype(each.left)) for each in (first, second))
     total = 2 * first.inner(second)
     if _has_input_biases(first) and _has_input_biases(second):
         total = total + (first.parts().linear * second.parts().linear).sum()
@@ -73,7 +72,7 @@ def functional_similarity(
     their biases. Parameters and errors as :func:`functional_inner`.
     """
     dtype = first.dtype
-    first, second = (each.to(_checks.gram_dtype(each.left)) for each in (first, second))
+    first, second = (each.to(checks.gram_dtype(each.left)) for each in (first, second))
     squares = [functional_inner(each, each, centred=centred) for each in (first, second)]
     scale = (squares[0] * squares[1]).clamp_min(0).sqrt()
     product = functional_inner(first, second, centred=centred)
@@ -86,16 +85,14 @@ def _has_input_biases(tensor: BilinearTensor) -> bool:
 
 def _mean(tensor: BilinearTensor) -> Tensor:
     """``E[f(x)]`` [d_out]: a trace and the constant part for each output."""
-    left, right = tensor._bias("bias_left"), tensor._bias("bias_right")
-    neurons = (tensor.left * tensor.right).sum(1) + left * right
-    return tensor.out @ neurons + tensor._bias("bias_out")
+    return tensor.out @ (tensor.left * tensor.right).sum(1) + tensor.parts().constant
 
 
 # ---------------------------------------------------------------------- eigenvectors
 
 
 @dataclass(frozen=True, eq=False)
-class EigenvectorMatch(Storable):
+class EigenvectorMatch(Result):
     """Eigenvectors of one decomposition paired with those of another, sign by sign.
 
     Attributes
@@ -162,7 +159,7 @@ def match_eigenvectors(
         raise ValueError(f"by must be 'rank' or 'assignment', got {by!r}")
     _require_comparable(first, second)
     if k is not None:
-        first, second = first.truncate(k), second.truncate(k)
+        first, second = first.top(k), second.top(k)
     batch = first.batch_shape.numel()
     values = [each.values.detach().reshape(batch, each.k).cpu() for each in (first, second)]
     vectors = [each.vectors.detach().reshape(batch, each.k, each.d) for each in (first, second)]

@@ -10,7 +10,7 @@ matrix, one that drives the output and one that holds it back:
 
     ``f(x) = sum_r o_r (1/4 [(l_r + m_r) . x]^2 - 1/4 [(l_r - m_r) . x]^2)``.
 
->>> shared = tensor.cp(rank=32)
+>>> shared = cp(tensor, rank=32)
 >>> shared.relative_error, shared.weights        # |B - B_hat| / |B|, [32]
 >>> shared.plus[0], shared.out[:, 0]             # strongest pattern, and what it writes
 >>> shared.tensor.interaction(u).eigh(k=4)       # B_hat is a layer like any other
@@ -43,14 +43,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.tensor import _checks, _grams
-from tl_bilinear.tensor.eigen import fix_signs
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear import checks
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import grams
+from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.eigendecomposition import fix_signs
+from tl_bilinear.tensor.hosvd import hosvd
 
 if TYPE_CHECKING:
     import pandas
-
-    from tl_bilinear.tensor.bilinear import BilinearTensor
 
 Init = Literal["eigen", "random"]
 
@@ -61,7 +62,7 @@ _FLOAT32_FLOOR = 1e-4  # squared relative error below which float32 sums are too
 
 
 @dataclass(frozen=True, eq=False)
-class CP(Storable):
+class CP(Result):
     """Shared neurons of a bilinear tensor, ordered by falling weight.
 
     Attributes
@@ -128,8 +129,6 @@ class CP(Storable):
     @property
     def tensor(self) -> BilinearTensor:
         """B_hat as a layer with d_hidden = rank, in the coordinates of the original."""
-        from tl_bilinear.tensor.bilinear import BilinearTensor
-
         return BilinearTensor(
             self.left,
             self.right,
@@ -138,11 +137,16 @@ class CP(Storable):
             output_space=self.output_space,
         )
 
-    def top(self, k: int) -> BilinearTensor:
-        """The k neurons of largest weight as a layer; a fit of rank k is better than these."""
-        _checks.require_count("k", k, self.rank, "the neurons held")
-        whole = self.tensor
-        return replace(whole, left=self.left[:k], right=self.right[:k], out=self.out[:, :k])
+    def top(self, k: int) -> CP:
+        """The k neurons of largest weight; a fit of rank k is better than these.
+
+        `error` is then an upper bound: that of all neurons, and the norm of those left out.
+        """
+        checks.require_count("k", k, self.rank, "the neurons held")
+        rest = grams.squared_norms(self.out[:, k:], self.left[k:], self.right[k:])
+        error = self.error + math.sqrt(max(0.0, float(rest.sum())))
+        kept = {"left": self.left[:k], "right": self.right[:k], "out": self.out[:, :k]}
+        return replace(self, **kept, error=error)
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a neuron: rank, weight, its two eigenvalues, the output it writes most."""
@@ -173,9 +177,34 @@ def cp(
     ridge: float = 1e-3,
     sparsity: float = 0.0,
     init: Init | BilinearTensor = "eigen",
-    progress: bool = False,
+    progress: bool = True,
 ) -> CP:
-    """See :meth:`BilinearTensor.cp`."""
+    """Neurons that all outputs share: ``B ~ sum_r o_r (x) sym(l_r m_r^T)``, from the factors.
+
+    Parameters
+    ----------
+    tensor: BilinearTensor
+    rank: int
+        How many neurons.
+    restarts, steps: int
+        Starts (`init`, then random ones), and Gauss-Newton steps of each, at most.
+    tol: float
+        Relative decrease of the squared error, over a few steps, at which a start has converged.
+    seed: int
+        Of the random starts.
+    ridge: float
+        Weight of the squared neuron weights beside the squared error, both relative to ``|B|^2``.
+        Without it a dense layer's best fit is made of large neurons that cancel; a planted one is
+        recovered exactly with 0.
+    sparsity: float
+        Weight of an L1 penalty on the input factors, 1e-5 to 1e-3; the result's `dense_error` is
+        the error without it.
+    init: "eigen", "random" or a BilinearTensor
+        Where the first start begins: leading eigenpairs of the HOSVD components, a mixture of
+        hidden neurons, or a layer of yours.
+
+    About ``8 rank h (2 d_in + d_out)`` flops a step. Raises ValueError for settings out of range.
+    """
     rank = _positive("rank", rank)
     restarts, steps = _positive("restarts", restarts), _positive("steps", steps)
     if tol <= 0:
@@ -209,7 +238,7 @@ def cp(
         *factors[best],
         norm,
         error,
-        torch.tensor(errors, dtype=_checks.gram_dtype(layer.left)),
+        torch.tensor(errors, dtype=checks.gram_dtype(layer.left)),
         errors[best],
         fits[best].steps,
         fits[best].converged,
@@ -236,14 +265,14 @@ def _first_start(
         )
     if init == "eigen" and rank < layer.d_hidden:
         return _eigen_start(layer, rank, generator)
-    squares = _grams.squared_norms(layer.out, layer.left, layer.right)
+    squares = grams.squared_norms(layer.out, layer.left, layer.right)
     norm = math.sqrt(max(0.0, float(squares.sum())))
     if init == "random":
         return _random_start(layer, rank, generator), norm
     if init == "eigen":  # with as many neurons as the layer has, it is its own decomposition
         missing = (0, 0, 0, rank - layer.d_hidden)
         own = [torch.nn.functional.pad(half, missing) for half in (layer.left, layer.right)]
-        return torch.cat(own).to(_checks.gram_dtype(layer.left)), norm
+        return torch.cat(own).to(checks.gram_dtype(layer.left)), norm
     assert not isinstance(init, str)
     return _filled(init.left, init.right, rank, layer, generator), norm
 
@@ -256,7 +285,7 @@ def _eigen_start(
     For eigenpairs (a, v) and (-b, w) with a, b > 0: ``a v v^T - b w w^T = sym(l m^T)`` with
     ``l, m = sqrt(a) v +- sqrt(b) w``, so that one neuron takes a pair from each end.
     """
-    components = layer.hosvd(min(rank, layer.d_out))
+    components = hosvd(layer, min(rank, layer.d_out))
     matrices = components.interactions
     assert matrices is not None
     matrices = replace(matrices, weights=matrices.weights * components.values[:, None])
@@ -284,7 +313,7 @@ def _random_start(layer: BilinearTensor, rank: int, generator: torch.Generator) 
     mix = torch.randn(2, rank, layer.d_hidden, generator=generator, dtype=torch.float64)
     mix = mix.to(layer.left)
     inputs = torch.cat([mix[0] @ layer.left, mix[1] @ layer.right])
-    return inputs.to(_checks.gram_dtype(layer.left))
+    return inputs.to(checks.gram_dtype(layer.left))
 
 
 def _filled(
@@ -309,7 +338,7 @@ class _Target(NamedTuple):
     @classmethod
     def of(cls, layer: BilinearTensor, norm: float) -> _Target:
         inputs = torch.cat([layer.left, layer.right])
-        return cls(inputs, layer.out, norm**2, _checks.gram_dtype(layer.left))
+        return cls(inputs, layer.out, norm**2, checks.gram_dtype(layer.left))
 
     def precise(self) -> _Target:
         return self._replace(
@@ -377,7 +406,7 @@ class _Fit(NamedTuple):
 
 
 def _positive(name: str, value: int) -> int:
-    return _checks.require_count(name, value, 2**31, "a count")
+    return checks.require_count(name, value, 2**31, "a count")
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -594,10 +623,10 @@ def _normalise(inputs: Tensor, out: Tensor, layer: BilinearTensor) -> tuple[Tens
 
 def _error(layer: BilinearTensor, norm: float, left: Tensor, right: Tensor, out: Tensor) -> float:
     """``||B - B_hat||`` from Grams in float64."""
-    dtype = _checks.gram_dtype(layer.left)
-    fitted = float(_grams.squared_norms(out, left, right).sum())
+    dtype = checks.gram_dtype(layer.left)
+    fitted = float(grams.squared_norms(out, left, right).sum())
     shared = 0.0
-    for rows, tile in _grams.pair_gram_tiles(left, right, layer.left, layer.right):
+    for rows, tile in grams.pair_gram_tiles(left, right, layer.left, layer.right):
         overlap = out[:, rows].to(dtype).T @ layer.out.to(dtype)
         shared += float((overlap * tile).sum())
     return math.sqrt(max(0.0, norm**2 - 2 * shared + fitted))

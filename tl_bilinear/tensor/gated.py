@@ -19,8 +19,8 @@ pre-activation the others are then Gaussian too, which leaves one-dimensional in
 ``E[act(g) z^k]``, done by Gauss-Hermite quadrature.
 
 >>> import torch
->>> from tl_bilinear import BilinearTensor
->>> approximation = BilinearTensor.approximate(llama.model.layers[0].mlp, inputs)  # [n, d_model]
+>>> from tl_bilinear import approximate
+>>> approximation = approximate(llama.model.layers[0].mlp, inputs)  # [n, d_model]
 >>> approximation.tensor, approximation.variance_explained
 """
 
@@ -30,17 +30,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tl_bilinear.tensor import _checks
+from tl_bilinear import checks
+from tl_bilinear.results import Result
 from tl_bilinear.tensor.bilinear import BilinearTensor
-from tl_bilinear.tensor.storage import load_tensors, save_tensors
+from tl_bilinear.tensor.registry import read_gated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +115,7 @@ class GatedLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class Approximation:
+class Approximation(Result):
     """A bilinear layer in place of a gated one, and how near it comes.
 
     Attributes
@@ -148,64 +149,61 @@ class Approximation:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for each hidden neuron: intercept, slope, error."""
+        """One row a hidden neuron: neuron, intercept, slope, errors; those least affine first."""
         import pandas as pd
 
         columns = {name: getattr(self, name).tolist() for name in ("intercept", "slope", "errors")}
-        return pd.DataFrame(columns).rename_axis("neuron")
-
-    def top(self, k: int = 10) -> pd.DataFrame:
-        """The k neurons that are least affine, by what they write wrongly."""
-        return self.to_pandas().sort_values("errors", ascending=False).head(k)
-
-    def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, whole or not at all."""
-        tensors, metadata = {}, {"kind": type(self).__name__}
-        for holder in (self, self.tensor):
-            for field in fields(holder):
-                value = getattr(holder, field.name)
-                if isinstance(value, Tensor):
-                    tensors[field.name] = value
-                elif not isinstance(value, BilinearTensor):
-                    metadata[field.name] = value
-        save_tensors(path, tensors, metadata)
-
-    @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> Approximation:
-        """Read what `save` wrote. Raises FileNotFoundError; ValueError for a foreign file."""
-        tensors, metadata = load_tensors(path, device)
-        if metadata.pop("kind", None) != cls.__name__:
-            raise ValueError(f"{path} does not hold an {cls.__name__}")
-        stored = tensors | metadata
-        parts = {
-            holder: {f.name: stored[f.name] for f in fields(holder) if f.name in stored}
-            for holder in (BilinearTensor, cls)
-        }
-        return cls(tensor=BilinearTensor(**parts[BilinearTensor]), **parts[cls])
+        table = pd.DataFrame({"neuron": range(len(self.errors)), **columns})
+        return table.sort_values("errors", ascending=False, kind="stable", ignore_index=True)
 
 
 def approximate(
-    layer: GatedLayer,
+    mlp: nn.Module | GatedLayer,
     inputs: Inputs,
     *,
     fit: Fit = "refit",
     held_out: float = 0.2,
     warn_below: float = WARN_BELOW,
-    max_bytes: int = _checks.MAX_DENSE_BYTES,
+    max_bytes: int = checks.MAX_DENSE_BYTES,
     input_space: str | None = None,
     output_space: str | None = None,
 ) -> Approximation:
-    """See `BilinearTensor.approximate`, which calls it: warnings point at that one's caller."""
+    """The bilinear layer nearest to a gated MLP that is not bilinear, and how near it is.
+
+    The activation of each hidden neuron becomes the affine function ``a + b g`` of its pre-activation
+    that is best under the layer's inputs, so the result is an exact BilinearTensor with biases.
+
+    Parameters
+    ----------
+    mlp: nn.Module or GatedLayer
+        A gated MLP of Hugging Face (``gate_proj``, ``up_proj``, ``down_proj``) or of TransformerLens,
+        with any activation that acts on each number by itself.
+    inputs: [..., d_in], or (mean [d_in], covariance [d_in, d_in])
+        Activations at the MLP's input, some tens for each hidden neuron, the last `held_out` share of
+        which the fidelity is measured on; or their first two moments, taken as Gaussian. Real inputs
+        are not: samples fit better.
+    fit: "neuron", "output" or "refit"
+        Each neuron by itself (cheap at any size); all jointly, for the least error of the layer's
+        output; or together with the output map and its bias.
+    warn_below: float
+        Variance explained below which a warning is given.
+    max_bytes: int
+        Of the moments that "output" and "refit" take, 80 d_hidden^2.
+
+    Raises TypeError for a module that no reader recognises; ValueError for inputs of another width or
+    too few, or an unknown fit; MemoryError above `max_bytes`, naming the way around.
+    """
+    layer = mlp if isinstance(mlp, GatedLayer) else read_gated(mlp)
     if fit not in get_args(Fit):
         raise ValueError(f"unknown fit {fit!r}; there are {', '.join(get_args(Fit))}")
-    dtype = _checks.compute_dtype(layer.gate.dtype)
-    exact = layer.to(_checks.gram_dtype(layer.gate))
+    dtype = checks.compute_dtype(layer.gate.dtype)
+    exact = layer.to(checks.gram_dtype(layer.gate))
     fitted_on, test, measured_on = _parted(inputs, exact, held_out)
     if fit == "neuron" and isinstance(fitted_on, Tensor):
         intercept, slope = _fit_neurons(*_sample_weights(exact, fitted_on))
         tensor = exact.with_gate(intercept, slope)
     else:
-        _checks.require_affordable(
+        checks.require_affordable(
             f"the moments of {exact.d_hidden} neurons",
             10 * exact.d_hidden**2,
             exact.gate.dtype,
@@ -238,7 +236,7 @@ def approximate(
             f"this bilinear layer explains {explained:.1%} of the variance of the {result.activation} "
             f"layer that it stands for, less than {warn_below:.0%}: what is read from it may not hold "
             "for the layer. Measure the loss added, or finetune the model (`tl-bilinear finetune`)",
-            stacklevel=3,
+            stacklevel=2,
         )
     return result
 
@@ -251,9 +249,9 @@ def _parted(
 ) -> tuple[Inputs, Float[Tensor, "n d_in"], str]:
     """What to fit on, what to measure on, and what to call the latter."""
     if isinstance(inputs, Tensor):
-        rows = _checks.require_rows("inputs", inputs, layer.d_in, "d_in", layer.gate)
+        rows = checks.require_rows("inputs", inputs, layer.d_in, "d_in", layer.gate)
         rows = rows.reshape(-1, layer.d_in)
-        _checks.require_finite("inputs", rows)
+        checks.require_finite("inputs", rows)
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be a share between 0 and 1, got {held_out}")
         # The last ones: neighbouring tokens of one text are not independent.
@@ -265,12 +263,12 @@ def _parted(
             )
         return rows[:-test], rows[-test:], f"{test:,} held-out inputs"
     mean, covariance = inputs
-    mean = _checks.require_rows("mean", mean, layer.d_in, "d_in", layer.gate)
-    covariance = _checks.require_rows("covariance", covariance, layer.d_in, "d_in", layer.gate)
+    mean = checks.require_rows("mean", mean, layer.d_in, "d_in", layer.gate)
+    covariance = checks.require_rows("covariance", covariance, layer.d_in, "d_in", layer.gate)
     if mean.ndim != 1 or covariance.shape != (layer.d_in, layer.d_in):
         raise ValueError(
             f"expected a mean [{layer.d_in}] and a covariance [{layer.d_in}, {layer.d_in}], got "
-            f"{_checks.shape(mean)} and {_checks.shape(covariance)}"
+            f"{checks.shape(mean)} and {checks.shape(covariance)}"
         )
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     if values[0] < -1e-6 * values[-1].abs():
@@ -361,10 +359,10 @@ def _gaussian_moments(
 
 
 def _hermite(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the standard normal distribution (Golub and Welsch)."""
-    offdiagonal = torch.arange(1, _NODES, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(offdiagonal, 1) + torch.diag(offdiagonal, -1))
-    return nodes.to(like), (vectors[0] ** 2).to(like)
+    """Nodes and weights of the standard normal distribution."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    weights = weights / weights.sum()
+    return torch.from_numpy(nodes).to(like), torch.from_numpy(weights).to(like)
 
 
 def _product(*factors: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -5,10 +5,10 @@ The paper's HOSVD (Pearce et al. 2025, section 3.3) is the SVD of B flattened to
     ``B = sum_i sigma_i  u_i (x) q_i``,
 
 with output directions u_i and interaction matrices q_i of unit Frobenius norm. Its Gram matrix
-``out M out^T`` needs only inner products of hidden neurons (``_grams``), so that B, of d_out d_in^2
+``out M out^T`` needs only inner products of hidden neurons (`tl_bilinear.tensor.grams`), so that B, of d_out d_in^2
 entries, is never formed: h^2 (4 d_in + 2 d_out) flops, in tiles, instead of d_out^2 d_in^2.
 
->>> components = tensor.hosvd(k=8)
+>>> components = hosvd(tensor, k=8)
 >>> components.values, components.vectors        # [8], [8, d_out]
 >>> components.interactions[0].eigh(k=4)         # the first right singular matrix, decomposed
 
@@ -23,25 +23,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks, _grams
-from tl_bilinear.tensor.eigen import fix_signs
+from tl_bilinear import checks
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import grams
+from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.eigendecomposition import fix_signs
 from tl_bilinear.tensor.interaction import InteractionMatrix
-from tl_bilinear.tensor.storage import Storable
-
-if TYPE_CHECKING:
-    from tl_bilinear.tensor.bilinear import BilinearTensor
 
 Mode = Literal["output", "input"]
 
 
 @dataclass(frozen=True, eq=False)
-class HOSVD(Storable):
+class HOSVD(Result):
     """Singular values and directions of one mode of a bilinear tensor.
 
     Attributes
@@ -77,7 +76,7 @@ class HOSVD(Storable):
 
 
 @dataclass(frozen=True, eq=False)
-class Tucker:
+class Tucker(Result):
     """B projected on its leading output and input directions: ``B ~ core x U x V x V``.
 
     Attributes
@@ -95,20 +94,35 @@ class Tucker:
     input_space: str | None = None
     output_space: str | None = None
 
-    def expand(self) -> BilinearTensor:
+    @property
+    def tensor(self) -> BilinearTensor:
         """The approximation in the original coordinates, [d_out, d_in, d_in], factored."""
         expanded = self.core.fold(self.input_directions.T).project(self.output_directions.T)
         return replace(expanded, input_space=self.input_space, output_space=self.output_space)
 
 
-def hosvd(tensor: BilinearTensor, k: int | None, mode: Mode) -> HOSVD:
-    """See :meth:`BilinearTensor.hosvd`."""
+def hosvd(tensor: BilinearTensor, k: int | None = None, *, mode: Mode = "output") -> HOSVD:
+    """Singular values and directions of B flattened along one mode (section 3.3).
+
+    Parameters
+    ----------
+    tensor: BilinearTensor
+    k: int, optional
+        How many, the largest first; None for all.
+    mode: "output" or "input"
+        Flatten to d_out x d_in^2 (the paper's) or to d_in x (d_out d_in).
+
+    Flops ``h^2 (4 d_in + 2 d_out)`` in float64 for the output mode, about five times that for the
+    input mode; memory a few tiles of the h x h Gram (64 MiB each) beside the factors in float64.
+
+    Raises ValueError for k below 1 or above the mode's size.
+    """
     if mode not in ("output", "input"):
         raise ValueError(f"mode must be 'output' or 'input', got {mode!r}")
     width = tensor.d_out if mode == "output" else tensor.d_in
-    k = width if k is None else _checks.require_count("k", k, width, f"the {mode} directions")
+    k = width if k is None else checks.require_count("k", k, width, f"the {mode} directions")
     if mode == "output":
-        gram = _grams.congruence(tensor.out, tensor.left, tensor.right)
+        gram = grams.congruence(tensor.out, tensor.left, tensor.right)
     else:
         gram = _input_gram(tensor)
     squares, vectors = torch.linalg.eigh(gram)
@@ -127,9 +141,12 @@ def hosvd(tensor: BilinearTensor, k: int | None, mode: Mode) -> HOSVD:
 
 
 def tucker(tensor: BilinearTensor, k_out: int, k_in: int) -> Tucker:
-    """See :meth:`BilinearTensor.tucker`."""
-    output = hosvd(tensor, k_out, "output")
-    directions = hosvd(tensor, k_in, "input").vectors
+    """B on its k_out leading output and k_in leading input directions, with the exact error.
+
+    The truncated higher-order SVD: within a factor sqrt(3) of the best of these ranks.
+    """
+    output = hosvd(tensor, k_out)
+    directions = hosvd(tensor, k_in, mode="input").vectors
     core = tensor.parts().interaction.project(output.vectors).fold(directions)
     # An orthogonal projection: the squares of what is kept and what is left out add up.
     kept = float(core.to(torch.float64).norm())
@@ -140,10 +157,10 @@ def tucker(tensor: BilinearTensor, k_out: int, k_in: int) -> Tucker:
 
 def _input_gram(tensor: BilinearTensor) -> Tensor:
     """``sum_a B[a]^2`` [d_in, d_in] in float64, in tiles of hidden neurons."""
-    dtype = _checks.gram_dtype(tensor.left)
+    dtype = checks.gram_dtype(tensor.left)
     left, right, out = (t.to(dtype) for t in (tensor.left, tensor.right, tensor.out))
     hidden = tensor.d_hidden
-    step = max(1, _grams.TILE_BYTES // (max(1, hidden) * dtype.itemsize))
+    step = max(1, grams.TILE_BYTES // (max(1, hidden) * dtype.itemsize))
     gram = left.new_zeros(tensor.d_in, tensor.d_in)
     for start in range(0, hidden, step):
         rows = slice(start, start + step)

@@ -19,30 +19,27 @@ stands before ``x_i x_j``: Q[i,i] for a self-interaction, 2 Q[i,j] for a cross-i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks, _top
-from tl_bilinear.tensor._grams import squared_norms
-from tl_bilinear.tensor.eigen import Eigendecomposition
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear import checks
+from tl_bilinear.results import Kind, Result, pair_columns
+from tl_bilinear.tensor import eigensolvers, factors, top
+from tl_bilinear.tensor.eigendecomposition import Eigendecomposition, fix_signs
+from tl_bilinear.tensor.eigensolvers import Method, Which
+from tl_bilinear.tensor.factors import Factors
 
 if TYPE_CHECKING:
     import pandas
 
 
-Kind = Literal["all", "self", "cross"]
-Which = Literal["magnitude", "positive", "negative"]
-Method = Literal["auto", "dense", "lowrank", "krylov"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class InteractionMatrix:
+@dataclass(frozen=True, eq=False)
+class InteractionMatrix(Result):
     """A batch of symmetric d x d matrices that share their hidden neurons.
 
     Made by `BilinearTensor.interaction`; immutable.
@@ -55,12 +52,18 @@ class InteractionMatrix:
         ``p = out^T u`` for each direction; its leading dimensions are the batch.
     space: str, optional
         What the d coordinates are.
+    directions: [..., d_out], optional
+        The output direction u of each matrix, where it was asked for by one.
+    output_space: str, optional
+        What the coordinates of the directions are.
     """
 
     left: Float[Tensor, "h d"]
     right: Float[Tensor, "h d"]
     weights: Float[Tensor, "*batch h"]
     space: str | None = None
+    directions: Float[Tensor, "*batch d_out"] | None = None
+    output_space: str | None = None
 
     # ------------------------------------------------------------------ what it is
 
@@ -78,9 +81,10 @@ class InteractionMatrix:
         return torch.Size((*self.batch_shape, self.d, self.d))
 
     @property
-    def flat_weights(self) -> Float[Tensor, "n h"]:
-        """The weights with their batch dimensions flattened to one."""
-        return self.weights.reshape(self.batch_shape.numel(), self.weights.shape[-1])
+    def factors(self) -> Factors:
+        """The matrices with their batch dimensions flattened to one: what solvers take."""
+        flat = self.weights.reshape(self.batch_shape.numel(), self.weights.shape[-1])
+        return Factors(self.left, self.right, flat)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,77 +113,62 @@ class InteractionMatrix:
                 f"{count} indices for {len(self.batch_shape)} batch dimensions; "
                 f"entries of a matrix are in dense()"
             )
-        return InteractionMatrix(self.left, self.right, self.weights[index], self.space)
+        directions = None if self.directions is None else self.directions[index]
+        return replace(self, weights=self.weights[index], directions=directions)
 
     def __iter__(self) -> Iterator[InteractionMatrix]:
         return (self[index] for index in range(len(self)))
 
     def to(self, *args: Any, **kwargs: Any) -> InteractionMatrix:
         """Move to a device or dtype, as `torch.Tensor.to`; a 16-bit dtype is held as float32."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(*args, **kwargs)
-            return tensor.to(_checks.compute_dtype(tensor.dtype))
-
-        return InteractionMatrix(
-            moved(self.left), moved(self.right), moved(self.weights), self.space
-        )
+        moved = super().to(*args, **kwargs)
+        dtype = checks.compute_dtype(moved.dtype)
+        return moved if moved.dtype == dtype else moved.to(dtype)
 
     # ------------------------------------------------------------------ products
 
     def __matmul__(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """``Q @ x`` as torch.matmul: x is [d] or [..., d, m]; four matrix products, Q not formed."""
-        x = _checks.require_tensor("x", x)
+        x = checks.require_tensor("x", x)
         rows = x[None] if x.ndim == 1 else x.mT
         if rows.ndim == 0 or rows.shape[-1] != self.d:
             raise ValueError(
-                f"Q @ x needs x of shape [{self.d}] or [..., {self.d}, m], got {_checks.shape(x)}"
+                f"Q @ x needs x of shape [{self.d}] or [..., {self.d}, m], got {checks.shape(x)}"
             )
         product = self.apply(rows.to(self.dtype))
         return product[..., 0, :] if x.ndim == 1 else product.mT
 
     def apply(self, rows: Float[Tensor, "*rows_batch m d"]) -> Float[Tensor, "*batch m d"]:
         """``rows @ Q``: the matrix on row vectors; leading dimensions broadcast against the batch."""
-        weights = self.weights[..., None, :]
-        through_left = (rows @ self.left.T) * weights
-        through_right = (rows @ self.right.T) * weights
-        return (through_left @ self.right + through_right @ self.left) / 2
+        return factors.apply(self.left, self.right, self.weights, rows)
 
     def quadratic(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
         """``x^T Q x``: shape [*x_batch, *batch], every vector against every matrix."""
-        x = _checks.require_rows("x", x, self.d, self._meaning(), self.left)
+        x = checks.require_rows("x", x, self.d, checks.meaning("d", self.space), self.left)
         hidden = (x @ self.left.T) * (x @ self.right.T)
-        values = hidden @ self.flat_weights.T
+        values = hidden @ self.factors.weights.T
         return values.reshape(x.shape[:-1] + self.batch_shape)
 
     def fold(self, directions: Float[Tensor, "n d"], space: str | None = None) -> InteractionMatrix:
         """The matrix in another basis: entries ``d_i^T Q d_j`` for the rows of `directions`."""
         directions = self._directions(directions)
-        return InteractionMatrix(
-            self.left @ directions.T,
-            self.right @ directions.T,
-            self.weights,
-            space or self._folded_space(),
+        return replace(
+            self,
+            left=self.left @ directions.T,
+            right=self.right @ directions.T,
+            space=space or self._folded_space(),
         )
 
-    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
+    def dense(self, max_bytes: int = checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
         """The matrices themselves; raises MemoryError, with the size in bytes, above `max_bytes`."""
-        _checks.require_affordable(
+        checks.require_affordable(
             f"dense() of shape {list(self.shape)} in {self.dtype}",
             self.shape.numel(),
             self.dtype,
             max_bytes,
             "use @, quadratic, eigh(k), top(k) or frobenius_norm, which do not form it",
         )
-        flat = self.flat_weights
-        # One block is [directions, d, h] before its product, whence the step.
-        step = max(1, _top.BLOCK_ELEMENTS // max(1, self.d * flat.shape[1]))
-        blocks = []
-        for weights in flat.split(step):
-            half = (self.left.T * weights[:, None, :]) @ self.right
-            blocks.append((half + half.mT) / 2)
-        joined = torch.cat(blocks) if blocks else self.left.new_empty(0, self.d, self.d)
-        return joined.reshape(self.shape)
+        return self.factors.dense().reshape(self.shape)
 
     # ------------------------------------------------------------------ numbers
 
@@ -193,25 +182,7 @@ class InteractionMatrix:
         For many directions ``||Q||_F^2 = p^T M p`` with the float64 Gram M of the hidden neurons
         (one h x h Gram for all of them); for few, where that costs more, through blocks of Q.
         """
-        flat = self.flat_weights
-        count, hidden, width = *flat.shape, self.d
-        # In flops; a float64 product costs two.
-        through_blocks = 4 * count * hidden * width**2
-        through_gram = 2 * (4 * hidden**2 * width + count * hidden**2)
-        if through_blocks < through_gram:
-            squares = torch.stack([self._square_sum(weights) for weights in flat] or [flat.sum(1)])
-        else:
-            squares = squared_norms(flat, self.left, self.right)
-        return squares.clamp_min(0).sqrt().to(self.dtype).reshape(self.batch_shape)
-
-    def _square_sum(self, weights: Tensor) -> Tensor:
-        step = max(1, _top.BLOCK_ELEMENTS // max(1, self.d))
-        total = weights.new_zeros((), dtype=_checks.gram_dtype(weights))
-        entries = _top.FactorEntries(InteractionMatrix(self.left, self.right, weights))
-        for start in range(0, self.d, step):
-            block = entries.block(slice(start, start + step), slice(None))
-            total = total + block.square().sum(dtype=total.dtype)
-        return total
+        return self.factors.frobenius_norm().reshape(self.batch_shape)
 
     # ------------------------------------------------------------------ reading it
 
@@ -223,7 +194,7 @@ class InteractionMatrix:
         method: Method = "auto",
         tol: float | None = None,
         seed: int = 0,
-        max_bytes: int = _checks.MAX_SOLVER_BYTES,
+        max_bytes: int = checks.MAX_SOLVER_BYTES,
         progress: bool = False,
     ) -> Eigendecomposition:
         """Eigenpairs ``Q = sum_i lambda_i v_i v_i^T`` (section 3.2, equation 2).
@@ -262,10 +233,8 @@ class InteractionMatrix:
         "auto" compares these. Raises ValueError for k below 1 or above d, or a k that the method asked
         for cannot give.
         """
-        from tl_bilinear.tensor._eigensolvers import eigendecompose
-
-        return eigendecompose(
-            self,
+        found = eigensolvers.eigenpairs(
+            self.factors,
             k,
             which=which,
             method=method,
@@ -273,6 +242,19 @@ class InteractionMatrix:
             seed=seed,
             max_bytes=max_bytes,
             progress=progress,
+        )
+        batch, count = self.batch_shape, found.values.shape[1]
+        return Eigendecomposition(
+            values=found.values.reshape((*batch, count)),
+            vectors=fix_signs(found.vectors).reshape((*batch, count, self.d)),
+            residuals=found.residuals.reshape((*batch, count)),
+            bound=found.bound.reshape(batch),
+            method=found.method,
+            space=self.space,
+            tol=found.tol,
+            bound_failure=found.bound_failure,
+            directions=self.directions,
+            output_space=self.output_space,
         )
 
     def top(
@@ -287,24 +269,24 @@ class InteractionMatrix:
         kind: "all", "self" (diagonal) or "cross" (off-diagonal)
         directions: [n, d], optional
             Of ``fold(directions)``, whose inputs are these rows, instead of Q itself. Faster than
-            folding: a bound from the eigenvalues of Q (``_top``) leaves out most of the n^2 pairs.
+            folding: a bound from the eigenvalues of Q (`tl_bilinear.tensor.top`) leaves out most of the n^2 pairs.
         """
         inputs, space = self.d, self.space
         if directions is not None:
             directions = self._directions(directions)
             inputs, space = len(directions), self._folded_space()
         most = _pair_count(kind, inputs)
-        _checks.require_count("k", k, most, f"the {kind} interactions of {inputs} inputs")
-        found = [self._top_of_one(weights, k, kind, directions) for weights in self.flat_weights]
-        rows, columns, values = (
-            torch.stack(parts).reshape(*self.batch_shape, k)
-            if found
-            else self.weights.new_empty(
-                *self.batch_shape, k, dtype=torch.long if i < 2 else self.dtype
-            )
-            for i, parts in enumerate(zip(*found, strict=True) if found else ((), (), ()))
+        checks.require_count("k", k, most, f"the {kind} interactions of {inputs} inputs")
+        every = self.factors
+        found = [top.strongest(every[i : i + 1], k, kind, directions) for i in range(len(every))]
+        shape = (*self.batch_shape, k)
+        if not found:
+            none = self.weights.new_empty(shape, dtype=torch.long)
+            return TopInteractions(none, none, self.weights.new_empty(shape), space)
+        first, second, values = (
+            torch.stack(parts).reshape(shape) for parts in zip(*found, strict=True)
         )
-        return TopInteractions(rows, columns, values, space)
+        return TopInteractions(first, second, values, space)
 
     def top_of_batch(
         self, k: int, *, kind: Kind = "all", directions: Float[Tensor, "n d"] | None = None
@@ -313,95 +295,50 @@ class InteractionMatrix:
 
         Matrices whose norm cannot reach the k-th are not searched. The batch is flattened.
         """
-        flat = InteractionMatrix(self.left, self.right, self.flat_weights, self.space)
-        if not len(flat):
+        every = self.factors
+        if not len(every):
             raise ValueError("an empty batch has no interactions")
-        longest = 1.0
+        longest, space = 1.0, self.space
         if directions is not None:
-            longest = float(self._directions(directions).square().sum(1).max())
-        reach = 2 * longest * flat.frobenius_norm()
+            directions = self._directions(directions)
+            longest, space = float(directions.square().sum(1).max()), self._folded_space()
+        # |d_i^T Q d_j| <= |d|^2 ||Q||, and the coefficient of a pair is twice its entry.
+        reach = 2 * longest * every.frobenius_norm()
         most = _pair_count(kind, self.d if directions is None else len(directions))
-        found: list[tuple[Tensor, TopInteractions]] = []
-        threshold = 0.0
-        for index in reach.argsort(descending=True):
-            if float(reach[index]) < threshold:
+        checks.require_count("k", k, most * len(every), f"the {kind} interactions of the batch")
+        best = top.Strongest(k, like=self.weights)
+        for index in reach.argsort(descending=True).tolist():
+            if float(reach[index]) < best.threshold:
                 break
-            found.append((index, flat[index].top(min(k, most), kind=kind, directions=directions)))
-            coefficients = torch.cat([pairs.coefficients.abs() for _, pairs in found])
-            if len(coefficients) >= k:
-                threshold = float(coefficients.topk(k).values[-1])
-                found = [
-                    (i, pairs)
-                    for i, pairs in found
-                    if float(pairs.coefficients[0].abs()) >= threshold
-                ]
-        which = torch.cat([index.expand(len(pairs.rows)) for index, pairs in found])
-        rows, columns, values = (
-            torch.cat([getattr(pairs, name) for _, pairs in found])
-            for name in ("rows", "columns", "values")
-        )
-        joined = TopInteractions(rows, columns, values, found[0][1].space)
-        _checks.require_count("k", k, len(rows), f"the {kind} interactions of the batch")
-        kept = joined.coefficients.abs().argsort(descending=True, stable=True)[:k]
-        return which[kept], TopInteractions(rows[kept], columns[kept], values[kept], joined.space)
-
-    def _top_of_one(
-        self, weights: Tensor, k: int, kind: Kind, directions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        one = InteractionMatrix(self.left, self.right, weights)
-        if kind == "self":
-            diagonal = one.entries(directions)
-            rows = columns = diagonal.abs().topk(k).indices
-            return rows, columns, diagonal[rows]
-        if directions is None:
-            rows, columns, values = _top.strongest_of_factors(one, k, kind)
-        else:
-            rows, columns = _top.strongest_of_directions(one, directions, k, kind)
-            values = one.entries(directions, rows, columns)
-        coefficients = torch.where(rows == columns, 1.0, 2.0) * values.abs()
-        kept = coefficients.topk(k).indices
-        return rows[kept], columns[kept], values[kept]
+            one = every[index : index + 1]
+            found = top.strongest(one, min(k, most), kind, directions)
+            best.add(*found, matrix=index)
+        order = best.coefficients.argsort(descending=True, stable=True)[:k]
+        pairs = TopInteractions(best.first[order], best.second[order], best.values[order], space)
+        return best.matrices[order], pairs
 
     def entries(
         self,
         directions: Float[Tensor, "n d"] | None = None,
-        rows: Int[Tensor, " m"] | None = None,
-        columns: Int[Tensor, " m"] | None = None,
+        first: Int[Tensor, " m"] | None = None,
+        second: Int[Tensor, " m"] | None = None,
     ) -> Float[Tensor, "*batch m"]:
         """Entries ``d_i^T Q d_j`` of chosen pairs of directions (of inputs, where none are given).
 
-        Without `rows` and `columns` the diagonal. Accumulated in float64. Returns [*batch, m].
+        Without `first` and `second` the diagonal. Accumulated in float64. Returns [*batch, m].
         """
-        if directions is None:
-            left, right = self.left.T, self.right.T
-        else:
+        if directions is not None:
             directions = self._directions(directions)
-            used = torch.arange(len(directions), device=self.device)
-            if rows is not None and columns is not None:
-                used, places = torch.cat([rows, columns]).unique(return_inverse=True)
-                rows, columns = places[: len(rows)], places[len(rows) :]
-            left, right = directions[used] @ self.left.T, directions[used] @ self.right.T
-        if rows is None or columns is None:
-            rows = columns = torch.arange(len(left), device=self.device)
-        dtype = _checks.gram_dtype(self.left)
-        weights = self.flat_weights.to(dtype)
-        step = max(1, _top.BLOCK_ELEMENTS // (4 * self.left.shape[0]))
-        parts = []
-        for i, j in zip(rows.split(step), columns.split(step), strict=True):
-            a, b = left[i].to(dtype), right[i].to(dtype)
-            hidden = (a * right[j] + b * left[j]) / 2
-            parts.append(weights @ hidden.T)
-        found = torch.cat(parts, 1) if parts else weights.new_empty(len(weights), 0)
-        return found.to(self.dtype).reshape(*self.batch_shape, len(rows))
+        found = top.entries(self.factors, directions, first, second)
+        return found.reshape(*self.batch_shape, found.shape[1])
 
     def _directions(self, directions: Tensor) -> Tensor:
-        return _checks.require_rows("directions", directions, self.d, self._meaning(), self.left)
+        return checks.require_rows(
+            "directions", directions, self.d, checks.meaning("d", self.space), self.left
+        )
 
     def _folded_space(self) -> str | None:
         return None if self.space is None else f"directions in {self.space}"
-
-    def _meaning(self) -> str:
-        return "d" if self.space is None else f"d, {self.space}"
 
 
 def _pair_count(kind: Kind, inputs: int) -> int:
@@ -417,25 +354,27 @@ def _pair_count(kind: Kind, inputs: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class TopInteractions(Storable):
+class TopInteractions(Result):
     """The strongest interactions of a matrix, ordered by falling absolute coefficient.
 
     Attributes
     ----------
-    rows, columns: [..., k], with rows <= columns; equal for a self-interaction
+    first, second: [..., k], with first <= second; equal for a self-interaction
     values: [..., k], the entries ``Q[i,j]``
     space: what the indices number
+    labels: a name for each input, shown in tables
     """
 
-    rows: Int[Tensor, "*batch k"]
-    columns: Int[Tensor, "*batch k"]
+    first: Int[Tensor, "*batch k"]
+    second: Int[Tensor, "*batch k"]
     values: Float[Tensor, "*batch k"]
     space: str | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def is_self(self) -> Tensor:
         """[..., k], true where an input interacts with itself."""
-        return self.rows == self.columns
+        return self.first == self.second
 
     @property
     def coefficients(self) -> Float[Tensor, "*batch k"]:
@@ -444,31 +383,18 @@ class TopInteractions(Storable):
 
     def top(self, k: int) -> TopInteractions:
         """The first k of them."""
-        _checks.require_count("k", k, self.rows.shape[-1], "the interactions held")
-        return TopInteractions(
-            self.rows[..., :k], self.columns[..., :k], self.values[..., :k], self.space
-        )
+        checks.require_count("k", k, self.first.shape[-1], "the interactions held")
+        parts = {name: getattr(self, name)[..., :k] for name in ("first", "second", "values")}
+        return replace(self, **parts)
 
-    def to_pandas(self, labels: Sequence[str] | None = None) -> pandas.DataFrame:
-        """One row an interaction: matrix (of a flattened batch), i, j, kind, value, coefficient.
-
-        `labels`, a name for each input, adds the columns label_i and label_j.
-        """
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row an interaction: matrix (of a flattened batch), the pair, value, coefficient."""
         import pandas as pd
 
-        k = self.rows.shape[-1]
-        count = self.rows.shape[:-1].numel()
-        table = pd.DataFrame(
-            {
-                "matrix": torch.arange(count).repeat_interleave(k).numpy(),
-                "i": self.rows.flatten().cpu().numpy(),
-                "j": self.columns.flatten().cpu().numpy(),
-                "kind": ["self" if s else "cross" for s in self.is_self.flatten().tolist()],
-                "value": self.values.detach().flatten().cpu().numpy(),
-                "coefficient": self.coefficients.detach().flatten().cpu().numpy(),
-            }
-        )
-        if labels is not None:
-            table["label_i"] = [labels[i] for i in self.rows.flatten().tolist()]
-            table["label_j"] = [labels[j] for j in self.columns.flatten().tolist()]
-        return table
+        *batch, k = self.first.shape
+        matrix = torch.arange(torch.Size(batch).numel()).repeat_interleave(k)
+        columns = {} if not batch else {"matrix": matrix.tolist()}
+        columns |= pair_columns(self.first, self.second, self.labels)
+        columns["value"] = self.values.flatten().tolist()
+        columns["coefficient"] = self.coefficients.flatten().tolist()
+        return pd.DataFrame(columns)

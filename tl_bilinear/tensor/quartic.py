@@ -31,11 +31,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.tensor import _checks
+from tl_bilinear import checks
+from tl_bilinear.results import Result
 from tl_bilinear.tensor.bilinear import BilinearTensor
-from tl_bilinear.tensor.eigen import fix_signs
+from tl_bilinear.tensor.eigendecomposition import fix_signs
 from tl_bilinear.tensor.interaction import InteractionMatrix
-from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
     import pandas
@@ -48,8 +48,8 @@ _NEAR = 0.05  # relative residual at which Newton's steps are tried
 _MARGIN = 1e-6  # how positive the shifted Hessian is kept, relative to its scale
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class QuarticForm(Storable):
+@dataclass(frozen=True, eq=False)
+class QuarticForm(Result):
     """``q(x) = sum_g coefficients_g (x^T A_g x)^2``; an immutable value.
 
     Parameters
@@ -103,7 +103,7 @@ class QuarticForm(Storable):
                     f"parts().interaction"
                 )
         if direction.ndim != 1:
-            raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
+            raise ValueError(f"direction must be one vector, got {checks.shape(direction)}")
         pairs = second.interaction(direction).eigh(rank)
         floor = pairs.values.abs().max() * second.d_in * torch.finfo(pairs.values.dtype).eps
         kept = pairs.values.abs() > floor
@@ -136,15 +136,15 @@ class QuarticForm(Storable):
 
     def contract(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """``T(x, x, x, .)``, a quarter of the gradient: [..., d]."""
-        x = _checks.require_rows("x", x, self.d, self.space or "d", self.left)
+        x = checks.require_rows("x", x, self.d, self.space or "d", self.left)
         through_left, through_right = x @ self.left.T, x @ self.right.T
         values = (through_left * through_right) @ self.mix.T
         weights = (values * self.coefficients) @ self.mix
         return ((weights * through_left) @ self.right + (weights * through_right) @ self.left) / 2
 
-    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "d d d d"]:
+    def dense(self, max_bytes: int = checks.MAX_DENSE_BYTES) -> Float[Tensor, "d d d d"]:
         """T itself; the oracle of the tests. Raises MemoryError, with the size, above `max_bytes`."""
-        _checks.require_affordable(
+        checks.require_affordable(
             f"dense() of shape {[self.d] * 4}",
             self.d**4,
             self.left.dtype,
@@ -162,7 +162,7 @@ class QuarticForm(Storable):
         other: QuarticForm,
         *,
         max_flops: float = MAX_FLOPS,
-        max_bytes: int = _checks.MAX_SOLVER_BYTES,
+        max_bytes: int = checks.MAX_SOLVER_BYTES,
     ) -> Float[Tensor, ""]:
         """``<T, T'>`` over all d^4 entries, exact, in float64, without them.
 
@@ -173,9 +173,9 @@ class QuarticForm(Storable):
         """
         if self.d != other.d:
             raise ValueError(f"forms of {self.d} and {other.d} coordinates cannot be compared")
-        dtype = _checks.gram_dtype(self.left)
+        dtype = checks.gram_dtype(self.left)
         self._require_work("an inner product", 4.0 * self.n * other.n * self.d**3, max_flops)
-        _checks.require_affordable(
+        checks.require_affordable(
             f"the {self.n} and {other.n} quadratic forms of an inner product",
             (self.n + 2 * other.n) * self.d**2,
             dtype,
@@ -215,7 +215,7 @@ class QuarticForm(Storable):
         tol: float | None = None,
         seed: int = 0,
         max_flops: float = MAX_FLOPS,
-        max_bytes: int = _checks.MAX_SOLVER_BYTES,
+        max_bytes: int = checks.MAX_SOLVER_BYTES,
         progress: bool = False,
     ) -> QuarticDirections:
         """Unit directions where q has a local maximum ("negative": minimum), the strongest k found.
@@ -245,11 +245,11 @@ class QuarticForm(Storable):
         if which not in ("positive", "negative"):
             raise ValueError(f"which must be 'positive' or 'negative', got {which!r}")
         for name, count in (("k", k), ("starts", starts), ("steps", steps)):
-            _checks.require_count(name, count, 10**9, "a number of things to do")
+            checks.require_count(name, count, 10**9, "a count")
         hidden = len(self.left)
         a_step = 2.0 * self.n * hidden + (4.0 * hidden + 8.0 * self.d + 2.0 * self.n) * self.d**2
         self._require_work(f"{starts} starts of {steps} steps", starts * steps * a_step, max_flops)
-        _checks.require_affordable(
+        checks.require_affordable(
             "the Hessians",
             4 * starts * self.d**2 + self.n * self.d * starts,
             self.left.dtype,
@@ -366,7 +366,7 @@ def _newton(x: Tensor, slope: Tensor, values: Tensor, hessian: Tensor) -> Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class QuarticDirections(Storable):
+class QuarticDirections(Result):
     """Local optima of a quartic form on the unit sphere, strongest first; x and -x are one.
 
     Attributes
@@ -396,7 +396,7 @@ class QuarticDirections(Storable):
 
     def top(self, k: int) -> QuarticDirections:
         """The first k of them."""
-        _checks.require_count("k", k, len(self.values), "the directions held")
+        checks.require_count("k", k, len(self.values), "the directions held")
         parts = {
             name: getattr(self, name)[:k] for name in ("values", "vectors", "residuals", "hits")
         }

@@ -10,28 +10,26 @@ similar the directions: what u_k reads is written along the dual u+_k, which the
 independent set do not see.
 
 >>> written = reexpress(tensor, directions)       # [n, d_out], of rank d_out
->>> written.tensor()                              # B again
+>>> written.tensor                                # B again
 >>> written.eigenvector_form(k=4)                 # a layer of 4 n neurons, each an eigenvector
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks
+from tl_bilinear import checks
+from tl_bilinear.results import Result
+from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.interaction import InteractionMatrix
-
-if TYPE_CHECKING:
-    from tl_bilinear.tensor.bilinear import BilinearTensor
 
 
 @dataclass(frozen=True, eq=False)
-class Reexpression:
+class Reexpression(Result):
     """``B = sum_k dual_k (x) Q_k``: the interaction part of a layer through a set of directions.
 
     Attributes
@@ -48,6 +46,7 @@ class Reexpression:
     interactions: InteractionMatrix
     output_space: str | None = None
 
+    @property
     def tensor(self) -> BilinearTensor:
         """``sum_k dual_k (x) Q_k``, equal to the layer's interaction part, d_hidden as there."""
         matrices = self.interactions
@@ -70,16 +69,18 @@ class Reexpression:
         return self._layer(vectors, vectors, out)
 
     def _layer(self, left: Tensor, right: Tensor, out: Tensor) -> BilinearTensor:
-        from tl_bilinear.tensor.bilinear import BilinearTensor
-
         space = self.interactions.space
         return BilinearTensor(left, right, out, input_space=space, output_space=self.output_space)
 
 
 def reexpress(tensor: BilinearTensor, directions: Float[Tensor, "n d_out"]) -> Reexpression:
-    """See :meth:`BilinearTensor.reexpress`."""
-    directions = tensor._matrix("directions", directions, tensor.d_out, tensor._output_meaning())
-    _checks.require_finite("directions", directions)
+    """The layer through a full-rank set of output directions (appendix I): ``sum_k u+_k (x) Q_k``.
+
+    Raises ValueError, naming the rank, for directions that do not span the output space.
+    """
+    meaning = checks.meaning("d_out", tensor.output_space)
+    directions = checks.require_matrix("directions", directions, tensor.d_out, meaning, tensor.out)
+    checks.require_finite("directions", directions)
     dual, rank = dual_directions(directions)
     if rank < tensor.d_out:
         raise ValueError(
@@ -94,7 +95,7 @@ def reexpress(tensor: BilinearTensor, directions: Float[Tensor, "n d_out"]) -> R
 
 def dual_directions(directions: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], int]:
     """The pseudo-inverse of ``directions^T``, computed in float64, and the rank of the set."""
-    precise = directions.to(_checks.gram_dtype(directions))
+    precise = directions.to(checks.gram_dtype(directions))
     # What is independent only through the rounding of the given dtype is not.
     rtol = max(directions.shape) * torch.finfo(directions.dtype).eps
     rank = int(torch.linalg.matrix_rank(precise, rtol=rtol)) if directions.numel() else 0

@@ -7,7 +7,7 @@ first, exactly and without an eigendecomposition,
 
 (G the output Gram of ``hosvd``), and can screen a shortlist. Then eigenpairs, batch by batch:
 
->>> sweep = tensor.spectrum(sae.W_enc.T, k=3, screen=1000, checkpoint="sweep/")
+>>> sweep = spectrum(tensor, sae.W_enc.T, k=3, screen=1000, checkpoint="sweep/")
 >>> sweep.to_pandas().sort_values("share")          # one row a direction
 >>> tensor.interaction(sae.W_enc.T[sweep.top(8).index]).eigh(3)    # their eigenvectors
 """
@@ -22,23 +22,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks, _grams, _krylov
-from tl_bilinear.tensor._sweeps import Rows, human_bytes, sweep
-from tl_bilinear.tensor.eigen import participation
-from tl_bilinear.tensor.interaction import Method, Which
-from tl_bilinear.tensor.storage import Storable, digest_of
+from tl_bilinear import checks
+from tl_bilinear.io import digest_of
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import grams, krylov
+from tl_bilinear.tensor.batching import Rows, human_bytes, sweep
+from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.eigendecomposition import participation
+from tl_bilinear.tensor.eigensolvers import Method, Which
 
 if TYPE_CHECKING:
     import pandas
-
-    from tl_bilinear.tensor.bilinear import BilinearTensor
 
 _MOST_PER_BATCH = 256
 """Directions a batch: more do not make the products faster, and less is lost when interrupted."""
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum(Storable):
+class Spectrum(Result):
     """Heads of the spectra of m of n interaction matrices, ordered by falling |lambda_1|.
 
     Attributes
@@ -83,10 +84,10 @@ class Spectrum(Storable):
         rank = self.effective_rank
         return replace(self, **chosen, effective_rank=None if rank is None else rank[rows])
 
-    def top(self, count: int) -> Spectrum:
-        """The first `count` directions."""
-        _checks.require_count("count", count, len(self), "the directions held")
-        return self[:count]
+    def top(self, k: int) -> Spectrum:
+        """The first k directions."""
+        checks.require_count("k", k, len(self), "the directions held")
+        return self[:k]
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a direction: direction, norm, trace, value_1 ... value_k, share, bound, converged."""
@@ -110,30 +111,64 @@ class Spectrum(Storable):
         return pd.DataFrame(columns)
 
 
+@torch.no_grad()
 def spectrum(
     tensor: BilinearTensor,
-    directions: Tensor | None,
-    k: int,
+    directions: Float[Tensor, "n d_out"] | None = None,
+    k: int = 5,
     *,
-    which: Which,
-    screen: int | None,
-    effective_rank: bool,
-    method: Method,
-    tol: float | None,
-    seed: int,
-    max_bytes: int,
-    checkpoint: str | Path | None,
-    progress: bool,
+    which: Which = "magnitude",
+    screen: int | None = None,
+    effective_rank: bool = False,
+    method: Method = "auto",
+    tol: float | None = None,
+    seed: int = 0,
+    max_bytes: int = checks.MAX_SOLVER_BYTES,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
 ) -> Spectrum:
-    """See :meth:`BilinearTensor.spectrum`."""
-    _checks.require_count("k", k, tensor.d_in, "d_in, the width of the interaction matrices")
+    """The heads of the spectra of a whole dictionary of output directions, norms first.
+
+    Parameters
+    ----------
+    tensor: BilinearTensor
+    directions: [n, d_out], optional
+        One a row; None for every output.
+    k: int
+        Eigenvalues of each direction.
+    screen: int, optional
+        Decompose only so many directions, those of largest ``||Q||_F`` (exact and cheap).
+    effective_rank: bool
+        Also ``(L1 / L2)^2`` of all eigenvalues (appendix D): a full spectrum for each direction.
+    which, method, tol, seed, max_bytes
+        As `InteractionMatrix.eigh`; the progress bar shows the memory that a batch takes.
+    checkpoint: str or Path, optional
+        A folder that keeps each batch as it is done. The same call with the same weights goes on
+        where an interrupted one stopped, to the same result; another sweep's folder is refused.
+    progress: bool
+        Show a progress bar.
+
+    Under torchrun or `accelerate launch` the processes share the directions out between them and
+    each returns the whole result. Eigenvectors are not kept: ``tensor.interaction(u).eigh(k)`` gives
+    those of the directions you choose.
+
+    Raises ValueError for directions of another width, k or screen out of range, or a foreign
+    checkpoint.
+    """
+    tensor = tensor.detach()
+    if directions is not None:
+        meaning = checks.meaning("d_out", tensor.output_space)
+        directions = checks.require_matrix(
+            "directions", directions.detach(), tensor.d_out, meaning, tensor.out
+        )
+    checks.require_count("k", k, tensor.d_in, "d_in, the width of the interaction matrices")
     norms, traces = _norms_and_traces(tensor, directions)
     index = torch.arange(len(norms), device=tensor.device)
     if screen is not None:
-        _checks.require_count("screen", screen, max(1, len(norms)), "the directions given")
+        checks.require_count("screen", screen, max(1, len(norms)), "the directions given")
         index = norms.topk(min(screen, len(norms))).indices.sort().values
 
-    each = _krylov.bytes_per_direction(tensor.d_in, tensor.d_hidden, k, tensor.dtype.itemsize)
+    each = krylov.bytes_per_direction(tensor.d_in, tensor.d_hidden, k, tensor.dtype.itemsize)
     if effective_rank or method == "dense":
         each = max(each, 4 * tensor.d_in**2 * tensor.dtype.itemsize)
     batch = min(_MOST_PER_BATCH, max(1, max_bytes // each))
@@ -155,7 +190,7 @@ def spectrum(
             "failure": torch.full_like(pairs.bound, pairs.bound_failure),
         }
         if effective_rank:
-            every = torch.linalg.eigvalsh(matrices.dense(max_bytes=2**62))
+            every = torch.linalg.eigvalsh(matrices.factors.dense())
             found["effective_rank"] = participation(every)
         return found
 
@@ -205,8 +240,8 @@ def _norms_and_traces(tensor: BilinearTensor, directions: Tensor | None) -> tupl
         matrices = tensor.interaction(directions)
         return matrices.frobenius_norm(), matrices.trace()
     traces = directions @ (tensor.out @ (tensor.left * tensor.right).sum(1))
-    gram = _grams.congruence(tensor.out, tensor.left, tensor.right)
-    step = max(1, _grams.TILE_BYTES // (tensor.d_out * gram.dtype.itemsize))
+    gram = grams.congruence(tensor.out, tensor.left, tensor.right)
+    step = max(1, grams.TILE_BYTES // (tensor.d_out * gram.dtype.itemsize))
     wide = (rows.to(gram.dtype) for rows in directions.split(step))
     squares = torch.cat([(rows @ gram).mul_(rows).sum(1) for rows in wide])
     return squares.clamp_min(0).sqrt().to(tensor.dtype), traces

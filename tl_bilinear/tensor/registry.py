@@ -19,6 +19,7 @@ not bilinear, saying what it found.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
 MLPReader = Callable[[Any], "BilinearTensor | None"]
 ModelReader = Callable[[Any, "int | None"], "BilinearTensor | None"]
 GatedReader = Callable[[Any], "GatedLayer | None"]
-MapsReader = Callable[[Any, Sequence[str]], "BilinearTensor"]
 
 _mlp_readers: dict[str, MLPReader] = {}
 _model_readers: dict[str, ModelReader] = {}
 _gated_readers: dict[str, GatedReader] = {}
-_maps_reader: MapsReader | None = None
 
 
 def register_mlp_reader(name: str, reader: MLPReader) -> None:
@@ -54,23 +53,23 @@ def register_model_reader(name: str, reader: ModelReader) -> None:
 
 
 def register_gated_reader(name: str, reader: GatedReader) -> None:
-    """Let `BilinearTensor.approximate(mlp, inputs)` read another kind of gated module.
+    """Let `approximate(mlp, inputs)` read another kind of gated module.
 
     Raises ValueError if the name is taken.
     """
     _register(_gated_readers, name, reader)
 
 
-def set_maps_reader(reader: MapsReader) -> None:
-    """Give `BilinearTensor.from_mlp(module, maps=...)` its meaning; `tl_bilinear.models` does."""
-    global _maps_reader
-    _maps_reader = reader
+@dataclass(frozen=True)
+class NamedMaps:
+    """A module whose maps the caller has named: what readers meet for ``from_mlp(module, maps)``."""
+
+    module: Any
+    maps: Sequence[str]
 
 
-def read_mlp(module: Any, maps: Sequence[str] | None = None) -> BilinearTensor:
-    if maps is not None:
-        assert _maps_reader is not None, "tl_bilinear.models.register() has run"
-        return _maps_reader(module, maps)
+def read_mlp(module: Any) -> BilinearTensor:
+    """The BilinearTensor of a module, by the first reader that recognises it; TypeError for none."""
     for reader in reversed(_mlp_readers.values()):
         tensor = reader(module)
         if tensor is not None:
@@ -79,6 +78,7 @@ def read_mlp(module: Any, maps: Sequence[str] | None = None) -> BilinearTensor:
 
 
 def read_model(model: Any, layer: int | None) -> BilinearTensor:
+    """The BilinearTensor of a layer of a model; TypeError where no reader recognises the model."""
     for reader in reversed(_model_readers.values()):
         tensor = reader(model, layer)
         if tensor is not None:
@@ -87,6 +87,7 @@ def read_model(model: Any, layer: int | None) -> BilinearTensor:
 
 
 def read_gated(module: Any) -> GatedLayer:
+    """The GatedLayer of a module; TypeError where no reader recognises it."""
     for reader in reversed(_gated_readers.values()):
         layer = reader(module)
         if layer is not None:

@@ -60,6 +60,22 @@ def require_rows(name: str, value: Any, width: int, meaning: str, like: Tensor) 
     return value.to(like.dtype)
 
 
+def require_matrix(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
+    """`value` as a matrix [n, width] of `like`'s dtype."""
+    value = require_rows(name, value, width, meaning, like)
+    if value.ndim != 2:
+        raise ValueError(
+            f"{name} must be a matrix [n, {width}], one direction a row, got {shape(value)}; for one "
+            f"direction pass u[None]"
+        )
+    return value
+
+
+def meaning(what: str, space: str | None) -> str:
+    """What a coordinate is, for an error message: "d_in", or "d_in, blocks.3.mlp.hook_in"."""
+    return what if space is None else f"{what}, {space}"
+
+
 def require_count(name: str, value: Any, most: int, meaning: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.tensor.storage import load_tensors, save_tensors
+from tl_bilinear.io import load_tensors, save_tensors
 
 Rows = dict[str, Tensor]
 """Named results, one row for each item of the work."""

@@ -17,16 +17,15 @@ the k, and those are computed in full. The result does not depend on m or on the
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from functools import cache
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tl_bilinear.tensor.interaction import InteractionMatrix, Kind
-
-BLOCK_ELEMENTS = 2**24
-"""Entries of a block alive at a time: 64 MB in float32."""
+from tl_bilinear import checks
+from tl_bilinear.results import Kind
+from tl_bilinear.tensor.eigensolvers import eigenpairs
+from tl_bilinear.tensor.factors import BLOCK_ELEMENTS, Factors
 
 CORNER = 1024
 """Rows and columns of the first block, which finds a threshold for the others."""
@@ -39,29 +38,65 @@ _MARGIN = 0.2
 candidates, which are cheap as long as they are few."""
 
 
-class FactorEntries:
-    """Blocks of Q itself, from the factors of the layer."""
+def entries(
+    matrices: Factors, directions: Tensor | None, first: Tensor | None, second: Tensor | None
+) -> Tensor:
+    """Entries ``d_i^T Q d_j`` of chosen pairs of directions (of inputs, for None): [n, m], in float64.
 
-    def __init__(self, matrix: InteractionMatrix) -> None:
-        self.left, self.right, self.weights = matrix.left, matrix.right, matrix.weights
-        self.n = matrix.d
+    Without `first` and `second` the diagonal.
+    """
+    if directions is None:
+        left, right = matrices.left.T, matrices.right.T
+    else:
+        used = torch.arange(len(directions), device=matrices.device)
+        if first is not None and second is not None:
+            used, places = torch.cat([first, second]).unique(return_inverse=True)
+            first, second = places[: len(first)], places[len(first) :]
+        left, right = directions[used] @ matrices.left.T, directions[used] @ matrices.right.T
+    if first is None or second is None:
+        first = second = torch.arange(len(left), device=matrices.device)
+    dtype = checks.gram_dtype(matrices.left)
+    weights = matrices.weights.to(dtype)
+    step = max(1, BLOCK_ELEMENTS // (4 * matrices.d_hidden))
+    parts = []
+    for i, j in zip(first.split(step), second.split(step), strict=True):
+        a, b = left[i].to(dtype), right[i].to(dtype)
+        hidden = (a * right[j] + b * left[j]) / 2
+        parts.append(weights @ hidden.T)
+    found = torch.cat(parts, 1) if parts else weights.new_empty(len(weights), 0)
+    return found.to(matrices.dtype)
 
-    def block(self, rows: slice, columns: slice) -> Tensor:
-        left, right = self.left[:, rows].T * self.weights, self.right[:, rows].T * self.weights
-        return (left @ self.right[:, columns] + right @ self.left[:, columns]) / 2
+
+def strongest(
+    matrix: Factors, k: int, kind: Kind, directions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(first, second, values) of the k pairs of largest coefficient of one matrix, strongest first."""
+    if kind == "self":
+        diagonal = entries(matrix, directions, None, None)[0]
+        own = diagonal.abs().topk(k).indices
+        return own, own, diagonal[own]
+    if directions is None:
+        first, second, values = strongest_of_factors(matrix, k, kind)
+    else:
+        first, second = strongest_of_directions(matrix, directions, k, kind)
+        values = entries(matrix, directions, first, second)[0]
+    coefficients = torch.where(first == second, 1.0, 2.0) * values.abs()
+    kept = coefficients.topk(k).indices
+    return first[kept], second[kept], values[kept]
 
 
 class DirectionEntries:
     """Blocks of ``D Q D^T`` through the eigenpairs of Q, rows ordered by falling reach a_i."""
 
-    def __init__(self, matrix: InteractionMatrix, directions: Tensor) -> None:
-        pairs = matrix.eigh()  # by falling magnitude: the leading terms come first
-        weighted = directions @ (pairs.vectors * pairs.values.abs().sqrt()[:, None]).T
+    def __init__(self, matrix: Factors, directions: Tensor) -> None:
+        found = eigenpairs(matrix)  # by falling magnitude: the leading terms come first
+        values, vectors = found.values[0], found.vectors[0]
+        weighted = directions @ (vectors * values.abs().sqrt()[:, None]).T
         reach = torch.linalg.vector_norm(weighted, dim=1)
         self.order = reach.argsort(descending=True)
         self.reach = reach[self.order]
         self.weighted = weighted[self.order]
-        self.signs = pairs.values.sign()
+        self.signs = values.sign()
         self.n = len(directions)
 
     def block(self, rows: slice, columns: slice) -> Tensor:
@@ -86,7 +121,7 @@ class _Screen:
         )  # [:, m] is b_i^2 without the first m terms
         m = int((rest.mean(0) > _MARGIN * needed).sum()) or 1
         dtype = (
-            _faster_dtype(weighted)
+            _faster_dtype(weighted.device)
             if _rounding(torch.bfloat16, m) * float(entries.reach[0].square()) < _MARGIN * needed
             else torch.float32
         )
@@ -100,54 +135,51 @@ class _Screen:
         return self.rows[rows] @ self.columns[columns].T
 
 
-def strongest_of_factors(
-    matrix: InteractionMatrix, k: int, kind: Kind
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns, values) of the k entries of Q of largest coefficient, rows <= columns."""
-    entries = FactorEntries(matrix)
-    best = _Best(k, matrix.weights)
-    step = max(1, BLOCK_ELEMENTS // entries.n)
-    for start in range(0, entries.n, step):
-        block = entries.block(slice(start, start + step), slice(start, None))
+def strongest_of_factors(matrix: Factors, k: int, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """(first, second, values) of the k entries of Q of largest coefficient, first <= second."""
+    best = Strongest(k, like=matrix.weights)
+    step = max(1, BLOCK_ELEMENTS // matrix.d)
+    for start in range(0, matrix.d, step):
+        block = matrix.block(slice(start, start + step), slice(start, None))
         row, column = _candidates(block, start, kind, best.threshold / 2, k)
-        best.add(block[row - start, column - start], row, column)
-    return best.rows, best.columns, best.values
+        best.add(row, column, block[row - start, column - start])
+    return best.first, best.second, best.values
 
 
 def strongest_of_directions(
-    matrix: InteractionMatrix, directions: Tensor, k: int, kind: Kind
+    matrix: Factors, directions: Tensor, k: int, kind: Kind
 ) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of at least the k entries of ``D Q D^T`` of largest coefficient, rows <= columns.
+    """(first, second) of at least the k entries of ``D Q D^T`` of largest coefficient, first <= second.
 
     A few more than k: those whose order against the k-th rounding leaves open.
     """
-    entries = DirectionEntries(matrix, directions)
+    pairs = DirectionEntries(matrix, directions)
     # The search rounds: what is within this share of the k-th is left to an exact second look.
-    best = _Best(k, matrix.weights, slack=1e-3)
+    best = Strongest(k, like=matrix.weights, slack=1e-3)
     # The corner where the largest can be gives a threshold to begin with.
-    corner = slice(0, min(CORNER, entries.n))
-    block = entries.block(corner, corner)
+    corner = slice(0, min(CORNER, pairs.n))
+    block = pairs.block(corner, corner)
     row, column = _candidates(block, 0, kind, 0.0, k)
-    best.add(block[row, column], row, column)
+    best.add(row, column, block[row, column])
     floor = best.threshold
-    best.clear()
-    screen = _Screen(entries, floor / 2) if floor > 0 and entries.n >= SCREEN_FROM else None
+    best = Strongest(k, like=matrix.weights, slack=1e-3)
+    screen = _Screen(pairs, floor / 2) if floor > 0 and pairs.n >= SCREEN_FROM else None
     start = 0
-    while start < entries.n:
+    while start < pairs.n:
         threshold = max(best.threshold, floor)
         # Falling: the columns that can still reach the threshold are a prefix.
-        tiny = torch.finfo(entries.reach.dtype).tiny
-        limit = int((2 * entries.reach * entries.reach[start] >= max(threshold, tiny)).sum())
+        tiny = torch.finfo(pairs.reach.dtype).tiny
+        limit = int((2 * pairs.reach * pairs.reach[start] >= max(threshold, tiny)).sum())
         if threshold > 0 and limit <= start:
             break
-        limit = limit if threshold > 0 else entries.n
+        limit = limit if threshold > 0 else pairs.n
         # Where the columns get fewer from row to row, a tall block would compute what is not needed.
         step = min(BLOCK_ELEMENTS // (limit - start), max(CORNER, (limit - start) // 8))
-        rows = slice(start, min(start + max(1, step), entries.n))
+        rows = slice(start, min(start + max(1, step), pairs.n))
         if screen is None:
-            block = entries.block(rows, slice(start, limit))
+            block = pairs.block(rows, slice(start, limit))
             row, column = _candidates(block, start, kind, threshold / 2, k)
-            best.add(block[row - start, column - start], row, column)
+            best.add(row, column, block[row - start, column - start])
         else:
             block = screen.block(rows, slice(start, limit))
             needed = threshold / 2 - screen.margin[rows]
@@ -159,37 +191,41 @@ def strongest_of_directions(
                 screen = None
                 continue
             row, column = found[0] + start, found[1] + start
-            best.add(entries.entries(row, column), row, column)
+            best.add(row, column, pairs.entries(row, column))
         start = rows.stop
-    rows, columns = entries.order[best.rows], entries.order[best.columns]
+    rows, columns = pairs.order[best.first], pairs.order[best.second]
     return torch.minimum(rows, columns), torch.maximum(rows, columns)
 
 
-class _Best:
-    """The strongest entries met so far, and the coefficient that a newcomer must reach."""
+class Strongest:
+    """The strongest pairs met so far, and the coefficient that a newcomer must reach."""
 
     def __init__(self, k: int, like: Tensor, slack: float = 0.0) -> None:
-        self.k, self.slack, self.like = k, slack, like
-        self.clear()
-
-    def clear(self) -> None:
-        self.values = self.like.new_empty(0)
-        self.rows = torch.empty(0, dtype=torch.long, device=self.like.device)
-        self.columns = self.rows
+        self.k, self.slack = k, slack
         self.threshold = 0.0
+        self.values = like.new_empty(0)
+        self.first = self.second = self.matrices = torch.empty(
+            0, dtype=torch.long, device=like.device
+        )
 
-    def add(self, values: Tensor, rows: Tensor, columns: Tensor) -> None:
+    @property
+    def coefficients(self) -> Tensor:
+        """Absolute coefficients: twice the entry for two different inputs."""
+        return torch.where(self.first == self.second, 1.0, 2.0) * self.values.abs()
+
+    def add(self, first: Tensor, second: Tensor, values: Tensor, matrix: int = 0) -> None:
+        """Take in pairs of one of the matrices, and let go what can no longer be among the k."""
         self.values = torch.cat([self.values, values])
-        self.rows = torch.cat([self.rows, rows])
-        self.columns = torch.cat([self.columns, columns])
+        self.first = torch.cat([self.first, first])
+        self.second = torch.cat([self.second, second])
+        self.matrices = torch.cat([self.matrices, torch.full_like(first, matrix)])
         if len(self.values) < self.k:
             return
-        coefficients = torch.where(self.rows == self.columns, 1.0, 2.0) * self.values.abs()
+        coefficients = self.coefficients
         self.threshold = float(coefficients.topk(self.k).values[-1]) * (1 - self.slack)
         kept = coefficients >= self.threshold
-        self.values, self.rows, self.columns = (
-            part[kept] for part in (self.values, self.rows, self.columns)
-        )
+        self.values, self.matrices = self.values[kept], self.matrices[kept]
+        self.first, self.second = self.first[kept], self.second[kept]
 
 
 def _candidates(
@@ -241,15 +277,15 @@ def _rounding(dtype: torch.dtype, terms: int) -> float:
     return 4 * torch.finfo(dtype).eps + terms * torch.finfo(torch.float32).eps
 
 
-def _faster_dtype(weighted: Tensor) -> torch.dtype:
-    """float32 or bfloat16, whichever multiplies a corner of these faster on this machine."""
-    corner = weighted[:CORNER]
+@cache
+def _faster_dtype(device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, whichever a device multiplies faster; measured once in a process."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        part = corner.to(dtype)
+        part = torch.ones(CORNER, 512, dtype=dtype, device=device)
         for _ in range(2):  # the first call sets things up
-            if part.device.type == "cuda":
-                torch.cuda.synchronize(part.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             begin = time.perf_counter()
             float((part @ part.T)[0, 0])
             seconds[dtype] = time.perf_counter() - begin

@@ -4,10 +4,10 @@
 eigenvector is a direction that makes the output, quadratically and without cross terms. The pairs of
 largest absolute eigenvalue give the best approximation of Q of their rank.
 
->>> spectrum = tensor.interaction(u).eigh(k=8)
->>> spectrum.values, spectrum.vectors         # [8], [8, d]
->>> spectrum.activations(x)                   # [..., 8], lambda_i (v_i . x)^2
->>> spectrum.certificate(radius=d**0.5)       # |x| <= radius: how far 8 pairs are from u . f(x)
+>>> eigen = tensor.interaction(u).eigh(k=8)
+>>> eigen.values, eigen.vectors            # [8], [8, d]
+>>> eigen.activations(x)                   # [..., 8], lambda_i (v_i . x)^2
+>>> eigen.certificate(radius=d**0.5)       # |x| <= radius: how far 8 pairs are from u . f(x)
 
 **What is arbitrary.** An eigenvector's sign: here its coordinate of largest magnitude is positive.
 A basis of a degenerate group (equal eigenvalues): use `projectors`, which are unique.
@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear import checks
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -39,7 +39,7 @@ class EigenProjector(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Eigendecomposition(Storable):
+class Eigendecomposition(Result):
     """Eigenpairs of interaction matrices, ordered by falling absolute eigenvalue.
 
     Attributes
@@ -54,6 +54,8 @@ class Eigendecomposition(Storable):
     tol: relative residual that counts as converged
     bound_failure: probability that `bound` of one matrix does not hold; 0 for "dense" and "lowrank",
         1e-6 over the solver's random probes for "krylov"
+    directions: [..., d_out], the output direction that each matrix belongs to, where there is one
+    output_space: what the coordinates of the directions are
     """
 
     values: Float[Tensor, "*batch k"]
@@ -64,6 +66,8 @@ class Eigendecomposition(Storable):
     space: str | None = None
     tol: float = 1e-5
     bound_failure: float = 0.0
+    directions: Float[Tensor, "*batch d_out"] | None = None
+    output_space: str | None = None
 
     @property
     def converged(self) -> Bool[Tensor, "*batch"]:
@@ -92,37 +96,35 @@ class Eigendecomposition(Storable):
                 "a single eigendecomposition has no batch dimension to index; its pairs are in "
                 "values [k] and vectors [k, d]"
             )
-        tensors = {
-            name: getattr(self, name)[index] for name in ("values", "vectors", "residuals", "bound")
-        }
-        return replace(self, **tensors)
+        names = ("values", "vectors", "residuals", "bound", "directions")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: None if t is None else t[index] for n, t in tensors.items()})
 
     # ------------------------------------------------------------------ evaluation
 
     def activations(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
         """What each eigenvector contributes, ``lambda_i (v_i . x)^2``: [*x_batch, *batch, k]."""
-        meaning = "d" if self.space is None else f"d, {self.space}"
-        x = _checks.require_rows("x", x, self.d, meaning, self.vectors)
+        x = checks.require_rows("x", x, self.d, checks.meaning("d", self.space), self.vectors)
         products = x @ self.vectors.reshape(self.values.numel(), self.d).T
         return products.square().reshape(x.shape[:-1] + self.values.shape) * self.values
 
     def quadratic(self, x: Float[Tensor, "... d"], k: int | None = None) -> Float[Tensor, "..."]:
         """``sum_i lambda_i (v_i . x)^2`` over the first k pairs (all held): [*x_batch, *batch]."""
-        return (self if k is None else self.truncate(k)).activations(x).sum(-1)
+        return (self if k is None else self.top(k)).activations(x).sum(-1)
 
-    def dense(self, max_bytes: int = _checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
+    def dense(self, max_bytes: int = checks.MAX_DENSE_BYTES) -> Float[Tensor, "*batch d d"]:
         """``sum_i lambda_i v_i v_i^T`` over the pairs held; Q itself where all are."""
         count = self.batch_shape.numel() * self.d**2
-        _checks.require_affordable(
+        checks.require_affordable(
             "dense()", count, self.values.dtype, max_bytes, "use quadratic or activations"
         )
         return (self.vectors.mT * self.values[..., None, :]) @ self.vectors
 
     # ------------------------------------------------------------------ part of it
 
-    def truncate(self, k: int) -> Eigendecomposition:
+    def top(self, k: int) -> Eigendecomposition:
         """The first k pairs; `bound` then covers the pairs left out as well."""
-        _checks.require_count("k", k, self.k, "the pairs held")
+        checks.require_count("k", k, self.k, "the pairs held")
         bound = self.bound
         if k < self.k:
             # The dropped pairs and what was left out before are orthogonal up to the residuals.
@@ -136,8 +138,6 @@ class Eigendecomposition(Storable):
             bound=bound,
         )
 
-    top = truncate
-
     def certificate(self, radius: float, k: int | None = None) -> Float[Tensor, "*batch"]:
         """Bound on ``|u . f(x) - quadratic(x, k)|`` over every x with ``||x|| <= radius``.
 
@@ -146,7 +146,7 @@ class Eigendecomposition(Storable):
         """
         if radius < 0:
             raise ValueError(f"radius bounds a norm and must not be negative, got {radius}")
-        return (self if k is None else self.truncate(k)).bound * radius**2
+        return (self if k is None else self.top(k)).bound * radius**2
 
     def effective_rank(self) -> Float[Tensor, "*batch"]:
         """``(L1 / L2)^2`` of the eigenvalues held (appendix D); 0 for a zero matrix."""
@@ -178,15 +178,12 @@ class Eigendecomposition(Storable):
         """One row a pair: matrix (of a flattened batch), rank, value, residual."""
         import pandas as pd
 
-        count = self.batch_shape.numel()
-        return pd.DataFrame(
-            {
-                "matrix": torch.arange(count).repeat_interleave(self.k).numpy(),
-                "rank": torch.arange(1, self.k + 1).repeat(count).numpy(),
-                "value": self.values.detach().flatten().cpu().numpy(),
-                "residual": self.residuals.detach().flatten().cpu().numpy(),
-            }
-        )
+        matrix = torch.arange(self.batch_shape.numel()).repeat_interleave(self.k)
+        columns = {} if not self.batch_shape else {"matrix": matrix.tolist()}
+        columns["rank"] = torch.arange(1, self.k + 1).repeat(self.batch_shape.numel()).tolist()
+        columns["value"] = self.values.flatten().tolist()
+        columns["residual"] = self.residuals.flatten().tolist()
+        return pd.DataFrame(columns)
 
 
 def participation(values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tl_bilinear.tensor.interaction import InteractionMatrix, Which
+from tl_bilinear.tensor.factors import Factors
+
+Which = Literal["magnitude", "positive", "negative"]
 
 PROBES = 4
 PROBE_STEPS = 4
@@ -92,14 +94,14 @@ def select(values: Tensor, k: int, which: Which) -> Tensor:
 
 
 def block_krylov(
-    matrix: InteractionMatrix, k: int, which: Which, tol: float, generator: torch.Generator
+    matrix: Factors, k: int, which: Which, tol: float, generator: torch.Generator
 ) -> Outcome:
     """The k wanted eigenpairs of each of the n matrices of a flat batch.
 
     A direction counts as converged when every wanted residual is at most `tol` times its largest
     absolute Ritz value and the probes found nothing larger.
     """
-    n, width, hidden = len(matrix), matrix.d, matrix.left.shape[0]
+    n, width, hidden = len(matrix), matrix.d, matrix.d_hidden
     block = max(2, min(BLOCK, ROWS // max(1, n)))
     most = _most_columns(width, k)
     make = matrix.left.new_zeros
@@ -150,13 +152,13 @@ def block_krylov(
 class _Products:
     """``rows @ Q`` for the directions still active: on the factors, or on Q once it is formed."""
 
-    def __init__(self, matrix: InteractionMatrix, formed: Tensor | None = None) -> None:
+    def __init__(self, matrix: Factors, formed: Tensor | None = None) -> None:
         self.matrix = matrix
         self.formed = formed
 
     def form(self) -> None:
         if self.formed is None:
-            self.formed = self.matrix.dense(max_bytes=2**62)
+            self.formed = self.matrix.dense()
 
     def of(self, index: Tensor) -> _Products:
         formed = None if self.formed is None else self.formed[index]
@@ -271,7 +273,7 @@ def _probe(
     return bound, larger, before
 
 
-def _first_block(matrix: InteractionMatrix, block: int, generator: torch.Generator) -> Tensor:
+def _first_block(matrix: Factors, block: int, generator: torch.Generator) -> Tensor:
     """Random rows, drawn towards the inputs that the layer reads at all; [n, block, d].
 
     What both factors ignore every Q ignores. Two steps with ``L^T L + R^T R``, one block for all

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks
+from tl_bilinear import checks
 
 TILE_BYTES = 64 * 2**20
 """Memory that one tile of M may take, in bytes; a few are alive at a time."""
@@ -24,7 +24,7 @@ def pair_gram_tiles(
     left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of M for two sets of neurons, factors [h, d] each: (rows of the first set, tile)."""
-    dtype = _checks.gram_dtype(left)
+    dtype = checks.gram_dtype(left)
     other_left, other_right = other_left.to(dtype), other_right.to(dtype)
     step = max(1, TILE_BYTES // (max(1, len(other_left)) * dtype.itemsize))
     for start in range(0, len(left), step):
@@ -40,7 +40,7 @@ def self_gram_tiles(left: Tensor, right: Tensor) -> Iterator[tuple[slice, slice,
 
     M is symmetric. A sum over all of it takes the leading square of a tile once and the rest twice.
     """
-    dtype = _checks.gram_dtype(left)
+    dtype = checks.gram_dtype(left)
     left, right = left.to(dtype), right.to(dtype)
     hidden = len(left)
     start = 0
@@ -56,7 +56,7 @@ def self_gram_tiles(left: Tensor, right: Tensor) -> Iterator[tuple[slice, slice,
 
 def congruence(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``weights M weights^T`` [n, n] for weights [n, h], M in tiles, in float64."""
-    dtype = _checks.gram_dtype(left)
+    dtype = checks.gram_dtype(left)
     weights = weights.to(dtype)
     total = weights.new_zeros(len(weights), len(weights))
     for rows, columns, tile in self_gram_tiles(left, right):
@@ -68,7 +68,7 @@ def congruence(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def squared_norms(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``p^T M p`` [n] for each row p of weights [n, h], M in tiles, in float64."""
-    dtype = _checks.gram_dtype(left)
+    dtype = checks.gram_dtype(left)
     chunks = weights.split(max(1, TILE_BYTES // (max(1, weights.shape[1]) * dtype.itemsize)))
     totals = [chunk.new_zeros(len(chunk), dtype=dtype) for chunk in chunks]
     for rows, columns, tile in self_gram_tiles(left, right):

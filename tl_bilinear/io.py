@@ -1,0 +1,406 @@
+"""What is written to disk, whole or not at all, and what is read back from it.
+
+**Files and folders.** `whole_file` and `whole_directory` give a temporary place to write to, which takes
+its final name only when everything is there: an error, an interrupt or a power cut leaves what stood
+there before. A folder of ours holds a small file, ``tl_bilinear.json``, that says of which kind it is.
+Only a folder of the same kind is ever replaced.
+
+**Results.** A :class:`Storable` is a frozen dataclass whose fields are tensors, JSON values, and lists,
+dictionaries and other Storables of these. It is one safetensors file: tensors under the path of their
+field, the rest as JSON in the header.
+
+>>> hosvd(tensor, 8).save("hosvd.safetensors")
+>>> HOSVD.load("hosvd.safetensors")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, TypeVar
+
+import jaxtyping
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MARKER = "tl_bilinear.json"
+"""The file that says that a folder is ours, and of which kind."""
+
+Stored = TypeVar("Stored", bound="Storable")
+
+
+# ---------------------------------------------------------------------- files and folders
+
+
+def _temporary(target: Path, ending: str = "tmp") -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{ending}")
+
+
+@contextmanager
+def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write a file to, which becomes `target` when the block ends without an error.
+
+    Raises FileNotFoundError where the folder does not exist.
+    """
+    target = Path(target)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_directory(target: str | os.PathLike[str], kind: str) -> Iterator[Path]:
+    """A new folder to write into, which becomes `target` when the block ends without an error.
+
+    Parameters
+    ----------
+    target: the folder's final place; it may not exist yet, be empty, or be a folder of this kind
+    kind: what the folder is, in a word ("gallery", "model"); kept in its marker
+
+    Raises FileExistsError naming what else is there, OSError where it cannot be written.
+    """
+    target = Path(target).expanduser().resolve()
+    refuse_foreign(target, kind)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = _temporary(target)
+    try:
+        staging.mkdir()
+        yield staging
+        mark(staging, kind)
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
+        _put_in_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Say in the folder that it is ours and of which kind."""
+    (folder / MARKER).write_text(json.dumps({"kind": kind}) + "\n")
+
+
+def is_ours(folder: Path, kind: str) -> bool:
+    """Whether a folder bears our marker of this kind."""
+    try:
+        content = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == kind
+
+
+def refuse_foreign(target: Path, kind: str) -> None:
+    """Raise FileExistsError or NotADirectoryError where `target` holds what is not ours to replace."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise NotADirectoryError(f"cannot write the folder {target}: it is a file")
+    names = sorted(entry.name for entry in target.iterdir())
+    if names and not is_ours(target, kind):
+        raise FileExistsError(
+            f"{target} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, and writing "
+            f"replaces the whole folder: choose a new or an empty one"
+        )
+
+
+def require_writable(out: str | os.PathLike[str], kind: str) -> None:
+    """Raise now, before the work, what writing a `whole_directory` to `out` would raise after it."""
+    target = Path(out).expanduser().resolve()
+    refuse_foreign(target, kind)
+    existing = next(parent for parent in (target, *target.parents) if parent.exists())
+    probe = _temporary((existing if existing != target else target.parent) / target.name, "probe")
+    try:
+        probe.touch()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {probe.parent}: {error.strerror}; choose another folder"
+        ) from error
+    probe.unlink()
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    previous = _temporary(target, "old")
+    try:
+        target.rename(previous)
+        staging.rename(target)
+    except BaseException:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON. Raises FileNotFoundError; ValueError, naming the file, where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
+
+
+def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON table of values. Raises as `read_json`, and ValueError for other JSON."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a table of values")
+    return content
+
+
+# ---------------------------------------------------------------------- tensors and digests
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors and JSON metadata to one safetensors file, whole or not at all."""
+    contiguous: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        # safetensors refuses tensors that share memory.
+        shared = tensor.numel() and tensor.untyped_storage().data_ptr() in storages
+        contiguous[name] = tensor.clone() if shared else tensor
+        storages.add(contiguous[name].untyped_storage().data_ptr())
+    header = {name: json.dumps(value) for name, value in metadata.items()}
+    with whole_file(path) as temporary:
+        safetensors.torch.save_file(contiguous, temporary, metadata=header)
+
+
+def load_tensors(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of :func:`save_tensors`.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, {name: json.loads(value) for name, value in header.items()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated or not a result file of tl_bilinear: {error}"
+        ) from error
+
+
+def digest_of(tensors: Mapping[str, Tensor | None], settings: Mapping[str, Any]) -> str:
+    """A digest of weights and JSON settings: what a stored result belongs to."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- results
+
+
+class Storable:
+    """`save` and `load` for a frozen dataclass; the module says what its fields may be.
+
+    A field whose metadata says ``stored=False`` is left out, and must have a default.
+    """
+
+    _kinds: ClassVar[dict[str, type[Storable]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        known = Storable._kinds.get(cls.__name__)
+        if known is not None and "<locals>" not in cls.__qualname__:
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(
+                    f"two stored classes are named {cls.__name__}: in {known.__module__} and in "
+                    f"{cls.__module__}; a file names its class, so rename one"
+                )
+        Storable._kinds[cls.__name__] = cls
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to one safetensors file, whole or not at all.
+
+        Raises TypeError, naming the field, for a value that cannot be stored.
+        """
+        tensors: dict[str, Tensor] = {}
+        packed = _pack(self, "", tensors)
+        save_tensors(path, tensors, packed)
+
+    @classmethod
+    def load(
+        cls: type[Stored], path: str | os.PathLike[str], device: str | torch.device = "cpu"
+    ) -> Stored:
+        """Read what `save` wrote.
+
+        Raises FileNotFoundError; ValueError, naming the file and the field, for a file that is
+        truncated, of another class, or whose fields are missing, unknown or of the wrong kind.
+        """
+        tensors, metadata = load_tensors(path, device)
+        kind = metadata.get("kind")
+        if not isinstance(kind, str) or not issubclass(Storable._kinds.get(kind, type), cls):
+            raise ValueError(
+                f"{path} holds {kind or 'no result of tl_bilinear'}, not {cls.__name__}"
+            )
+        try:
+            loaded = _unpack(metadata, "", tensors)
+        except _Unreadable as error:
+            raise ValueError(f"{path}: {error}") from error
+        if tensors:
+            raise ValueError(
+                f"{path} has unknown tensors {sorted(tensors)}; written by a newer version?"
+            )
+        return typing.cast("Stored", loaded)
+
+
+class _Unreadable(ValueError):
+    """What is wrong with a stored value, and the path of its field."""
+
+
+def _stored_fields(cls: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(cls) if f.init and f.metadata.get("stored", True)]
+
+
+def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value; tensors go aside, under the path of their field."""
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, Storable):
+        fields = {
+            field.name: _pack(getattr(value, field.name), _join(place, field.name), tensors)
+            for field in _stored_fields(value)
+        }
+        return {"kind": type(value).__name__, "fields": fields}
+    if isinstance(value, Mapping):
+        pairs = [
+            [_pack(key, f"{place}[{key!r}]", tensors), _pack(item, f"{place}[{key!r}]", tensors)]
+            for key, item in value.items()
+        ]
+        return {"mapping": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(item, f"{place}[{i}]", tensors) for i, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"{place} is a {type(value).__name__}, which cannot be stored: a result holds tensors, "
+        f"numbers, strings, and lists, dictionaries and results of these"
+    )
+
+
+def _unpack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """The value again; every tensor that it takes is removed from `tensors`."""
+    if isinstance(value, list):
+        return [_unpack(item, f"{place}[{i}]", tensors) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        try:
+            return tensors.pop(value["tensor"])
+        except (KeyError, TypeError):
+            raise _Unreadable(f"the tensor of {place} is missing") from None
+    if "tuple" in value:
+        return tuple(_unpack(value["tuple"], place, tensors))
+    if "mapping" in value:
+        return dict(_unpack(value["mapping"], place, tensors))
+    kind = Storable._kinds.get(str(value.get("kind")))
+    fields = value.get("fields")
+    if kind is None or not isinstance(fields, dict):
+        raise _Unreadable(f"{place or 'the file'} is not a value of a stored result")
+    known = {field.name: field for field in _stored_fields(kind)}
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise _Unreadable(
+            f"{kind.__name__} has unknown fields {unknown}; written by a newer version?"
+        )
+    required = {
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - fields.keys()):
+        raise _Unreadable(f"{kind.__name__} lacks the fields {missing}")
+    found = {name: _unpack(item, _join(place, name), tensors) for name, item in fields.items()}
+    _check_kinds(kind, found, place)
+    try:
+        return kind(**found)
+    except (TypeError, ValueError) as error:
+        raise _Unreadable(f"{place or kind.__name__} is not valid: {error}") from error
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _check_kinds(cls: type, values: Mapping[str, Any], place: str) -> None:
+    """Compare loaded values with the dataclass's annotations: kinds, and tensors' shapes together."""
+    hints = typing.get_type_hints(cls)
+    with jaxtyping.jaxtyped("context"):  # one meaning of each dimension's name in all fields
+        for name, value in values.items():
+            if not _is_a(value, hints[name]):
+                where = _join(place, name)
+                raise _Unreadable(
+                    f"{where} must be {_spelled(hints[name])}, got {_described(value)}"
+                )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Any or hint is None:
+        return hint is Any or value is None
+    base = origin if origin is not None else hint
+    try:
+        return isinstance(value, base)
+    except TypeError:
+        return True  # nothing that can be checked at run time
+
+
+def _spelled(hint: Any) -> str:
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    return str(hint).replace("typing.", "")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}, {value.dtype}"
+    return repr(value)
