@@ -241,12 +241,13 @@ class Storable:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         known = Storable._kinds.get(cls.__name__)
-        if known is not None and "<locals>" not in cls.__qualname__:
-            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(
-                    f"two stored classes are named {cls.__name__}: in {known.__module__} and in "
-                    f"{cls.__module__}; a file names its class, so rename one"
-                )
+        named = (cls.__module__, cls.__qualname__)
+        local = "<locals>" in cls.__qualname__
+        if known is not None and not local and (known.__module__, known.__qualname__) != named:
+            raise TypeError(
+                f"two stored classes are named {cls.__name__}: in {known.__module__} and in "
+                f"{cls.__module__}; a file names its class, so rename one"
+            )
         Storable._kinds[cls.__name__] = cls
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -269,7 +269,7 @@ class InteractionMatrix(Result):
         kind: "all", "self" (diagonal) or "cross" (off-diagonal)
         directions: [n, d], optional
             Of ``fold(directions)``, whose inputs are these rows, instead of Q itself. Faster than
-            folding: a bound from the eigenvalues of Q (`tl_bilinear.tensor.top`) leaves out most of the n^2 pairs.
+            folding: a bound from the eigenvalues of Q (top.py) leaves out most of the n^2 pairs.
         """
         inputs, space = self.d, self.space
         if directions is not None:
