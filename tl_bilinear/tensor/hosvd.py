@@ -5,8 +5,8 @@ The paper's HOSVD (Pearce et al. 2025, section 3.3) is the SVD of B flattened to
     ``B = sum_i sigma_i  u_i (x) q_i``,
 
 with output directions u_i and interaction matrices q_i of unit Frobenius norm. Its Gram matrix
-``out M out^T`` needs only inner products of hidden neurons (grams.py), so that B, of d_out d_in^2 entries,
- is never formed: h^2 (4 d_in + 2 d_out) flops, in tiles, instead of d_out^2 d_in^2.
+``out M out^T`` needs only inner products of hidden neurons (grams.py), so that B, of d_out d_in^2
+entries, is never formed: h^2 (4 d_in + 2 d_out) flops, in tiles, instead of d_out^2 d_in^2.
 
 >>> components = hosvd(tensor, k=8)
 >>> components.values, components.vectors        # [8], [8, d_out]
