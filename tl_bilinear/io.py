@@ -367,32 +367,37 @@ def _join(place: str, name: str) -> str:
 def _check_kinds(cls: type, values: Mapping[str, Any], place: str) -> None:
     """Compare loaded values with the dataclass's annotations: kinds, and tensors' shapes together."""
     hints = typing.get_type_hints(cls)
-    with jaxtyping.jaxtyped("context"):  # one meaning of each dimension's name in all fields
-        for name, value in values.items():
-            if not _is_a(value, hints[name]):
-                where = _join(place, name)
-                raise _Unreadable(
-                    f"{where} must be {_spelled(hints[name])}, got {_described(value)}"
-                )
+    options = {name: _options(hints[name]) for name in values}
+    # One meaning of each dimension's name in all fields. Functions called in here would start anew.
+    with jaxtyping.jaxtyped("context"):
+        wrong = [
+            name
+            for name, value in values.items()
+            if not any(
+                value in option if isinstance(option, tuple) else isinstance(value, option)
+                for option in options[name]
+            )
+        ]
+    for name in wrong:
+        where = _join(place, name)
+        raise _Unreadable(
+            f"{where} must be {_spelled(hints[name])}, got {_described(values[name])}"
+        )
 
 
-def _is_a(value: Any, hint: Any) -> bool:
+def _options(hint: Any) -> list[Any]:
+    """The classes, or tuples of allowed values, that an annotation admits."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, UnionType):
-        return any(_is_a(value, option) for option in typing.get_args(hint))
+        return [option for part in typing.get_args(hint) for option in _options(part)]
     if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return [typing.get_args(hint)]
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return [float, int]
     if hint is Any or hint is None:
-        return hint is Any or value is None
-    base = origin if origin is not None else hint
-    try:
-        return isinstance(value, base)
-    except TypeError:
-        return True  # nothing that can be checked at run time
+        return [object if hint is Any else type(None)]
+    base = hint if origin is None else origin
+    return [base if isinstance(base, type) else object]
 
 
 def _spelled(hint: Any) -> str:
