@@ -43,7 +43,7 @@ jaxtyping.install_import_hook(
         "tl_bilinear.models.approximation",
         "tl_bilinear.models.component",
         "tl_bilinear.models.folding",
-        "tl_bilinear.models.published",
+        "tl_bilinear.models.attention_scales",
         "tl_bilinear.models.transformer",
     ],
     "tests.typecheck.check",

@@ -9,11 +9,18 @@
 >>> loss_added(model, tokens, {"rank 4": parts.low_rank(4), "first": parts.ablate(0)}).to_pandas()
 >>> verify(model, tokens, parts, at="input").to_pandas()
 
-Importing it loads no framework; of a model it uses the hook points' names.
+Importing it loads no framework; of a model it needs only the names of its hook points.
 """
 
 from tl_bilinear.hooks.components import Components, EigenComponents, HOSVDComponents
-from tl_bilinear.hooks.effects import LossAdded, logit_difference, loss_added, next_token_loss
+from tl_bilinear.hooks.effects import (
+    Edit,
+    LossAdded,
+    logit_difference,
+    loss_added,
+    next_token_loss,
+    token_losses,
+)
 from tl_bilinear.hooks.interventions import (
     Chain,
     Intervention,
@@ -27,6 +34,7 @@ from tl_bilinear.hooks.verify import Trial, Verification, verify, verify_trials
 __all__ = [
     "Chain",
     "Components",
+    "Edit",
     "EigenComponents",
     "HOSVDComponents",
     "Intervention",
@@ -40,6 +48,7 @@ __all__ = [
     "loss_added",
     "next_token_loss",
     "recording",
+    "token_losses",
     "verify",
     "verify_trials",
 ]

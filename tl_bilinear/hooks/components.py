@@ -33,8 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.hooks._points import LayerPoints, Positions
 from tl_bilinear.hooks.interventions import OutputEdit, Outside
+from tl_bilinear.hooks.points import LayerPoints, Positions
 from tl_bilinear.tensor import HOSVD, Eigendecomposition, _checks
 from tl_bilinear.tensor.reexpress import dual_directions
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_bilinear.hooks._points import LayerPoints
 from tl_bilinear.hooks.components import Components
+from tl_bilinear.hooks.points import LayerPoints
 
 
 @contextmanager

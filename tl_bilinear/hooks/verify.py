@@ -32,7 +32,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.hooks._points import LayerPoints, Positions, position_mask
 from tl_bilinear.hooks.components import Components, EigenComponents
 from tl_bilinear.hooks.effects import (
     Effect,
@@ -43,6 +42,7 @@ from tl_bilinear.hooks.effects import (
     require_tokens,
 )
 from tl_bilinear.hooks.interventions import Hooks, Intervention, OutputEdit, ProjectInput
+from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
 from tl_bilinear.tensor import _checks
 from tl_bilinear.tensor.storage import Storable
 

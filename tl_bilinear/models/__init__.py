@@ -11,9 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_bilinear.models.attention_scales import AttentionScales, compare_attention_scales
     from tl_bilinear.models.bridge import BilinearMLPBridge, save_bridge
     from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
-    from tl_bilinear.models.published import AttentionScales, compare_attention_scales
     from tl_bilinear.models.transformer import (
         HookedBilinearSAETransformer,
         HookedBilinearTransformer,
@@ -34,14 +34,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttentionScales": "tl_bilinear.models.published",
+    "AttentionScales": "tl_bilinear.models.attention_scales",
     "BilinearMLP": "tl_bilinear.models.component",
     "BilinearMLPBridge": "tl_bilinear.models.bridge",
     "BilinearTransformerConfig": "tl_bilinear.models.component",
     "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
     "HookedBilinearTransformer": "tl_bilinear.models.transformer",
     "bilinear_class": "tl_bilinear.models.transformer",
-    "compare_attention_scales": "tl_bilinear.models.published",
+    "compare_attention_scales": "tl_bilinear.models.attention_scales",
     "save_bridge": "tl_bilinear.models.bridge",
 }
 
@@ -51,10 +51,9 @@ def register() -> None:
 
     Called when `tl_bilinear` is imported; calling it again changes nothing.
     """
-    from tl_bilinear.models import approximation, readers, registration
+    from tl_bilinear.models import readers, registration
 
     readers.register()
-    approximation.register()
     registration.register()
 
 

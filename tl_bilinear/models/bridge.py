@@ -47,7 +47,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import LlamaArc
 from transformer_lens.model_bridge.supported_architectures.native import NativeArchitectureAdapter
 from transformers import LlamaForCausalLM
 
-from tl_bilinear.models import conversion, storage
+from tl_bilinear.models import conversion, folders
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
@@ -368,9 +368,9 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
         )
     path = source.require(CONFIG)
     stored = read_json(path)
-    if not storage.is_ours(stored):
+    if not folders.is_ours(stored):
         raise ValueError(
-            f"{path} was not written by save_pretrained (its 'format' should be {storage.FORMAT!r}). A "
+            f"{path} was not written by save_pretrained (its 'format' should be {folders.FORMAT!r}). A "
             "Hugging Face Llama is booted by TransformerBridge.boot_transformers; a published model "
             "is loaded with HookedBilinearTransformer.from_pretrained (TransformerLens 3.9), whose "
             "result boot_bilinear takes"
@@ -379,7 +379,7 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
     return _from_state(
         weights,
         read_tensors(weights),
-        storage.read_fields(path, stored),
+        folders.read_fields(path, stored),
         tokenizer=stored_tokenizer(source) if tokenizer is None else tokenizer,
         **where,
     )
@@ -468,7 +468,7 @@ def save_bridge(bridge: Any, directory: str | PathLike[str]) -> None:
     state = bridge.state_dict()
     config["bilinear_bias"] = any(name.endswith(conversion.MLP_BIASES) for name in state)
     converted = conversion.from_bridge(state, config, adjacent_pairs=not is_llama)
-    storage.write(directory, config, converted, bridge.tokenizer)
+    folders.write(directory, config, converted, bridge.tokenizer)
 
 
 def _llama_rotary(config: Any) -> dict[str, Any]:

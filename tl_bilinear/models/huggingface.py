@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tl_bilinear.models.files import read_table
+from tl_bilinear.models.folders import is_ours
 from tl_bilinear.models.layouts import weight_pairs
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
 from tl_bilinear.tensor.readers import read_mlp
@@ -178,8 +179,6 @@ def _load_tokenizer(source: str) -> Any:
 
 
 def _require_hf_folder(folder: Path) -> None:
-    from tl_bilinear.models.storage import is_ours
-
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")

@@ -33,7 +33,7 @@ from transformer_lens.config.hooked_transformer_config import HookedTransformerC
 from transformer_lens.HookedTransformer import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from tl_bilinear.models import huggingface, pretrained, storage
+from tl_bilinear.models import folders, huggingface, pretrained
 from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
 from tl_bilinear.models.folding import fold_norm, widened
 
@@ -166,7 +166,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
         Raises FileExistsError for a directory that holds anything else.
         """
-        storage.save(self, directory)
+        folders.save(self, directory)
 
     @classmethod
     def from_pretrained(
@@ -187,7 +187,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
         `device` defaults to TransformerLens's choice, `dtype` to the stored one, `tokenizer` to the
         stored one. `attn_scale` is for published models: the factor on attention's output, folded into
-        W_O. By default the model's config and name decide (see `tl_bilinear.models.published`).
+        W_O. By default the model's config and name decide (see `tl_bilinear.models.published_models`).
 
         Raises FileNotFoundError or NotADirectoryError if there is no such model, ConnectionError if the
         hub is out of reach, ValueError for a file that is truncated or not such a model, naming the

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_bilinear.models.readers import layer_spaces, require_layer
+from tl_bilinear.models.spaces import layer_spaces, require_layer
 from tl_bilinear.tensor import _checks
 
 Positions = int | slice | Sequence[int] | Tensor | None
