@@ -305,7 +305,7 @@ def test_a_choice_outside_the_grid_is_an_error(model):
 
 
 def test_directions_that_do_not_fit_their_spectrum(model):
-    spectrum = eigen(model, 2).spectrum
+    spectrum = eigen(model, 2).eigen
     with pytest.raises(ValueError, match=r"\(batch shape \[2\]\), got \[3, 16\]"):
         EigenComponents(spectrum, directions(3), layer=LAYER)
     u = directions(2)
@@ -323,7 +323,7 @@ def test_directions_that_do_not_fit_their_spectrum(model):
 def test_options_of_another_kind(model):
     with pytest.raises(ValueError, match="outside must be 'keep' or 'drop', got 'lose'"):
         eigen(model, 2).keep(0, outside="lose")
-    spectrum = eigen(model, 2).spectrum
+    spectrum = eigen(model, 2).eigen
     with pytest.raises(ValueError, match="write must be 'minimal', 'dual' or a tensor, got 'u'"):
         EigenComponents(spectrum, directions(2), layer=LAYER, write="u")
     with pytest.raises(TypeError, match="float"):

@@ -1,13 +1,13 @@
 """What runs inside `run_with_hooks` and `run_with_cache`: record, keep, ablate, scale, steer, replace.
 
 >>> u = model.W_U[:, token]
->>> spectrum = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
->>> parts = EigenComponents(spectrum, u, layer=3)
+>>> eigen = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
+>>> parts = EigenComponents(eigen, u, layer=3)
 >>> with recording(model, parts) as names:
 ...     logits, cache = model.run_with_cache(tokens, names_filter=names)
 >>> model.run_with_hooks(tokens, fwd_hooks=parts.ablate(0, positions=-1).fwd_hooks(model))
 >>> loss_added(model, tokens, {"rank 4": parts.low_rank(4), "first": parts.ablate(0)}).to_pandas()
->>> verify(model, tokens, parts, at="input").to_pandas()
+>>> verify(model, tokens, parts).to_pandas()
 
 Importing it loads no framework; of a model it needs only the names of its hook points.
 """

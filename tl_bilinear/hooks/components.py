@@ -9,8 +9,8 @@ output needs a write direction w: removing eigencomponent i of u is
 so that u . mlp_out loses exactly that component, and any reading r . mlp_out ``r . w`` times it.
 
 >>> u = model.W_U[:, token]
->>> spectrum = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
->>> parts = EigenComponents(spectrum, u, layer=3)
+>>> eigen = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
+>>> parts = EigenComponents(eigen, u, layer=3)
 >>> parts.activations(x)                               # [..., 8]
 >>> edit = parts.ablate([0, 2], positions=-1)          # or keep, scale, steer
 >>> model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks(model))
@@ -20,7 +20,7 @@ that shape: ``0``, ``[0, 2]``, ``(1, slice(3))``, a boolean mask; None means all
 by two interventions of a chain is subtracted twice.
 
 **Biases.** A form of a biased layer is its interaction part: the linear and constant parts are no
-component. With the spectrum of ``tensor.augmented()`` they are part of the form of [x, 1].
+component. In ``tensor.augmented()`` they are part of the form of [x, 1].
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Components(ABC):
     ) -> KeepComponents:
         """Leave of each direction's reading only the chosen components.
 
-        Of u . mlp_out everything else goes: components not chosen, those that a truncated spectrum
+        Of u . mlp_out everything else goes: components not chosen, those that a truncated decomposition
         does not hold, the biases (unless the form is `augmented()`). All directions held are
         concerned, also one of which nothing is chosen. Several directions keep exactly their own
         components where they are orthogonal or written with ``write="dual"``. To remove only what is
@@ -217,7 +217,7 @@ class EigenComponents(Components):
 
     Parameters
     ----------
-    spectrum: Eigendecomposition
+    eigen: Eigendecomposition
         Of ``tensor.interaction(directions)``: one matrix [k], or a batch [n, k].
     directions: [d_out] or [n, d_out]
         The u of each matrix.
@@ -228,14 +228,14 @@ class EigenComponents(Components):
         row of the pseudo-inverse within the set, which moves no other direction of the set. A tensor
         (a feature's decoder row, say) is scaled to u . w = 1.
     augmented: bool, optional
-        Whether the spectrum is of ``tensor.augmented()``, a form of [x, 1]; by default as its `space`
-        says.
+        Whether the matrices are those of ``tensor.augmented()``, forms of [x, 1]; by default as
+        `eigen.space` says.
 
     Raises ValueError for shapes that disagree, a direction that is zero, write directions orthogonal
     to what they should change, and for "dual" a set that is not independent (naming its rank).
     """
 
-    spectrum: Eigendecomposition
+    eigen: Eigendecomposition
     directions: Float[Tensor, "*batch d_out"]
     layer: int
     write: Literal["minimal", "dual"] | Float[Tensor, "*batch d_out"] = "minimal"
@@ -246,21 +246,23 @@ class EigenComponents(Components):
 
     def __post_init__(self) -> None:
         given = _checks.require_tensor("directions", self.directions)
-        batch = self.spectrum.batch_shape
+        batch = self.eigen.batch_shape
         if given.ndim not in (1, 2) or given.shape[:-1] != batch:
             raise ValueError(
-                f"directions must be [d_out] or [n, d_out], one for each matrix of the spectrum "
+                f"directions must be [d_out] or [n, d_out], one for each matrix decomposed "
                 f"(batch shape {list(batch)}), got {_checks.shape(given)}"
             )
-        _checks.require_same_device({"directions": given, "the spectrum": self.spectrum.values})
+        _checks.require_same_device(
+            {"directions": given, "the eigendecomposition": self.eigen.values}
+        )
         if self.augmented is None:
-            object.__setattr__(self, "augmented", _is_augmented(self.spectrum.space))
-        object.__setattr__(self, "directions", given.to(self.spectrum.values.dtype))
+            object.__setattr__(self, "augmented", _is_augmented(self.eigen.space))
+        object.__setattr__(self, "directions", given.to(self.eigen.values.dtype))
         object.__setattr__(self, "_writes", _write_directions(self.reads, self.write))
 
     @property
     def shape(self) -> torch.Size:
-        return self.spectrum.values.shape
+        return self.eigen.values.shape
 
     @property
     def reads(self) -> Float[Tensor, "n d_out"]:
@@ -272,15 +274,15 @@ class EigenComponents(Components):
 
     def vectors_at(self, index: Int[Tensor, "..."]) -> Float[Tensor, "... d_in"]:
         """The eigenvectors of the components numbered `index`."""
-        return self.spectrum.vectors.flatten(0, -2)[index]
+        return self.eigen.vectors.flatten(0, -2)[index]
 
     def at(self, x: Float[Tensor, "... d_in"], index: Int[Tensor, " m"]) -> Float[Tensor, "... m"]:
-        products = _layer_input(x, self.augmented, self.spectrum.vectors) @ self.vectors_at(index).T
-        return products.square() * self.spectrum.values.flatten()[index]
+        products = _layer_input(x, self.augmented, self.eigen.vectors) @ self.vectors_at(index).T
+        return products.square() * self.eigen.values.flatten()[index]
 
     def check(self, model: Any, points: LayerPoints) -> None:
         _require_form_fits(
-            model, points, "the spectrum", self.spectrum.d, self.spectrum.space, self.augmented
+            model, points, "the eigendecomposition", self.eigen.d, self.eigen.space, self.augmented
         )
         width = self.reads.shape[-1]
         points.require_fit(model, "the output direction", width=width, space=None, output=True)
@@ -296,7 +298,7 @@ class EigenComponents(Components):
 
         Raises ValueError for k below 1 or above the pairs held.
         """
-        _checks.require_count("k", k, self.spectrum.k, "the pairs held")
+        _checks.require_count("k", k, self.eigen.k, "the pairs held")
         return replace(self, write="dual").keep(
             (..., slice(k)), outside=outside, positions=positions
         )
@@ -304,13 +306,13 @@ class EigenComponents(Components):
     def to(self, *args: Any, **kwargs: Any) -> EigenComponents:
         """Move to a device or dtype, as `torch.Tensor.to`."""
         moved = {
-            name: getattr(self.spectrum, name).to(*args, **kwargs)
+            name: getattr(self.eigen, name).to(*args, **kwargs)
             for name in ("values", "vectors", "residuals", "bound")
         }
         write = self.write if isinstance(self.write, str) else self.write.to(*args, **kwargs)
         directions = self.directions.to(*args, **kwargs)
-        spectrum = replace(self.spectrum, **moved)
-        return replace(self, spectrum=spectrum, directions=directions, write=write)
+        eigen = replace(self.eigen, **moved)
+        return replace(self, eigen=eigen, directions=directions, write=write)
 
 
 @dataclass(frozen=True, eq=False)
