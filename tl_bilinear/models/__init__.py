@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tl_bilinear.models.attention_scales import AttentionScales, compare_attention_scales
     from tl_bilinear.models.bridge import BilinearMLPBridge, save_bridge
     from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+    from tl_bilinear.models.registration import HookedTransformer
     from tl_bilinear.models.transformer import (
         HookedBilinearSAETransformer,
         HookedBilinearTransformer,
@@ -27,6 +28,7 @@ __all__ = [
     "BilinearTransformerConfig",
     "HookedBilinearSAETransformer",
     "HookedBilinearTransformer",
+    "HookedTransformer",
     "bilinear_class",
     "compare_attention_scales",
     "register",
@@ -40,6 +42,7 @@ _LAZY = {
     "BilinearTransformerConfig": "tl_bilinear.models.component",
     "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
     "HookedBilinearTransformer": "tl_bilinear.models.transformer",
+    "HookedTransformer": "transformer_lens.HookedTransformer",
     "bilinear_class": "tl_bilinear.models.transformer",
     "compare_attention_scales": "tl_bilinear.models.attention_scales",
     "save_bridge": "tl_bilinear.models.bridge",

@@ -350,18 +350,18 @@ def read_gated_projections(module: Any) -> GatedLayer | None:
             f"this {type(module).__name__} has gate_proj, up_proj and down_proj, but no activation "
             f"under {', '.join(ACTIVATION_NAMES)}: build GatedLayer(gate, up, out, activation)"
         )
-    weights = [copied(one.weight) for one in maps]
-    biases = [None if one.bias is None else copied(one.bias) for one in maps]
-    return _compared(module, GatedLayer(*weights, activation, *biases))
+    gate, up, out = (copied(one.weight) for one in maps)
+    biases = (None if one.bias is None else copied(one.bias) for one in maps)
+    return _compared(module, GatedLayer(gate, up, out, activation, *biases))
 
 
 def read_gated_tl(module: Any) -> GatedLayer | None:
     """TransformerLens's GatedMLP, whose b_in is added after the product."""
     if not is_a(module, "transformer_lens", "GatedMLP"):
         return None
-    weights = [transposed(getattr(module, name)) for name in ("W_gate", "W_in", "W_out")]
-    layer = GatedLayer(*weights, module.act_fn, bias_out=_bias_after_product(module))
-    return _compared(module, layer)
+    gate, up, out = (transposed(getattr(module, name)) for name in ("W_gate", "W_in", "W_out"))
+    bias = _bias_after_product(module)
+    return _compared(module, GatedLayer(gate, up, out, module.act_fn, bias_out=bias))
 
 
 def _compared(module: Any, layer: GatedLayer) -> GatedLayer:

@@ -10,10 +10,18 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import wrapt
+
+if TYPE_CHECKING:
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+    from transformer_lens.HookedTransformer import HookedTransformer as _HookedTransformer
+
+    from tl_bilinear.models.component import BilinearTransformerConfig
+    from tl_bilinear.models.transformer import HookedBilinearTransformer
 
 _MODULE = "transformer_lens.HookedTransformer"
 _BRIDGE_MODULE = "transformer_lens.model_bridge.bridge"
@@ -37,6 +45,47 @@ def register() -> None:
         wrapt.register_post_import_hook(_attach, _MODULE)
         wrapt.register_post_import_hook(_attach_to_bridge, _BRIDGE_MODULE)
         wrapt.register_post_import_hook(_register_adapter, _FACTORY_MODULE)
+
+
+if TYPE_CHECKING:
+
+    class HookedTransformer(_HookedTransformer):
+        """TransformerLens's own class, as type checkers see it after `import tl_bilinear`."""
+
+        @overload
+        @classmethod
+        def from_config(
+            cls,
+            cfg: HookedTransformerConfig | Mapping[str, Any] | None = None,
+            *,
+            bilinear: Literal[True],
+            bilinear_bias: bool = False,
+            tokenizer: Any = None,
+            move_to_device: bool = True,
+            **cfg_kwargs: Any,
+        ) -> HookedBilinearTransformer: ...
+
+        @overload
+        @classmethod
+        def from_config(
+            cls, cfg: BilinearTransformerConfig, **options: Any
+        ) -> HookedBilinearTransformer: ...
+
+        @overload
+        @classmethod
+        def from_config(
+            cls,
+            cfg: HookedTransformerConfig | Mapping[str, Any] | None = None,
+            *,
+            bilinear: bool | None = None,
+            tokenizer: Any = None,
+            move_to_device: bool = True,
+            **cfg_kwargs: Any,
+        ) -> HookedTransformer: ...
+
+        @classmethod
+        def from_config(cls, *args: Any, **options: Any) -> Any:
+            """See `_from_config`."""
 
 
 def _attach(module: ModuleType) -> None:

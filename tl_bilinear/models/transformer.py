@@ -24,13 +24,12 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
-from transformer_lens.HookedTransformer import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from tl_bilinear.models import folders, huggingface, pretrained
@@ -38,7 +37,12 @@ from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
 from tl_bilinear.models.folding import fold_norm, widened
 
 if TYPE_CHECKING:
-    HookedBilinearSAETransformer: type[Any]
+    from sae_lens import HookedSAETransformer
+    from transformers import LlamaForCausalLM
+
+    from tl_bilinear.models.registration import HookedTransformer
+else:
+    from transformer_lens.HookedTransformer import HookedTransformer
 
 __all__ = [
     "BilinearMLP",
@@ -80,6 +84,20 @@ class HookedBilinearTransformer(HookedTransformer):
         if move_to_device:
             self.move_model_modules_to_device()
         self.setup()
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def from_config(
+            cls,
+            cfg: HookedTransformerConfig | Mapping[str, Any] | None = None,
+            *,
+            bilinear: bool | None = None,
+            bilinear_bias: bool = False,
+            tokenizer: Any = None,
+            move_to_device: bool = True,
+            **cfg_kwargs: Any,
+        ) -> Self: ...
 
     def setup(self) -> None:
         for mlp in self._bilinear_mlps():
@@ -178,7 +196,7 @@ class HookedBilinearTransformer(HookedTransformer):
         tokenizer: Any = None,
         move_to_device: bool = True,
         attn_scale: float | None = None,
-    ) -> Any:
+    ) -> Self:
         """Load a model that `save_pretrained` wrote, or one that the paper's authors published.
 
         `name` is a folder or, where there is none, a repository on the Hugging Face hub, which is
@@ -216,7 +234,7 @@ class HookedBilinearTransformer(HookedTransformer):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         move_to_device: bool = True,
-    ) -> Any:
+    ) -> Self:
         """A Hugging Face Llama with ``hidden_act="linear"`` as this class: the same logits.
 
         Biases (``mlp_bias``, ``attention_bias``), grouped-query attention, tied embeddings and the
@@ -249,7 +267,7 @@ class HookedBilinearTransformer(HookedTransformer):
             move_to_device=move_to_device,
         )
 
-    def to_hf(self, directory: str | PathLike[str] | None = None) -> Any:
+    def to_hf(self, directory: str | PathLike[str] | None = None) -> LlamaForCausalLM:
         """This model as a Hugging Face LlamaForCausalLM with ``hidden_act="linear"``.
 
         Logits agree to 1e-5 in float32 (tested). Embeddings that are equal are tied. With
@@ -269,6 +287,11 @@ class HookedBilinearTransformer(HookedTransformer):
 
 
 # ---------------------------------------------------------------------- bilinear subclasses
+
+if TYPE_CHECKING:
+
+    class HookedBilinearSAETransformer(HookedSAETransformer, HookedBilinearTransformer):
+        """SAELens's HookedSAETransformer with bilinear MLPs: it takes SAEs."""
 
 
 @functools.cache
