@@ -177,9 +177,12 @@ def require_sizes(path: Path, stored: Mapping[str, Any], names: Sequence[str]) -
 
 
 def require_shapes(
-    path: Path | str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
+    path: Path | str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | str]]
 ) -> None:
-    """Raise ValueError unless `tensors` are exactly those of `expected`, naming each that is not."""
+    """Raise ValueError unless `tensors` are exactly those of `expected`, naming each that is not.
+
+    A size that is not known is a word, and fits nothing.
+    """
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"{name} is not in the model" for name in sorted(tensors.keys() - expected.keys())]
     problems += [

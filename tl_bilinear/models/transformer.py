@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -37,12 +37,14 @@ from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
 from tl_bilinear.models.folding import fold_norm, widened
 
 if TYPE_CHECKING:
+    import transformers
     from sae_lens import HookedSAETransformer
-    from transformers import LlamaForCausalLM
 
     from tl_bilinear.models.registration import HookedTransformer
 else:
     from transformer_lens.HookedTransformer import HookedTransformer
+
+Model = TypeVar("Model", bound="HookedBilinearTransformer")
 
 __all__ = [
     "BilinearMLP",
@@ -188,7 +190,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name: str | PathLike[str],
         *,
         device: str | torch.device | None = None,
@@ -196,7 +198,7 @@ class HookedBilinearTransformer(HookedTransformer):
         tokenizer: Any = None,
         move_to_device: bool = True,
         attn_scale: float | None = None,
-    ) -> Self:
+    ) -> Model:
         """Load a model that `save_pretrained` wrote, or one that the paper's authors published.
 
         `name` is a folder or, where there is none, a repository on the Hugging Face hub, which is
@@ -226,7 +228,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
     @classmethod
     def from_hf(
-        cls,
+        cls: type[Model],
         model: Any,
         *,
         fold_ln: bool = True,
@@ -234,7 +236,7 @@ class HookedBilinearTransformer(HookedTransformer):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         move_to_device: bool = True,
-    ) -> Self:
+    ) -> Model:
         """A Hugging Face Llama with ``hidden_act="linear"`` as this class: the same logits.
 
         Biases (``mlp_bias``, ``attention_bias``), grouped-query attention, tied embeddings and the
@@ -267,7 +269,7 @@ class HookedBilinearTransformer(HookedTransformer):
             move_to_device=move_to_device,
         )
 
-    def to_hf(self, directory: str | PathLike[str] | None = None) -> LlamaForCausalLM:
+    def to_hf(self, directory: str | PathLike[str] | None = None) -> transformers.LlamaForCausalLM:
         """This model as a Hugging Face LlamaForCausalLM with ``hidden_act="linear"``.
 
         Logits agree to 1e-5 in float32 (tested). Embeddings that are equal are tied. With
