@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -48,6 +47,7 @@ from transformer_lens.model_bridge.supported_architectures.native import NativeA
 from transformers import LlamaForCausalLM
 
 from tl_bilinear.models import conversion, folders
+from tl_bilinear.models.fields import require_fields
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
@@ -296,17 +296,7 @@ def _config(values: Mapping[str, Any], bilinear_bias: bool) -> Any:
     """A new config from fields."""
     values = {"act_fn": IDENTITY, "gated_mlp": True, **copy.deepcopy(dict(values))}
     known = {*inspect.signature(TransformerBridgeConfig).parameters, *_parent_fields()} - {"kwargs"}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        close = [difflib.get_close_matches(name, sorted(known), n=1) for name in unknown]
-        shown = [
-            f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name)
-            for name, near in zip(unknown, close, strict=True)
-        ]
-        raise TypeError(f"TransformerBridgeConfig has no field {', '.join(shown)}")
-    missing = [name for name in _REQUIRED if name not in values]
-    if missing:
-        raise TypeError(f"a new model needs {', '.join(missing)}")
+    require_fields("TransformerBridgeConfig", values, known, _REQUIRED)
     if values["act_fn"] not in (None, IDENTITY, "linear"):
         raise ValueError(
             f"act_fn={values['act_fn']!r}: a bilinear MLP has no element-wise nonlinearity (leave "

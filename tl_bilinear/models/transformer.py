@@ -16,13 +16,9 @@ Everything of HookedTransformer works on it: hooks, caches, generation, weight p
 
 from __future__ import annotations
 
-import copy
-import difflib
 import functools
-import math
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -34,6 +30,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from tl_bilinear.models import folders, huggingface, pretrained
 from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+from tl_bilinear.models.configs import asks_for_bilinear, make_config
 from tl_bilinear.models.folding import fold_norm, widened
 
 if TYPE_CHECKING:
@@ -71,7 +68,7 @@ class HookedBilinearTransformer(HookedTransformer):
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] | None = None,
     ) -> None:
-        cfg = _make_config(cfg, {}, bilinear=True)
+        cfg = make_config(cfg, {}, bilinear=True)
         # The blocks are built with TransformerLens's own MLP, so initialising waits for the swap.
         wanted, cfg.init_weights = cfg.init_weights, False
         super().__init__(
@@ -341,9 +338,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# ---------------------------------------------------------------------- configs
-
-
 def model_from_config(
     cls: type,
     cfg: HookedTransformerConfig | Mapping[str, Any] | None,
@@ -355,108 +349,12 @@ def model_from_config(
 ) -> Any:
     """What `HookedTransformer.from_config` does; documented there."""
     if bilinear is None:
-        bilinear = issubclass(cls, HookedBilinearTransformer) or _asks_for_bilinear(cfg)
+        bilinear = issubclass(cls, HookedBilinearTransformer) or asks_for_bilinear(cfg)
     if not bilinear and issubclass(cls, HookedBilinearTransformer):
         raise ValueError(f"{cls.__name__} is bilinear: bilinear=False contradicts it.")
-    config = _make_config(cfg, overrides, bilinear=bilinear)
+    config = make_config(cfg, overrides, bilinear=bilinear)
     target = bilinear_class(cls) if bilinear else cls
     return target(config, tokenizer=tokenizer, move_to_device=move_to_device)
-
-
-def _asks_for_bilinear(cfg: Any) -> bool:
-    if isinstance(cfg, Mapping):
-        return bool(cfg.get("bilinear", False))
-    return isinstance(cfg, BilinearTransformerConfig)
-
-
-def _make_config(
-    cfg: HookedTransformerConfig | Mapping[str, Any] | None,
-    overrides: Mapping[str, Any],
-    *,
-    bilinear: bool,
-) -> Any:
-    """A new config from `cfg` and `overrides`; neither is changed."""
-    wanted: type = BilinearTransformerConfig if bilinear else HookedTransformerConfig
-    if cfg is None:
-        values: dict[str, Any] = {}
-    elif isinstance(cfg, Mapping):
-        values = dict(cfg)
-    elif isinstance(cfg, HookedTransformerConfig):
-        if issubclass(type(cfg), wanted):
-            wanted = type(cfg)
-        values = _fields_of(cfg, overrides)
-        if bilinear and not isinstance(cfg, BilinearTransformerConfig):
-            # A config object cannot say whether these were asked for or are the defaults.
-            values = {
-                name: value
-                for name, value in values.items()
-                if (name, value) not in (("act_fn", "relu"), ("gated_mlp", False))
-            }
-    else:
-        raise TypeError(
-            "cfg must be a HookedTransformerConfig, a BilinearTransformerConfig or a dict, "
-            f"not {type(cfg).__module__}.{type(cfg).__qualname__}"
-        )
-    if not bilinear:
-        _refuse_bilinear(cfg, values | dict(overrides))
-        values.pop("bilinear", None)
-    values = copy.deepcopy(values) | dict(overrides)
-    _require_fields(wanted, values)
-    return wanted(**values)
-
-
-def _refuse_bilinear(cfg: Any, values: Mapping[str, Any]) -> None:
-    if isinstance(cfg, BilinearTransformerConfig) or values.get("bilinear", False):
-        raise ValueError("bilinear=False contradicts cfg, which asks for a bilinear model.")
-    if "bilinear_bias" in values:
-        raise ValueError("bilinear_bias is for bilinear models: pass bilinear=True with it.")
-
-
-def _fields_of(cfg: HookedTransformerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config, without those that it derived from a field about to change.
-
-    A config object fills in n_heads, d_mlp and others when it is made. Kept beside a new d_model
-    they would describe the old one.
-    """
-    values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    gpt2 = cfg.init_mode == "gpt2"
-    derived = {
-        "n_heads": (("d_model", "d_head"), cfg.d_model // cfg.d_head),
-        "d_mlp": (("d_model",), 4 * cfg.d_model),
-        "d_vocab_out": (("d_vocab",), cfg.d_vocab),
-        "attn_scale": (("d_head",), math.sqrt(cfg.d_head)),
-        "rotary_dim": (("d_head",), cfg.d_head),
-        "initializer_range": (
-            ("d_model", "init_mode"),
-            0.8 / math.sqrt(cfg.d_model) if gpt2 else 1.0,
-        ),
-    }
-    for name, (sources, value) in derived.items():
-        if any(source in overrides for source in sources) and values[name] == value:
-            del values[name]
-    return values
-
-
-def _require_fields(config_class: type, values: Mapping[str, Any]) -> None:
-    known = {field.name for field in fields(config_class)}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise TypeError(
-            f"{config_class.__name__} has no field {_and(_with_nearest(n, known) for n in unknown)}"
-        )
-    required = {f.name for f in fields(config_class) if f.default is f.default_factory is MISSING}
-    missing = sorted(required - set(values))
-    if missing:
-        raise TypeError(f"{config_class.__name__} needs {_and(missing)}, which cfg does not give")
-
-
-def _with_nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"{name!r} (did you mean {nearest[0]!r}?)" if nearest else repr(name)
-
-
-def _and(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 # ---------------------------------------------------------------------- weight processing
