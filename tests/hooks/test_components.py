@@ -296,7 +296,7 @@ def test_a_choice_outside_the_grid_is_an_error(model):
         parts.scale(2, [0, 0])
     with pytest.raises(ValueError, match=r"components of shape \[3\] were given in shape \[2\]"):
         parts.scale(torch.ones(2), 0)
-    with pytest.raises(ValueError, match=r"one of them; got by=None, to=None"):
+    with pytest.raises(ValueError, match=r"its new value\); got by=None, to=None"):
         parts.steer(0)
     with pytest.raises(ValueError, match=r"one of them; got by=1, to=2"):
         parts.steer(0, by=1, to=2)

@@ -443,7 +443,7 @@ def test_missing_fields_and_other_sources(tmp_path):
         TransformerBridge.boot_bilinear(n_layers=1, d_model=16)
     with pytest.raises(TypeError, match=r"boot_bilinear takes .* not builtins\.int"):
         TransformerBridge.boot_bilinear(3)
-    with pytest.raises(TypeError, match="n_layers, bilinear_bias: fields go over a dict"):
+    with pytest.raises(TypeError, match="n_layers, bilinear_bias: fields are for a new model"):
         TransformerBridge.boot_bilinear(tmp_path, n_layers=2, bilinear_bias=True)
     with pytest.raises(FileNotFoundError, match="is not a directory: boot_bilinear takes one that"):
         TransformerBridge.boot_bilinear(tmp_path / "absent")

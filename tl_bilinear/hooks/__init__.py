@@ -1,4 +1,5 @@
-"""What runs inside `run_with_hooks` and `run_with_cache`: record, keep, ablate, scale, steer, replace.
+"""What runs inside `run_with_hooks` and `run_with_cache`: record, keep, ablate, scale, steer, replace,
+measure.
 
 >>> u = model.W_U[:, token]
 >>> eigen = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)

@@ -1,8 +1,8 @@
 """Where factored tensors come from: bilinear layers inside models.
 
-Importing this package loads no framework. What follows is loaded at first use. The HookedTransformers
-need TransformerLens 3.9 or a later 3.x, the bridges that or 4; without it a name raises an ImportError
-that says what to install, and everything in `tl_bilinear.tensor` works all the same.
+Importing this package loads no framework: each name is loaded at first use. HookedTransformers need
+TransformerLens 3.9 or a later 3.x, bridges work with 4 too. Where it is missing, the name raises an
+ImportError that says what to install, and everything in `tl_bilinear.tensor` still works.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LAZY = {
 def register() -> None:
     """Register the readers of `BilinearTensor.from_model`, and what TransformerLens learns from us.
 
-    Called when `tl_bilinear` is imported; calling it again changes nothing.
+    Importing `tl_bilinear` calls it; calling it again changes nothing.
     """
     from tl_bilinear.models import readers, registration
 

@@ -71,14 +71,14 @@ def compare_attention_scales(
     batch_size: int = 8,
     progress: bool = True,
 ) -> AttentionScales:
-    """The loss of a published model with attention's output unscaled and times 1 / sqrt(2 n_layer).
+    """The loss of a published model under two scales of attention's output, 1 and 1 / sqrt(2 n_layer).
 
     Parameters
     ----------
     source: the model's name on the hub, or a folder of the published format
     sample: texts, each cut to the model's context, or tokens [batch, pos] without padding
     device: where to run; TransformerLens's choice by default
-    batch_size: sequences of tokens at a time; texts run one by one, so that nothing is padded
+    batch_size: sequences a forward, for tokens; texts run one by one, so that nothing is padded
 
     Raises ValueError for a model of another format, for texts without a tokenizer, for a sample
     that holds nothing to predict or tokens that the model does not have.

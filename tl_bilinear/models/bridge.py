@@ -16,9 +16,9 @@ SiLU on the gate, silently: its table of activations has no "linear". Where tl_b
 (an entry point brings it in, imported or not) the MLP is a :class:`BilinearMLPBridge`, which has no
 activation to look up.
 
-**Compatibility mode** folds and centres weights. TransformerLens finds axes by their lengths; where two
-are equal it takes the wrong one. For the MLP (LayerNorm with d_mlp == d_model) that is mended here, and
-both W_gate and W_in are folded and centred; what cannot be mended from here is refused by name.
+**Compatibility mode** folds and centres weights. TransformerLens tells axes apart by their lengths, and
+takes the wrong one where two are equal. This module repairs that for the MLP (LayerNorm with
+d_mlp == d_model), and folds and centres both W_gate and W_in. Models that it cannot repair are refused.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def _fold_mlp_norm(state: dict[str, Tensor], block: str, *, center: bool) -> Non
         state[f"{block}ln2.bias"] = torch.zeros_like(norm_bias)
 
 
-# With d_mlp == d_model TransformerLens cannot tell the axes of the MLP's weights apart and centres over
-# the wrong one. For as long as it works on them they have one more hidden neuron, which is always zero.
+# With d_mlp == d_model TransformerLens cannot tell the axes of the MLP's weights apart, and centres over
+# the wrong one. So while it processes them, they have one more hidden neuron, which is always zero.
 
 
 def _add_dead_neuron(state: dict[str, Tensor], mlp: str) -> None:
@@ -227,7 +227,7 @@ def native_model(cfg: Any) -> NativeModel:
     `cfg.seed` are obeyed as in `TransformerBridge.boot_native`. The config is completed in place.
     """
     with torch.random.fork_rng(devices=[], enabled=cfg.seed is not None or not cfg.init_weights):
-        cfg.gated_mlp, cfg.act_fn = True, "relu"  # the blocks are built with an MLP that gives way
+        cfg.gated_mlp, cfg.act_fn = True, "relu"  # for the MLPs that are replaced below
         model = NativeModel(cfg)
         cfg.act_fn = IDENTITY
         if not cfg.attn_only:
@@ -263,8 +263,8 @@ def boot_bilinear(
         bridge = _wrap(native_model(cfg), cfg, **where)
     elif given:
         raise TypeError(
-            f"{', '.join(given)}: fields go over a dict or stand alone, and source is a "
-            f"{type(source).__name__}"
+            f"{', '.join(given)}: fields are for a new model, made from a dict or from nothing, and "
+            f"source is a {type(source).__name__}"
         )
     elif isinstance(source, str | PathLike):
         bridge = _from_folder(Path(source).expanduser(), **where)
@@ -280,7 +280,7 @@ def boot_bilinear(
             f"{type(source).__module__}.{type(source).__qualname__}"
         )
     if not isinstance(bridge, cls):
-        # SAELens makes its own bridges in this way; these are what its constructor adds.
+        # SAELens makes its own bridges like this; these are the fields that its constructor adds.
         bridge.__class__ = cls
         bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}
     return bridge
@@ -320,7 +320,7 @@ def _parent_fields() -> set[str]:
 
 
 def _native(cfg: Any, bilinear_bias: bool) -> Any:
-    """A config of ours, completed in place. Raises ValueError for one of another kind of model."""
+    """The config with our fields added, in place. Raises ValueError for another kind of model."""
     if cfg.architecture not in (None, ARCHITECTURE):
         raise ValueError(
             f"architecture={cfg.architecture!r}: only a native model is made from a config (leave "
@@ -341,7 +341,7 @@ def _wrap(
     dtype: torch.dtype | None,
 ) -> Any:
     model.to(device=cfg.device if device is None else device, dtype=dtype or cfg.dtype)
-    # By the entry point where the package is installed, and here where it is only on the path.
+    # The entry point registers it where the package is installed; this line where it is on the path.
     ArchitectureAdapterFactory.discover_entry_points()
     ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, BilinearNativeAdapter)
     return build_bridge_from_module(
@@ -430,10 +430,10 @@ def llama_adapter(stock: Callable[[Any], Any], cfg: Any) -> Any:
 def save_bridge(bridge: Any, directory: str | PathLike[str]) -> None:
     """Save a bilinear bridge as `HookedBilinearTransformer.save_pretrained` does, on either version.
 
-    What `HookedBilinearTransformer.from_pretrained` loads on TransformerLens 3.9, with the same logits,
-    and `TransformerBridge.boot_bilinear` on both. Weights are saved as they are now, processed or not;
-    rotary embeddings half-rotated. The directory appears whole or not at all, and replaces a model
-    saved there before.
+    `HookedBilinearTransformer.from_pretrained` loads it on TransformerLens 3.9, with the same logits,
+    and `TransformerBridge.boot_bilinear` on 3.9 and 4. Weights are saved as they are now, processed or
+    not, with half-rotated rotary embeddings. The directory appears whole or not at all, and replaces a
+    model saved there before.
 
     Raises TypeError for anything but a bridge, ValueError for one that is not bilinear or has a rotary
     embedding that the format does not hold, FileExistsError for a directory that holds anything else.

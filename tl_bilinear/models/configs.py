@@ -53,8 +53,9 @@ def make_config(
         _refuse_bilinear(cfg, values | dict(overrides))
         values.pop("bilinear", None)
     values = copy.deepcopy(values) | dict(overrides)
-    required = {f.name for f in fields(wanted) if f.default is f.default_factory is MISSING}
-    require_fields(wanted.__name__, values, {f.name for f in fields(wanted)}, required)
+    required = [f.name for f in fields(wanted) if f.default is f.default_factory is MISSING]
+    known = [f.name for f in fields(wanted)]
+    require_fields(wanted.__name__, values, known, sorted(required))
     return wanted(**values)
 
 

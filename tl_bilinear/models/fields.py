@@ -13,7 +13,7 @@ def require_fields(
     given = list(given)
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"{owner} has no field {', '.join(_shown(n, known) for n in unknown)}")
-    if missing := sorted(set(required) - set(given)):
+    if missing := [name for name in required if name not in given]:
         raise TypeError(f"{owner} needs {', '.join(missing)}, which were not given")
 
 

@@ -92,7 +92,7 @@ def find_source(cls: type, name: str | PathLike[str]) -> Source:
     if interrupted:
         raise FileNotFoundError(
             f"{folder} is missing: replacing it was interrupted. The model that was there before is "
-            f"whole in {interrupted[-1]}: rename that back"
+            f"complete in {interrupted[-1]}: rename that back"
         )
     given = fspath(name)
     if is_repository(given):
@@ -116,6 +116,7 @@ def require_published(path: Path, stored: Any) -> dict[str, Any]:
 
 
 def stored_tokenizer(source: Source) -> Any:
+    """The tokenizer that `save_pretrained` wrote beside the model; None for a model without one."""
     folder = source.find_tokenizer(folders.TOKENIZER)
     if folder is None:
         return None
@@ -127,8 +128,8 @@ def stored_tokenizer(source: Source) -> Any:
 def _without_weights(
     cls: type, config: BilinearTransformerConfig, tokenizer: Any, device: str | torch.device | None
 ) -> Any:
-    # Loading neither initialises weights, nor seeds the caller's random numbers, nor fetches a
-    # tokenizer by name: those fields are put back when the model stands.
+    # Loading must not initialise weights, seed the caller's random numbers or fetch a tokenizer by
+    # name. The fields that would do so are put back when the model is built.
     as_stored = {name: getattr(config, name) for name in ("seed", "init_weights", "tokenizer_name")}
     config.seed, config.init_weights, config.tokenizer_name = None, False, None
     if device is not None:

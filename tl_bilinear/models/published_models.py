@@ -23,9 +23,10 @@ tensor                                           shape       TransformerLens
 and biases of mlp.w and mlp.p (in some versions of qkv, too) where ``bias``. RMSNorm has no weights.
 
 The attention scale. In the published code a block is ``x + s attn(norm(x))`` with s = 1/sqrt(2 n_layer).
-The history of that code says that ts-medium was trained with s = 1; reproductions that load it with the
-other report a loss of 2.9 instead of about 1.3. s is folded into W_O, so that ``hook_attn_out`` is what
-the residual stream receives; `tl_bilinear.models.compare_attention_scales` measures the loss under both.
+The history of that code says that ts-medium was trained with s = 1; reproductions that load it with
+s = 1/sqrt(2 n_layer) report a loss of 2.9 instead of about 1.3. s is folded into W_O, so that
+``hook_attn_out`` is what the residual stream receives; `tl_bilinear.models.compare_attention_scales`
+measures the loss under both.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _STRAY = re.compile(r"(^|\.)norm\.linear(\.|$)")
 # As a repository, a folder, or a folder of the hub's cache.
 _TS_MEDIUM = re.compile(r"(^|[/\\]|--)ts-medium($|[/\\])")
 
-# The published configs name a tokenizer in the words of the published code.
+# The published configs name a tokenizer by a short name of the published code.
 _TOKENIZERS = {
     "ts-4096": (
         "tdooms/ts-tokenizer-4096",
@@ -249,7 +250,7 @@ def _mlp(block: Mapping[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Te
 
 
 def read_tokenizer(source: Source, stored: Mapping[str, Any]) -> Any:
-    """The tokenizer beside the model or, on the hub, the one that its config names; None if neither.
+    """The tokenizer beside the model or, on the hub, the one that its config names; None without either.
 
     The authors' tokenizers put the BOS token first and pad with EOS on the right.
     """

@@ -1,8 +1,10 @@
-"""What TransformerLens's own classes learn of bilinear models, without importing TransformerLens.
+"""What this package adds to TransformerLens's own classes, without importing TransformerLens.
 
-TransformerLens takes seconds to import, so a post-import hook waits for it: `from_config` and
-`boot_bilinear` appear whether TransformerLens was imported before or after `tl_bilinear`, and on every
-subclass of HookedTransformer and TransformerBridge, SAELens's among them.
+TransformerLens takes seconds to import, so a post-import hook waits for it. `from_config` and
+`boot_bilinear` appear whether TransformerLens was imported before or after `tl_bilinear`. Every subclass
+of HookedTransformer and TransformerBridge has them too, SAELens's among them.
+
+Our modules that import TransformerLens at their top are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ if TYPE_CHECKING:
 
 def _attach(module: ModuleType) -> None:
     # This may run in the middle of TransformerLens's own import, so it must not import any more of
-    # it; and a from_config that TransformerLens brings along itself stays as it is.
+    # it. If TransformerLens ever has a from_config of its own, that one stays.
     hooked_transformer = getattr(module, "HookedTransformer", None)
     if hooked_transformer is not None and not hasattr(hooked_transformer, "from_config"):
         hooked_transformer.from_config = classmethod(_from_config)
@@ -179,7 +181,7 @@ def _boot_bilinear(
         - None, a dict or a TransformerBridgeConfig: a new native model.
         - a HookedBilinearTransformer, or a folder that its `save_pretrained` wrote: its weights in a
           native model, the same logits. `tl_bilinear.models.save_bridge` leads back.
-        - a LlamaForCausalLM with ``hidden_act="linear"``: a bridge around it, which takes it over.
+        - a LlamaForCausalLM with ``hidden_act="linear"``: a bridge around this very object.
           TransformerLens's own `boot_transformers` boots one from a folder or by its hub name.
     bilinear_bias:
         For a new model: trainable biases on the three maps (appendix J), zero at first.
@@ -216,7 +218,7 @@ def _register_adapter(module: ModuleType) -> None:
         stock = module.SUPPORTED_ARCHITECTURES[_LLAMA]
         register_adapter = module.ArchitectureAdapterFactory.register_adapter
     except (AttributeError, KeyError) as error:
-        # `import transformer_lens` has to work whatever a version of it has renamed.
+        # `import transformer_lens` has to work, even if a new version has renamed these.
         warnings.warn(
             f"TransformerLens {_version()} does not take tl_bilinear's adapter ({error!r}): in "
             "compatibility mode its bridge of a Llama with hidden_act='linear' may compute SiLU. "
@@ -237,7 +239,7 @@ def _register_adapter(module: ModuleType) -> None:
 def explain_missing(name: str, error: ImportError) -> ImportError | None:
     """The error for a public name whose framework is absent, saying what to install.
 
-    None where `error` has another reason (a broken installation), which then speaks for itself.
+    None where `error` has another reason, such as a broken installation.
     """
     missing = error.name or ""
     if missing == "transformer_lens":

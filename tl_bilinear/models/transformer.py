@@ -106,14 +106,14 @@ class HookedBilinearTransformer(HookedTransformer):
     def set_tokenizer(
         self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None
     ) -> None:
-        """As HookedTransformer's, for tokenizers made in memory too."""
+        """As HookedTransformer's, also for tokenizers made in memory."""
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
         is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
         if not is_tokenizer or "name_or_path" in tokenizer.init_kwargs:
             super().set_tokenizer(tokenizer, default_padding_side)  # which refuses other things
             return
-        # TransformerLens reads it a second time, by a name that it does not have.
+        # TransformerLens loads a tokenizer again by its name, and this one has none.
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             named = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -121,7 +121,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
     @property
     def b_gate(self) -> Float[Tensor, "n_layers d_mlp"]:
-        """The gate biases of all layers, beside TransformerLens's W_gate, W_in, W_out, b_in, b_out."""
+        """The gate biases of all layers, stacked like TransformerLens's b_in and b_out."""
         return torch.stack([block.mlp.b_gate for block in self.blocks])
 
     def load_and_process_state_dict(
@@ -220,7 +220,7 @@ class HookedBilinearTransformer(HookedTransformer):
             attn_scale=attn_scale,
         )
 
-    # What is stored is loaded unprocessed, so there is one way of loading, under both names.
+    # Weights are loaded as they were stored, without processing, under either name.
     from_pretrained_no_processing = from_pretrained
 
     @classmethod
@@ -236,19 +236,19 @@ class HookedBilinearTransformer(HookedTransformer):
     ) -> Model:
         """A Hugging Face Llama with ``hidden_act="linear"`` as this class: the same logits.
 
-        Biases (``mlp_bias``, ``attention_bias``), grouped-query attention, tied embeddings and the
-        rotary embeddings 'default', 'linear' and 'llama3' come along. Logits agree to 1e-5 in
-        float32 (tested).
+        Takes biases (``mlp_bias``, ``attention_bias``), grouped-query attention, tied embeddings and
+        the rotary embeddings 'default', 'linear' and 'llama3'. Logits agree to 1e-5 in float32
+        (tested).
 
         Parameters
         ----------
         model: LlamaForCausalLM, or a folder or hub name of one
             An object is copied, never changed.
         fold_ln:
-            Put the norms' weights into the weights that read them, so that a bilinear tensor takes
+            Fold the norms' weights into the weights that read them, so that a bilinear tensor takes
             the normalised vector itself. False keeps them as parameters.
         tokenizer:
-            Default: the one in the folder, if there is one; none for an object.
+            Default: the one in the folder, if there is one. An object comes without.
         device, dtype:
             Default: TransformerLens's choice, and the dtype of the weights.
 
@@ -269,8 +269,8 @@ class HookedBilinearTransformer(HookedTransformer):
     def to_hf(self, directory: str | PathLike[str] | None = None) -> transformers.LlamaForCausalLM:
         """This model as a Hugging Face LlamaForCausalLM with ``hidden_act="linear"``.
 
-        Logits agree to 1e-5 in float32 (tested). Embeddings that are equal are tied. With
-        `directory` it is also written there, with the tokenizer, whole or not at all.
+        Logits agree to 1e-5 in float32 (tested). Embedding and unembedding are tied if they are equal.
+        With `directory` the model is also written there, with its tokenizer, whole or not at all.
 
         Raises ValueError naming each setting that a Llama does not have (LayerNorm, learned
         positions, an unembedding bias, ...); FileExistsError for a directory that holds anything but
@@ -369,9 +369,9 @@ def _fold_norms(
 ) -> dict[str, Tensor]:
     """Fold the norms before the MLPs and the unembedding; TransformerLens folds the others.
 
-    TransformerLens centres W_in but not W_gate, and guesses from shapes whether a weight is stored
-    transposed, which goes wrong for d_mlp == d_model and d_vocab_out == d_model. A norm folded here
-    is left as the identity, on which TransformerLens's own folding changes nothing.
+    TransformerLens centres W_in but not W_gate. It also guesses from shapes whether a weight is stored
+    transposed, and is wrong for d_mlp == d_model and d_vocab_out == d_model. A norm that is folded here
+    becomes the identity, on which TransformerLens's own folding has no effect.
     """
     state_dict = dict(state_dict)
     if cfg.normalization_type is None:
@@ -425,10 +425,10 @@ def _fold_norm(
 
 
 def _center_unembed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Subtract W_U's mean over the vocabulary: softmax does not see it.
+    """Subtract W_U's mean over the vocabulary, which softmax does not see.
 
-    Here because TransformerLens's guesses the axis from shapes (wrong for d_vocab == d_model with
-    another d_vocab_out).
+    TransformerLens's own function guesses the axis from shapes, and is wrong for d_vocab == d_model
+    with another d_vocab_out.
     """
     state_dict = dict(state_dict)
     for key in ("unembed.W_U", "unembed.b_U"):
