@@ -298,7 +298,7 @@ def test_a_choice_outside_the_grid_is_an_error(model):
         parts.scale(torch.ones(2), 0)
     with pytest.raises(ValueError, match=r"its new value\); got by=None, to=None"):
         parts.steer(0)
-    with pytest.raises(ValueError, match=r"one of them; got by=1, to=2"):
+    with pytest.raises(ValueError, match=r"its new value\); got by=1, to=2"):
         parts.steer(0, by=1, to=2)
     with pytest.raises(ValueError, match=r"k must lie between 1 and 3 \(the pairs held\), got 4"):
         parts.low_rank(4)
