@@ -69,7 +69,10 @@ def caught(expression: str) -> str:
 
 
 def test_import_is_light():
-    heavy = ("transformer_lens", "sae_lens", "transformers", "plotly", "kornia", "mlxtend")
+    heavy = (
+        *("transformer_lens", "sae_lens", "transformers"),
+        *("plotly", "pandas", "jinja2", "kornia", "mlxtend"),
+    )
     printed = run(
         "import sys, tl_bilinear, tl_bilinear.circuits, tl_bilinear.hooks\n"
         "dir(tl_bilinear), tl_bilinear.models.register()\n"
@@ -91,6 +94,18 @@ def test_tl_bilinear_first_and_no_sae_lens():
     )
     assert "HookedBilinearSAETransformer needs SAELens" in printed
     assert "pip install 'sae-lens>=6.54'" in printed
+
+
+def test_names_that_load_at_first_use():
+    run(
+        "import sys, tl_bilinear\n"
+        "assert 'tl_bilinear.plots' not in sys.modules\n"
+        "assert tl_bilinear.plots is sys.modules['tl_bilinear.plots']\n"
+        "for name in dir(tl_bilinear): getattr(tl_bilinear, name)\n"
+        "import transformer_lens\n"
+        "assert tl_bilinear.HookedTransformer is transformer_lens.HookedTransformer\n"
+        "from tl_bilinear import HookedTransformer\n" + FROM_CONFIG_WORKS
+    )
 
 
 def test_transformer_lens_first():

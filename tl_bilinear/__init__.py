@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tl_bilinear import models
+from tl_bilinear import models as models
 from tl_bilinear.features import registration as _sae_registration
 from tl_bilinear.tensor import (
     CP,
@@ -47,12 +47,20 @@ from tl_bilinear.tensor import (
 )
 
 if TYPE_CHECKING:
+    from tl_bilinear import circuits as circuits
+    from tl_bilinear import demo as demo
+    from tl_bilinear import features as features
+    from tl_bilinear import hooks as hooks
+    from tl_bilinear import plots as plots
+    from tl_bilinear import recipes as recipes
+    from tl_bilinear import tensor as tensor
     from tl_bilinear.demo import load_demo_model, load_demo_saes
     from tl_bilinear.features import Dictionary, FeatureInteractions
     from tl_bilinear.models import (
         BilinearMLP,
         BilinearTransformerConfig,
         HookedBilinearTransformer,
+        HookedTransformer,
     )
 
 __version__ = "0.1.0"
@@ -72,6 +80,7 @@ __all__ = [
     "FeatureInteractions",
     "GatedLayer",
     "HookedBilinearTransformer",
+    "HookedTransformer",
     "InteractionMatrix",
     "Reexpression",
     "Spectrum",
@@ -100,9 +109,11 @@ _LAZY = {
     "BilinearMLP": "tl_bilinear.models",
     "BilinearTransformerConfig": "tl_bilinear.models",
     "HookedBilinearTransformer": "tl_bilinear.models",
+    "HookedTransformer": "tl_bilinear.models",
     "load_demo_model": "tl_bilinear.demo",
     "load_demo_saes": "tl_bilinear.demo",
 }
+_PACKAGES = ("circuits", "demo", "features", "hooks", "models", "plots", "recipes", "tensor")
 
 models.register()
 _sae_registration.register()
@@ -111,8 +122,10 @@ _sae_registration.register()
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_PACKAGES})

@@ -186,7 +186,7 @@ def test_eigencomponents_are_taken_out_of_the_running_model(f, tokens, write):
 
     parts = f.components([3, 5], 4, write=write)
     assert parts.shape == (2, 4)
-    checked = verify(f.model, tokens, parts, (0, slice(2)), progress=False)
+    checked = verify(f.model, tokens, parts, (0, slice(2)), at="output", progress=False)
     assert (checked.error < 1e-10).all()
     before = f.run(tokens).output
     edit = parts.ablate((0, 0))

@@ -53,7 +53,7 @@ def eigen(model, n=3, k=None, seed=0, **options):
 
 def activation(parts, x, direction, pair):
     """lambda (v . x)^2 of one component at one token, number by number."""
-    spectrum = parts.spectrum
+    spectrum = parts.eigen
     values = spectrum.values.reshape(-1, spectrum.k)
     vectors = spectrum.vectors.reshape(-1, spectrum.k, spectrum.d)
     product = sum(float(a) * float(b) for a, b in zip(vectors[direction, pair], x, strict=True))

@@ -45,7 +45,7 @@ def test_interventions_and_verification(bridge, parts):
     assert_close(edited[WRITTEN], cache[WRITTEN] - change, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(edited_logits, logits)
     assert torch.equal(bridge(TOKENS), logits)
-    assert verify(bridge, TOKENS, parts, progress=False).error.max() < 1e-5
+    assert verify(bridge, TOKENS, parts, at="output", progress=False).error.max() < 1e-5
 
 
 def test_recording(bridge, parts):

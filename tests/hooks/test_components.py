@@ -296,16 +296,16 @@ def test_a_choice_outside_the_grid_is_an_error(model):
         parts.scale(2, [0, 0])
     with pytest.raises(ValueError, match=r"components of shape \[3\] were given in shape \[2\]"):
         parts.scale(torch.ones(2), 0)
-    with pytest.raises(ValueError, match=r"one of them; got by=None, to=None"):
+    with pytest.raises(ValueError, match=r"its new value\); got by=None, to=None"):
         parts.steer(0)
-    with pytest.raises(ValueError, match=r"one of them; got by=1, to=2"):
+    with pytest.raises(ValueError, match=r"its new value\); got by=1, to=2"):
         parts.steer(0, by=1, to=2)
     with pytest.raises(ValueError, match=r"k must lie between 1 and 3 \(the pairs held\), got 4"):
         parts.low_rank(4)
 
 
 def test_directions_that_do_not_fit_their_spectrum(model):
-    spectrum = eigen(model, 2).spectrum
+    spectrum = eigen(model, 2).eigen
     with pytest.raises(ValueError, match=r"\(batch shape \[2\]\), got \[3, 16\]"):
         EigenComponents(spectrum, directions(3), layer=LAYER)
     u = directions(2)
@@ -323,7 +323,7 @@ def test_directions_that_do_not_fit_their_spectrum(model):
 def test_options_of_another_kind(model):
     with pytest.raises(ValueError, match="outside must be 'keep' or 'drop', got 'lose'"):
         eigen(model, 2).keep(0, outside="lose")
-    spectrum = eigen(model, 2).spectrum
+    spectrum = eigen(model, 2).eigen
     with pytest.raises(ValueError, match="write must be 'minimal', 'dual' or a tensor, got 'u'"):
         EigenComponents(spectrum, directions(2), layer=LAYER, write="u")
     with pytest.raises(TypeError, match="float"):

@@ -1,6 +1,7 @@
 """Loss added: the numbers against loops and scipy, the intervals against their promise."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from tests.hooks.running import EXACT, LAYER, TOKENS, eigen, model64, sae, throu
 from tl_bilinear import BilinearTensor
 from tl_bilinear.hooks import (
     Chain,
+    Edit,
     HOSVDComponents,
     LossAdded,
     logit_difference,
     loss_added,
     next_token_loss,
+    token_losses,
 )
 
 MANY = torch.randint(0, 23, (7, 9), generator=torch.Generator().manual_seed(3))
@@ -63,8 +66,37 @@ def test_the_losses_are_those_of_the_runs(model, edits):
     assert_close(found.difference, (found.patched - clean).mean(1), **EXACT)
     assert_close(found.relative, found.difference / clean.mean(), **EXACT)
     one = loss_added(model, MANY, edits["rank 2"], progress=False)
-    assert one.names == ["intervention"]
+    assert one.names == ["edit"]
     assert_close(one.patched[0], found.patched[1], **EXACT)
+
+
+class ZeroedEmbedding:
+    """An edit of one's own: anything with `applied`."""
+
+    @contextmanager
+    def applied(self, model):
+        weights = model.W_E.detach().clone()
+        model.W_E.data.zero_()
+        yield
+        model.W_E.data.copy_(weights)
+
+
+def test_edits_of_ones_own(model):
+    found = loss_added(model, MANY, {"no tokens": ZeroedEmbedding()}, batch_size=4, progress=False)
+    assert isinstance(ZeroedEmbedding(), Edit)
+    assert_close(found.clean, torch.tensor(slow_loss(model, MANY), dtype=torch.float64), **EXACT)
+    with ZeroedEmbedding().applied(model):
+        expected = torch.tensor(slow_loss(model, MANY), dtype=torch.float64)
+    assert_close(found.patched[0], expected, **EXACT)
+
+
+def test_the_loss_of_each_token(model):
+    logits = through(model, tokens=MANY)[2]
+    losses = token_losses(logits, MANY)
+    assert losses.shape == (7, 8)
+    assert_close(losses.mean(-1), next_token_loss(logits, MANY), **EXACT)
+    whole = model(MANY, return_type="loss", loss_per_token=True).detach()
+    assert_close(losses.to(whole), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_intervals_are_students(model, edits):
@@ -78,7 +110,7 @@ def test_intervals_are_students(model, edits):
         low, high = stats.t.interval(0.9, 6, loc=ratio, scale=se)
         assert_close(found.relative_interval[i].tolist(), [low, high], **EXACT)
     table = found.to_pandas()
-    assert list(table["intervention"]) == ["one", "rank 2", "both"]
+    assert list(table["edit"]) == ["one", "rank 2", "both"]
     assert (table["low"] < table["difference"]).all()
     assert (table["relative"] < table["relative_high"]).all()
 
@@ -141,9 +173,7 @@ def test_top_and_storage(model, edits, tmp_path):
     assert most.names == [
         found.names[i] for i in found.difference.argsort(descending=True)[:2].tolist()
     ]
-    with pytest.raises(
-        ValueError, match=r"k must lie between 1 and 3 \(the interventions\), got 4"
-    ):
+    with pytest.raises(ValueError, match=r"k must lie between 1 and 3 \(the edits\), got 4"):
         found.top(4)
     found.save(tmp_path / "loss.safetensors")
     loaded = LossAdded.load(tmp_path / "loss.safetensors")

@@ -336,17 +336,17 @@ def test_processed_models_have_spectra_of_their_own(model):
         out @ parts.directions, (x @ bare.linear.T + bare.constant) @ parts.directions, **EXACT
     )
     before = eigen(model, None).ablate()
-    with pytest.raises(ValueError, match="the spectrum does not fit") as error:
+    with pytest.raises(ValueError, match="the eigendecomposition does not fit") as error:
         before.fwd_hooks(processed)
     assert (
-        "the spectrum does not fit blocks.1.mlp: it has width 16 in 'blocks.1.mlp.hook_in"
+        "the eigendecomposition does not fit blocks.1.mlp: it has width 16 in 'blocks.1.mlp.hook_in"
         in str(error.value)
     )
     assert "after RMSNorm and its weight)', the layer reads width 16 in" in str(error.value)
     assert "after RMSNorm without a weight)'" in str(error.value)
     # Whoever knows better says so.
-    spectrum = dataclasses.replace(before.components.spectrum, space=None)
-    parts = dataclasses.replace(before.components, spectrum=spectrum)
+    spectrum = dataclasses.replace(before.components.eigen, space=None)
+    parts = dataclasses.replace(before.components, eigen=spectrum)
     assert parts.ablate().fwd_hooks(processed)
 
 
@@ -427,7 +427,7 @@ def test_a_model_of_another_kind_needs_hook_names_only():
     parts = EigenComponents(tensor.interaction(u).eigh(), u, layer=LAYER)
     assert len(parts.ablate().fwd_hooks(Foreign())) == 2
     with pytest.raises(
-        ValueError, match=r"the spectrum does not fit blocks.0.mlp.*'blocks.0.mlp.hook_"
+        ValueError, match=r"the eigendecomposition does not fit blocks.0.mlp.*'blocks.0.mlp.hook_"
     ):
         dataclasses.replace(parts, layer=0).ablate().fwd_hooks(Foreign())
 

@@ -55,7 +55,7 @@ def test_caches_hold_the_activations(model, parts):
 
 
 def test_two_of_a_layer_under_names_of_their_own(model, parts):
-    single = EigenComponents(parts.spectrum[0], parts.directions[0], layer=LAYER)
+    single = EigenComponents(parts.eigen[0], parts.directions[0], layer=LAYER)
     with recording(model, parts), recording(model, single, name="hook_one") as (name,):
         _, cache = model.run_with_cache(TOKENS)
         assert name == f"blocks.{LAYER}.mlp.hook_one"

@@ -47,8 +47,8 @@ def test_predicted_is_measured_and_components_matter(text, model):
     hosvd = HOSVDComponents(tensor.hosvd(3), layer=1)
     few, options = (slice(None), slice(2)), {"controls": 2, "progress": False}
     for found in (
+        verify(model, held_out, parts, few, at="output", **options),
         verify(model, held_out, parts, few, **options),
-        verify(model, held_out, parts, few, at="input", **options),
         verify(model, held_out, hosvd, **options),
     ):
         assert found.error.max() < 1e-5

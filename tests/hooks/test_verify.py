@@ -54,7 +54,7 @@ def test_in_float32_to_1e_5(at):
 def test_the_measured_numbers_are_those_of_the_runs(model):
     parts = eigen(model, 2)
     read = directions(3, seed=8)
-    found = check(model, parts, read=read, positions=slice(1, 4))
+    found = check(model, parts, at="output", read=read, positions=slice(1, 4))
     x, out, _ = through(model)
     run = through(model, parts.ablate((1, 0), positions=slice(1, 4)))[1]
     expected = ((run - out)[:, 1:4] @ read.T).flatten(0, 1).T
@@ -69,14 +69,14 @@ def test_the_measured_numbers_are_those_of_the_runs(model):
 
 def test_the_effect_is_the_loss_added(model):
     parts = eigen(model, 2)
-    found = check(model, parts, (0, [1, 2]))
+    found = check(model, parts, (0, [1, 2]), at="output")
     added = loss_added(
         model, TOKENS, {"1": parts.ablate((0, 1)), "2": parts.ablate((0, 2))}, progress=False
     )
     assert_close(found.effect, added.patched - added.clean, **EXACT)
     assert_close(found.interval, added.interval, **EXACT)
     assert_close(found.clean_effect, added.clean, **EXACT)
-    found = check(model, parts, (0, 1), effect=logit_difference(3, 4))
+    found = check(model, parts, (0, 1), at="output", effect=logit_difference(3, 4))
     logits, edited = through(model)[2], through(model, parts.ablate((0, 1)))[2]
     change = (edited - logits)[:, -1]
     assert_close(found.effect[0], change[:, 3] - change[:, 4], **EXACT)
@@ -89,6 +89,18 @@ def test_a_spectrum_of_another_layer_fails_at_the_input_only(model):
     parts = EigenComponents(dataclasses.replace(other, space=None), u, layer=LAYER)
     assert check(model, parts, at="output").error.max() < 1e-10
     assert check(model, parts, at="input").error.min() > 0.01
+    assert check(model, parts).error.min() > 0.01
+
+
+def test_the_default_is_the_check_that_can_fail(model):
+    parts, tensor = eigen(model, 2), BilinearTensor.from_model(model, LAYER)
+    augmented = EigenComponents(
+        tensor.augmented().interaction(directions(2)).eigh(), directions(2), layer=LAYER
+    )
+    assert check(model, parts).at == "input"
+    assert check(model, parts, read=directions(1)).at == "output"
+    assert check(model, augmented).at == "output"
+    assert check(model, HOSVDComponents(tensor.hosvd(2), layer=LAYER), None).at == "output"
 
 
 def test_controls_at_the_input_fail_and_are_seeded(model):
@@ -121,8 +133,9 @@ def test_input_biases(model):
     u = directions(2)
     parts = EigenComponents(tensor.interaction(u).eigh(), u, layer=LAYER)
     assert check(biased, parts, at="output").error.max() < 1e-10
-    assert check(biased, parts, at="input").error.min() > 1e-3
     linear = tensor.project(u).parts().linear
+    assert check(biased, parts, at="input", linear=0 * linear).error.min() > 1e-3
+    assert check(biased, parts, at="input").error.max() < 1e-10  # read from the model
     assert check(biased, parts, at="input", linear=linear).error.max() < 1e-10
     augmented = EigenComponents(tensor.augmented().interaction(u).eigh(), u, layer=LAYER)
     assert check(biased, augmented).error.max() < 1e-10
@@ -152,7 +165,7 @@ def test_a_mask_of_tokens_and_small_batches(model):
 
 
 def test_table_top_and_storage(model, tmp_path):
-    found = check(model, eigen(model, 2), controls=2)
+    found = check(model, eigen(model, 2), at="output", controls=2)
     table = found.to_pandas()
     assert list(table.columns) == [
         *("direction", "component", "read", "predicted", "measured", "error", "control_error"),
@@ -221,12 +234,12 @@ def test_what_is_refused(model):
     with pytest.raises(ValueError, match="leave read out"):
         check(model, parts, at="input", read=directions(1))
     with pytest.raises(ValueError, match="linear belongs to at='input'"):
-        check(model, parts, linear=directions(2))
+        check(model, parts, at="output", linear=directions(2))
     with pytest.raises(ValueError, match="controls must be a number of random controls"):
         check(model, parts, controls=-1)
     with pytest.raises(ValueError, match=r"read must have shape \[\.\.\., 16\]"):
         check(model, parts, read=directions(1, d=5))
     with pytest.raises(IndexError, match="chooses nothing"):
         check(model, parts, 7)
-    with pytest.raises(ValueError, match="the spectrum does not fit"):
+    with pytest.raises(ValueError, match="the eigendecomposition does not fit"):
         check(model, dataclasses.replace(parts, layer=0))

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer, register_gated_reader
+from tl_bilinear.hooks import loss_added
 from tl_bilinear.models.approximation import (
+    Replacement,
     approximate_llama,
-    loss_added,
     mlp_inputs,
-    replaced,
     to_bilinear_llama,
 )
 from tl_bilinear.tensor.readers import read_gated
@@ -60,7 +60,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def fitted(llama, rows):
-    return approximate_llama(llama, rows, warn_below=-1e9)
+    return approximate_llama(llama, rows, warn_below=-1e9, progress=False)
 
 
 # ---------------------------------------------------------------------- reading
@@ -159,7 +159,7 @@ def test_mlp_inputs_are_what_the_mlps_read(llama, rows):
 
 def test_a_bilinear_llama_is_the_model_with_its_layers_replaced(llama, fitted, rows, tmp_path):
     bilinear = to_bilinear_llama(llama, {n: one.tensor for n, one in fitted.items()})
-    with replaced(llama, fitted), torch.no_grad():
+    with Replacement(fitted).applied(llama), torch.no_grad():
         want = llama(rows[:4]).logits
     with torch.no_grad():
         assert_close(bilinear(rows[:4]).logits, want, rtol=1e-4, atol=1e-4)
@@ -179,19 +179,33 @@ def test_a_bilinear_llama_is_the_model_with_its_layers_replaced(llama, fitted, r
 
 
 def test_loss_added(llama, fitted, rows):
-    found = loss_added(llama, fitted, rows[:10])
+    edits = {str(layer): Replacement({layer: one}) for layer, one in fitted.items()}
+    edits["all"] = Replacement(fitted)
+    found = loss_added(llama, rows[:10], edits, batch_size=4, progress=False)
     with torch.no_grad():
         own = llama(input_ids=rows[:10], labels=rows[:10]).loss.item()
         bilinear = to_bilinear_llama(llama, {n: one.tensor for n, one in fitted.items()})
         together = bilinear(input_ids=rows[:10], labels=rows[:10]).loss.item()
-    assert found.clean == pytest.approx(own, abs=1e-5)
-    assert found.together == pytest.approx(together, abs=1e-4)
-    table = found.to_pandas()
+    assert found.clean.mean().item() == pytest.approx(own, abs=1e-5)
+    assert found.patched[3].mean().item() == pytest.approx(together, abs=1e-4)
+    table = found.to_pandas().set_index("edit")
     assert list(table.index) == ["0", "1", "2", "all"]
-    assert table.loc["all", "added"] == pytest.approx(found.added)
-    with replaced(llama, {1: fitted[1]}), torch.no_grad():
+    assert table.loc["all", "difference"] == pytest.approx(together - own, abs=1e-4)
+    with Replacement({1: fitted[1]}).applied(llama), torch.no_grad():
         alone = llama(input_ids=rows[:10], labels=rows[:10]).loss.item()
-    assert found.alone[1] == pytest.approx(alone, abs=1e-5)
+    assert found.patched[1].mean().item() == pytest.approx(alone, abs=1e-5)
+
+
+def test_tokens_that_are_given_and_not_predicted(llama, fitted, rows):
+    """As in training: [BOS] is no target."""
+    tokens = rows[:6].clone()
+    tokens[:, [0, 9, 20]] = 1
+    found = loss_added(llama, tokens, Replacement(fitted), mask=tokens != 1, progress=False)
+    with torch.no_grad():
+        labels = tokens.masked_fill(tokens == 1, -100)
+        assert found.clean.mean().item() == pytest.approx(
+            llama(input_ids=tokens, labels=labels).loss.item(), abs=1e-5
+        )
 
 
 def test_one_warning_names_the_layers(llama, rows):
@@ -219,7 +233,7 @@ def test_a_real_model(shared_data):
     ]
     rows = torch.tensor(ids[: len(ids) // 128 * 128]).reshape(-1, 128)
     found = {
-        fit: approximate_llama(model, rows[:-16], fit=fit, warn_below=-1e9)
+        fit: approximate_llama(model, rows[:-16], fit=fit, warn_below=-1e9, progress=False)
         for fit in ("neuron", "refit")
     }
     for layer in range(5):
@@ -234,5 +248,8 @@ def test_a_real_model(shared_data):
             (one.tensor(inputs) - want).square().mean() for one in (gaussian, found["refit"][0])
         ]
     assert errors[0] > 2 * errors[1]  # real inputs are not Gaussian
-    neuron, refit = (loss_added(model, one, rows[-16:]).added for one in found.values())
+    edits = {fit: Replacement(one) for fit, one in found.items()}
+    held_out = rows[-16:]
+    added = loss_added(model, held_out, edits, mask=held_out != 1, progress=False)
+    neuron, refit = added.difference.tolist()
     assert 0.2 < refit < 0.8 * neuron

@@ -30,9 +30,9 @@ from tl_bilinear.models import (
     BilinearMLPBridge,
     conversion,
     files,
+    folders,
     registration,
     save_bridge,
-    storage,
 )
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -48,7 +48,7 @@ def saved(folder, **fields):
     """A folder in save_pretrained's format with random weights; returns its log-probabilities."""
     cfg = slow_transformer.config(**fields)
     state = random_state(cfg)
-    storage.write(folder, cfg, state, None)
+    folders.write(folder, cfg, state, None)
     return log_probs(state, cfg).float()
 
 
@@ -443,7 +443,7 @@ def test_missing_fields_and_other_sources(tmp_path):
         TransformerBridge.boot_bilinear(n_layers=1, d_model=16)
     with pytest.raises(TypeError, match=r"boot_bilinear takes .* not builtins\.int"):
         TransformerBridge.boot_bilinear(3)
-    with pytest.raises(TypeError, match="n_layers, bilinear_bias: fields go over a dict"):
+    with pytest.raises(TypeError, match="n_layers, bilinear_bias: fields are for a new model"):
         TransformerBridge.boot_bilinear(tmp_path, n_layers=2, bilinear_bias=True)
     with pytest.raises(FileNotFoundError, match="is not a directory: boot_bilinear takes one that"):
         TransformerBridge.boot_bilinear(tmp_path / "absent")
@@ -493,7 +493,7 @@ def test_checkpoints_there_and_back(fields, tmp_path):
             hooked.process_weights_()
             assert_close(tl_log_probs(TransformerBridge.boot_bilinear(hooked)), expected, **CLOSE)
     for folder in ("back", "processed"):
-        cfg = storage.read_fields(tmp_path, files.read_json(tmp_path / folder / "config.json"))
+        cfg = folders.read_fields(tmp_path, files.read_json(tmp_path / folder / "config.json"))
         state = files.read_tensors(tmp_path / folder / "model.safetensors")
         assert_close(log_probs(state, cfg).float(), expected, **CLOSE)
 
@@ -550,7 +550,7 @@ def test_checkpoints_that_are_damaged(tmp_path):
     state = random_state(cfg)
     del state["blocks.1.mlp.W_in"]
     state["embed.W_E"] = state["embed.W_E"][:-1]
-    storage.write(tmp_path / "model", cfg, state, None)
+    folders.write(tmp_path / "model", cfg, state, None)
     with pytest.raises(ValueError, match=r"safetensors does not fit its config\.json") as raised:
         TransformerBridge.boot_bilinear(tmp_path / "model")
     assert "blocks.1.mlp.in.weight is missing" in str(raised.value)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components import MLP, GatedMLP
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models.building import TOKENS, bilinear_model, config, randomise, reference_mlp
 from tl_bilinear import BilinearMLP, BilinearTensor
@@ -515,3 +516,31 @@ def test_torch_bilinear(d_in, d_out):
 def test_torch_bilinear_of_two_inputs():
     with pytest.raises(ValueError, match="this Bilinear has inputs of 3 and 4 dimensions"):
         BilinearTensor.from_mlp(nn.Bilinear(3, 4, 2))
+
+
+def test_weights_are_checked_once(monkeypatch):
+    """Checking reads every entry of every factor."""
+    made = []
+    check = BilinearTensor.__post_init__
+    monkeypatch.setattr(
+        BilinearTensor, "__post_init__", lambda self: (made.append(self), check(self))[0]
+    )
+    hooked = bilinear_model()
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_act="linear",
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=6,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    for model in (hooked, llama):
+        tensor = BilinearTensor.from_model(model, 0)
+        assert tensor.output_space == "blocks.0.hook_mlp_out"
+        assert tensor.input_space.startswith(
+            "blocks.0.mlp.hook_in (input of the MLP, after RMSNorm"
+        )
+        assert made.pop() is tensor
+        assert not made

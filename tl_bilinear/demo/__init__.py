@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_bilinear import models
 from tl_bilinear.models.files import read_table
 
 if TYPE_CHECKING:
+    import sae_lens
     import torch
 
 __all__ = [
@@ -39,19 +41,20 @@ NAME = "tl-bilinear-demo"
 SEPARATOR = "\n<|endoftext|>\n"
 
 
-def load_demo_model(device: str | torch.device | None = None) -> Any:
-    """The model that comes with the package: float32, tokenizer attached.
+def load_demo_model(
+    device: str | torch.device | None = None,
+) -> models.HookedBilinearSAETransformer:
+    """The model that comes with the package: float32, tokenizer attached, ready for SAEs.
 
-    A `HookedBilinearTransformer` that also takes SAEs (SAELens's HookedSAETransformer), of 2.7 million
-    parameters in 4 layers; context 256, lower-case vocabulary of 2,048 entries.
+    2.7 million parameters in 4 layers, a context of 256 tokens, a lower-case vocabulary of 2,048
+    entries. `device` defaults to TransformerLens's choice.
     """
     import torch
 
-    from tl_bilinear.models import HookedBilinearSAETransformer
-    from tl_bilinear.recipes.language.train import no_file_bars
+    from tl_bilinear.models.huggingface import no_file_bars
 
     with no_file_bars():
-        model = HookedBilinearSAETransformer.from_hf(
+        model = models.HookedBilinearSAETransformer.from_hf(
             FOLDER / MODEL, device=device, dtype=torch.float32
         )
     model.cfg.model_name = NAME
@@ -63,7 +66,9 @@ def demo_layers() -> tuple[int, ...]:
     return tuple(sorted({int(place.name.split("-")[0]) for place in (FOLDER / SAES).iterdir()}))
 
 
-def load_demo_saes(layer: int, device: str | torch.device | None = None) -> dict[str, Any]:
+def load_demo_saes(
+    layer: int, device: str | torch.device | None = None
+) -> dict[str, sae_lens.SAE[Any]]:
     """The SAELens SAEs of one layer, by point: "mlp_in", "resid_mid" and "mlp_out".
 
     `device` defaults to the processor. Raises ValueError for a layer without SAEs, naming those with.

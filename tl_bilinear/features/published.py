@@ -5,7 +5,7 @@
 >>> sae = SAE.from_pretrained("ts-medium-scope", "4-resid-mid-x4-k30")  # doctest: +SKIP
 
 Pearce et al. 2025, table 3. On the Hugging Face hub: ``tdooms/ts-medium-scope``, ``fw-small-scope`` and
-``fw-medium-scope``, for the models that `tl_bilinear.models.published` loads. Each folder
+``fw-medium-scope``, for the models that `tl_bilinear.models.published_models` loads. Each folder
 ``{layer}-{point}-x{expansion}-k{k}[-tag]`` holds ``config.json`` and ``model.safetensors`` with
 ``w_enc.weight`` [F, d], ``w_dec.weight`` [d, F], ``b_dec`` [d], and ``w_enc.bias`` [F] where
 ``encoder_bias``. With n = ``normalize`` (1 where there is none):
@@ -50,7 +50,7 @@ from tl_bilinear.models.files import (
     require_shapes,
     require_sizes,
 )
-from tl_bilinear.models.published import attention_scale
+from tl_bilinear.models.published_models import attention_scale
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:

@@ -2,25 +2,25 @@
 
 An eigencomponent of an output direction u is ``lambda_i (v_i . x)^2`` (Pearce et al. 2025, equation 3),
 a HOSVD component ``sigma_i q_i(x) = u_i . f(x)`` (section 3.3). What a component does to the layer's
-output needs a write direction w: removing eigencomponent i of u is
+output needs a write direction w. Removing eigencomponent i of u is
 
     ``mlp_out <- mlp_out - lambda_i (v_i . x)^2 w``  with  ``u . w = 1``,
 
-so that u . mlp_out loses exactly that component, and any reading r . mlp_out ``r . w`` times it.
+so that u . mlp_out loses exactly that component, and r . mlp_out loses ``r . w`` times it for any r.
 
 >>> u = model.W_U[:, token]
->>> spectrum = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
->>> parts = EigenComponents(spectrum, u, layer=3)
+>>> eigen = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
+>>> parts = EigenComponents(eigen, u, layer=3)
 >>> parts.activations(x)                               # [..., 8]
 >>> edit = parts.ablate([0, 2], positions=-1)          # or keep, scale, steer
 >>> model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks(model))
 
-**Choosing.** `which` indexes the grid of components, [k] or [directions, k], as it would a tensor of
-that shape: ``0``, ``[0, 2]``, ``(1, slice(3))``, a boolean mask; None means all. One component ablated
-by two interventions of a chain is subtracted twice.
+**Choosing.** `which` indexes the grid of components, [k] or [directions, k], as it would index a tensor
+of that shape: ``0``, ``[0, 2]``, ``(1, slice(3))``, a boolean mask; None means all. A component that two
+interventions of a chain ablate is subtracted twice.
 
-**Biases.** A form of a biased layer is its interaction part: the linear and constant parts are no
-component. With the spectrum of ``tensor.augmented()`` they are part of the form of [x, 1].
+**Biases.** The components of a biased layer are those of its interaction part; its linear and constant
+parts belong to no component. In ``tensor.augmented()`` they are part of the form of [x, 1].
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.hooks._points import LayerPoints, Positions
 from tl_bilinear.hooks.interventions import OutputEdit, Outside
+from tl_bilinear.hooks.points import LayerPoints, Positions
 from tl_bilinear.tensor import HOSVD, Eigendecomposition, _checks
 from tl_bilinear.tensor.reexpress import dual_directions
 
@@ -71,7 +71,7 @@ class Components(ABC):
 
     @abstractmethod
     def check(self, model: Any, points: LayerPoints) -> None:
-        """Raise ValueError, naming both sides, where these are not components of that layer."""
+        """Raise ValueError, naming both sides, where these are components of another layer."""
 
     def current(
         self,
@@ -79,7 +79,7 @@ class Components(ABC):
         out: Float[Tensor, "... d_out"],
         index: Int[Tensor, " m"],
     ) -> Float[Tensor, "... m"]:
-        """What an intervention takes a component to be, given what is about to be written."""
+        """The components as interventions see them, given what the layer is about to write."""
         return self.at(x, index)
 
     # ------------------------------------------------------------------ the grid
@@ -89,7 +89,7 @@ class Components(ABC):
         return self.shape.numel()
 
     def index(self, which: Any = None) -> Int[Tensor, "..."]:
-        """The chosen components' numbers in the flattened grid, in the shape of the choice.
+        """The numbers, in the flattened grid, of the components chosen; in the shape of the choice.
 
         Raises IndexError for a choice outside the grid, or one that names a component twice.
         """
@@ -107,7 +107,7 @@ class Components(ABC):
         return chosen
 
     def direction_of(self, index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-        """Which of the directions each component belongs to."""
+        """The number of the direction that each component belongs to."""
         return index // (self.count // max(1, len(self.reads)))
 
     def activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "..."]:
@@ -124,7 +124,7 @@ class Components(ABC):
     def written(
         self, coefficients: Float[Tensor, "... m"], index: Int[Tensor, " m"]
     ) -> Float[Tensor, "... d_out"]:
-        """What these coefficients of the components numbered `index` write."""
+        """What the components numbered `index` write with these coefficients."""
         return self.per_direction(coefficients, index) @ self.writes
 
     # ------------------------------------------------------------------ interventions
@@ -136,7 +136,7 @@ class Components(ABC):
     def scale(
         self, factor: float | Tensor, which: Any = None, *, positions: Positions = None
     ) -> EditComponents:
-        """Multiply components by a factor, or by one each (a tensor in the shape of the choice)."""
+        """Multiply components by one factor, or each by its own: a tensor in the shape of the choice."""
         return self._edit(which, factor, 0.0, positions)
 
     def steer(
@@ -147,7 +147,9 @@ class Components(ABC):
         to: float | Tensor | None = None,
         positions: Positions = None,
     ) -> EditComponents:
-        """Add to the activation of components, or set it; numbers, or tensors in the choice's shape.
+        """Add to the activations of components (`by`), or set them (`to`).
+
+        Both take a number, or a tensor in the shape of the choice.
 
         Raises ValueError unless exactly one of `by` and `to` is given.
         """
@@ -156,22 +158,22 @@ class Components(ABC):
         if by is None and to is not None:
             return self._edit(which, 0.0, to, positions)
         raise ValueError(
-            f"steer takes `by` (added to the activation) or `to` (its new value), one of them; got "
-            f"by={by!r}, to={to!r}"
+            f"steer takes either `by` (added to the activation) or `to` (its new value); got by={by!r}, "
+            f"to={to!r}"
         )
 
     def keep(
         self, which: Any = None, *, outside: Outside = "keep", positions: Positions = None
     ) -> KeepComponents:
-        """Leave of each direction's reading only the chosen components.
+        """Keep only the chosen components of every direction's reading u . mlp_out.
 
-        Of u . mlp_out everything else goes: components not chosen, those that a truncated spectrum
-        does not hold, the biases (unless the form is `augmented()`). All directions held are
-        concerned, also one of which nothing is chosen. Several directions keep exactly their own
-        components where they are orthogonal or written with ``write="dual"``. To remove only what is
-        held, `ablate` the others.
+        Everything else in u . mlp_out goes: components that are not chosen, those that a truncated
+        decomposition does not hold, and the biases (unless the form is that of `augmented()`). A
+        direction of which nothing is chosen reads zero. Several directions keep exactly their own
+        components if they are orthogonal or written with ``write="dual"``. To remove only components
+        that are held, `ablate` the others.
 
-        outside: what mlp_out has outside the span of the directions: "keep" it or "drop" it
+        outside: "keep" or "drop" the part of mlp_out that is outside the span of the directions
         """
         if outside not in ("keep", "drop"):
             raise ValueError(f"outside must be 'keep' or 'drop', got {outside!r}")
@@ -217,7 +219,7 @@ class EigenComponents(Components):
 
     Parameters
     ----------
-    spectrum: Eigendecomposition
+    eigen: Eigendecomposition
         Of ``tensor.interaction(directions)``: one matrix [k], or a batch [n, k].
     directions: [d_out] or [n, d_out]
         The u of each matrix.
@@ -225,17 +227,17 @@ class EigenComponents(Components):
         Counts from 0, negative from the end.
     write: "minimal", "dual" or a tensor in the shape of `directions`
         The write direction w, with u . w = 1. "minimal": u / |u|^2, the smallest change. "dual": the
-        row of the pseudo-inverse within the set, which moves no other direction of the set. A tensor
-        (a feature's decoder row, say) is scaled to u . w = 1.
+        row of the set's pseudo-inverse, which changes the reading of no other direction of the set. A
+        tensor (a feature's decoder row, say) is scaled to u . w = 1.
     augmented: bool, optional
-        Whether the spectrum is of ``tensor.augmented()``, a form of [x, 1]; by default as its `space`
-        says.
+        Whether the matrices are those of ``tensor.augmented()``, forms of [x, 1]; by default as
+        `eigen.space` says.
 
-    Raises ValueError for shapes that disagree, a direction that is zero, write directions orthogonal
-    to what they should change, and for "dual" a set that is not independent (naming its rank).
+    Raises ValueError for shapes that disagree, a direction that is zero, a write direction orthogonal
+    to its own u, and for "dual" a set that is not independent (naming its rank).
     """
 
-    spectrum: Eigendecomposition
+    eigen: Eigendecomposition
     directions: Float[Tensor, "*batch d_out"]
     layer: int
     write: Literal["minimal", "dual"] | Float[Tensor, "*batch d_out"] = "minimal"
@@ -246,21 +248,23 @@ class EigenComponents(Components):
 
     def __post_init__(self) -> None:
         given = _checks.require_tensor("directions", self.directions)
-        batch = self.spectrum.batch_shape
+        batch = self.eigen.batch_shape
         if given.ndim not in (1, 2) or given.shape[:-1] != batch:
             raise ValueError(
-                f"directions must be [d_out] or [n, d_out], one for each matrix of the spectrum "
+                f"directions must be [d_out] or [n, d_out], one for each matrix decomposed "
                 f"(batch shape {list(batch)}), got {_checks.shape(given)}"
             )
-        _checks.require_same_device({"directions": given, "the spectrum": self.spectrum.values})
+        _checks.require_same_device(
+            {"directions": given, "the eigendecomposition": self.eigen.values}
+        )
         if self.augmented is None:
-            object.__setattr__(self, "augmented", _is_augmented(self.spectrum.space))
-        object.__setattr__(self, "directions", given.to(self.spectrum.values.dtype))
+            object.__setattr__(self, "augmented", _is_augmented(self.eigen.space))
+        object.__setattr__(self, "directions", given.to(self.eigen.values.dtype))
         object.__setattr__(self, "_writes", _write_directions(self.reads, self.write))
 
     @property
     def shape(self) -> torch.Size:
-        return self.spectrum.values.shape
+        return self.eigen.values.shape
 
     @property
     def reads(self) -> Float[Tensor, "n d_out"]:
@@ -272,15 +276,15 @@ class EigenComponents(Components):
 
     def vectors_at(self, index: Int[Tensor, "..."]) -> Float[Tensor, "... d_in"]:
         """The eigenvectors of the components numbered `index`."""
-        return self.spectrum.vectors.flatten(0, -2)[index]
+        return self.eigen.vectors.flatten(0, -2)[index]
 
     def at(self, x: Float[Tensor, "... d_in"], index: Int[Tensor, " m"]) -> Float[Tensor, "... m"]:
-        products = _layer_input(x, self.augmented, self.spectrum.vectors) @ self.vectors_at(index).T
-        return products.square() * self.spectrum.values.flatten()[index]
+        products = _layer_input(x, self.augmented, self.eigen.vectors) @ self.vectors_at(index).T
+        return products.square() * self.eigen.values.flatten()[index]
 
     def check(self, model: Any, points: LayerPoints) -> None:
         _require_form_fits(
-            model, points, "the spectrum", self.spectrum.d, self.spectrum.space, self.augmented
+            model, points, "the eigendecomposition", self.eigen.d, self.eigen.space, self.augmented
         )
         width = self.reads.shape[-1]
         points.require_fit(model, "the output direction", width=width, space=None, output=True)
@@ -291,12 +295,12 @@ class EigenComponents(Components):
         """The layer's rank-k version for these directions.
 
         ``sum_u w_u sum_{i<=k} lambda_i (v_i . x)^2`` with pseudo-inverse rows w_u, plus the part of
-        mlp_out outside the span of the directions, unless dropped (`outside`). For a set that spans
-        the output space, dependent or not: ``ReplaceLayer(tensor.reexpress(U).eigenvector_form(k))``.
+        mlp_out outside the span of the directions, unless `outside` drops it. For a set that spans the
+        output space, dependent or not, use ``ReplaceLayer(tensor.reexpress(U).eigenvector_form(k))``.
 
         Raises ValueError for k below 1 or above the pairs held.
         """
-        _checks.require_count("k", k, self.spectrum.k, "the pairs held")
+        _checks.require_count("k", k, self.eigen.k, "the pairs held")
         return replace(self, write="dual").keep(
             (..., slice(k)), outside=outside, positions=positions
         )
@@ -304,31 +308,31 @@ class EigenComponents(Components):
     def to(self, *args: Any, **kwargs: Any) -> EigenComponents:
         """Move to a device or dtype, as `torch.Tensor.to`."""
         moved = {
-            name: getattr(self.spectrum, name).to(*args, **kwargs)
+            name: getattr(self.eigen, name).to(*args, **kwargs)
             for name in ("values", "vectors", "residuals", "bound")
         }
         write = self.write if isinstance(self.write, str) else self.write.to(*args, **kwargs)
         directions = self.directions.to(*args, **kwargs)
-        spectrum = replace(self.spectrum, **moved)
-        return replace(self, spectrum=spectrum, directions=directions, write=write)
+        eigen = replace(self.eigen, **moved)
+        return replace(self, eigen=eigen, directions=directions, write=write)
 
 
 @dataclass(frozen=True, eq=False)
 class HOSVDComponents(Components):
     """HOSVD components of a layer: output directions u_i with their forms ``sigma_i q_i(x)``.
 
-    The recorded activation is the form, from the weights. An intervention takes the component to be
-    what it is in the output, ``u_i . mlp_out``: removing it is ``mlp_out <- mlp_out - (u_i . mlp_out)
-    u_i``. The two agree on an unedited layer without biases, or with ``tensor.augmented().hosvd()``;
-    otherwise the intervention takes the biases' part along u_i as well.
+    The recorded activation is the form, computed from the weights. An intervention works on the
+    component as the output has it, ``u_i . mlp_out``: removing it is ``mlp_out <- mlp_out -
+    (u_i . mlp_out) u_i``. The two agree on an unedited layer without biases, or with
+    ``tensor.augmented().hosvd()``. Otherwise the intervention also takes the biases' part along u_i.
 
     Parameters
     ----------
     hosvd: HOSVD of mode "output"
-        A loaded one has no forms: it can be intervened on, not recorded.
+        One that was loaded from disk has no forms: it serves interventions, not recording.
     layer: int
     augmented: bool, optional
-        Whether it is of ``tensor.augmented()``; by default as the forms' `space` says.
+        Whether it is that of ``tensor.augmented()``; by default as the forms' `space` says.
     """
 
     hosvd: HOSVD
@@ -363,7 +367,7 @@ class HOSVDComponents(Components):
         forms = self.hosvd.interactions
         if forms is None:
             raise ValueError(
-                "this HOSVD holds no quadratic forms (they are not stored by save); give them back: "
+                "this HOSVD holds no quadratic forms (save does not store them); put them back with "
                 "dataclasses.replace(hosvd, interactions=tensor.interaction(hosvd.vectors / "
                 "hosvd.values[:, None]))"
             )
@@ -411,8 +415,8 @@ class EditComponents(OutputEdit):
 
     Attributes
     ----------
-    components: the grid they are chosen from
-    index: [m], the chosen ones, numbered in the flattened grid
+    components: the grid that the edited components are chosen from
+    index: [m], their numbers in the flattened grid
     multiply, add: numbers, or [m]
     """
 
@@ -432,7 +436,7 @@ class EditComponents(OutputEdit):
 
 @dataclass(frozen=True, eq=False)
 class KeepComponents(OutputEdit):
-    """Of each direction's reading only chosen components remain; made by `Components.keep`.
+    """Only chosen components of every direction's reading remain; made by `Components.keep`.
 
     ``mlp_out <- mlp_out + sum_u (kept_u - u . mlp_out) w_u``, or ``sum_u kept_u w_u`` alone where
     `outside` is "drop".

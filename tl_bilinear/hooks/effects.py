@@ -1,27 +1,32 @@
-"""What interventions do to a model's loss, or to any number that it gives for a sequence.
+"""What edits do to a model's loss, or to any other number that it gives for a sequence.
 
 >>> added = loss_added(model, tokens, {"rank 4": parts.low_rank(4), "first": parts.ablate(0)})
->>> added.to_pandas()                      # loss, difference, interval, relative ones
+>>> added.to_pandas()                      # loss, difference and relative difference, with intervals
 
-**Intervals.** The same sequences run with and without an intervention, so a sequence gives one
-difference d. Sequences are taken to be independent, the tokens of one are not: the interval is
-``mean(d) +- t s / sqrt(n)`` over the n sequences, s their standard deviation, t Student's quantile with
-n - 1 degrees of freedom. For the relative effect R = mean(d) / mean(c), c the clean loss, s is that of
+**Edits.** An edit is anything with ``applied(model)``, a context in which the model is changed: every
+intervention of this package, and `tl_bilinear.models.approximation.Replacement`, which replaces MLPs
+of a Hugging Face model.
+
+**Intervals.** Every sequence runs with and without the edit, and gives one difference d. The n sequences
+are taken to be independent (the tokens of one are not), so the interval is ``mean(d) +- t s / sqrt(n)``:
+s is the standard deviation of d, t Student's quantile with n - 1 degrees of freedom. For the relative
+effect R = mean(d) / mean(c), with c the clean loss, s is the standard deviation of
 ``(d - R c) / mean(c)`` (the ratio of means, linearised).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.hooks.interventions import Hooks, Intervention
+from tl_bilinear.hooks.interventions import Hooks
 from tl_bilinear.tensor import _checks
 from tl_bilinear.tensor.storage import Storable
 
@@ -31,6 +36,22 @@ if TYPE_CHECKING:
 Effect: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
+class Edit(Protocol):
+    """Something that changes a model for a while: an `Intervention`, or anything with `applied`."""
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """A context: the model is changed while it is open, and as it was afterwards."""
+
+
+def token_losses(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch targets"]:
+    """Cross-entropy of each next token, in nats: [batch, pos - 1], of ``tokens[:, 1:]``."""
+    wide = logits[:, :-1].to(_checks.compute_dtype(logits.dtype))
+    return wide.logsumexp(-1) - wide.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
+
+
 def next_token_loss(
     logits: Float[Tensor, "batch pos vocab"],
     tokens: Int[Tensor, "batch pos"],
@@ -38,11 +59,10 @@ def next_token_loss(
 ) -> Float[Tensor, " batch"]:
     """Mean cross-entropy of the next token in each sequence, in nats.
 
-    mask: [batch, pos], which tokens count as targets (not padding); the first is never one. A
-    sequence without a target has loss 0.
+    mask: [batch, pos], true for the tokens that count as targets (not padding); the first never
+    does. A sequence without a target has loss 0.
     """
-    wide = logits[:, :-1].to(_checks.compute_dtype(logits.dtype))
-    losses = wide.logsumexp(-1) - wide.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
+    losses = token_losses(logits, tokens)
     if mask is None:
         return losses.mean(-1)
     weight = mask[:, 1:].to(losses)
@@ -61,13 +81,13 @@ def logit_difference(first: int, second: int, position: int = -1) -> Effect:
 
 @dataclass(frozen=True, eq=False)
 class LossAdded(Storable):
-    """The loss that interventions add, sequence by sequence.
+    """The loss that edits add, sequence by sequence.
 
     Attributes
     ----------
-    names: of the m interventions
-    clean: [n], loss of each sequence without intervention, in nats a token
-    patched: [m, n], with each intervention
+    names: of the m edits
+    clean: [n], the loss of each sequence without an edit, in nats a token
+    patched: [m, n], with each edit
     confidence: of the intervals; the module says how they are made
     """
 
@@ -99,21 +119,21 @@ class LossAdded(Storable):
         return mean_interval(deviations, self.confidence) + ratio
 
     def top(self, k: int) -> LossAdded:
-        """The k interventions that add most."""
-        _checks.require_count("k", k, len(self.names), "the interventions")
+        """The k edits that add most."""
+        _checks.require_count("k", k, len(self.names), "the edits")
         order = self.difference.argsort(descending=True)[:k]
         names = [self.names[i] for i in order.tolist()]
         return LossAdded(names, self.clean, self.patched[order], self.confidence)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row an intervention: clean and patched loss, difference, relative, their intervals."""
+        """A row for each edit: losses, difference and relative difference with their intervals."""
         import pandas as pd
 
         low, high = self.interval.cpu().numpy().T
         relative_low, relative_high = self.relative_interval.cpu().numpy().T
         return pd.DataFrame(
             {
-                "intervention": self.names,
+                "edit": self.names,
                 "clean": float(self.clean.mean()),
                 "patched": self.patched.mean(-1).cpu().numpy(),
                 "difference": self.difference.cpu().numpy(),
@@ -129,41 +149,42 @@ class LossAdded(Storable):
 def loss_added(
     model: Any,
     tokens: Int[Tensor, "n pos"],
-    interventions: Mapping[str, Intervention] | Intervention,
+    edits: Mapping[str, Edit] | Edit,
     *,
     mask: Tensor | None = None,
     batch_size: int = 16,
     confidence: float = 0.95,
     progress: bool = True,
 ) -> LossAdded:
-    """Mean next-token loss with interventions and without, over whole sequences.
+    """Mean next-token loss with each edit and without, over whole sequences.
 
     Parameters
     ----------
-    model: with TransformerLens hooks; SAEs attached to it stay attached in both runs
+    model: with TransformerLens hooks (SAEs attached to it stay attached in all runs), or a causal
+        language model of Hugging Face
     tokens: [n, pos]
-    interventions: by name, or one
+    edits: by name, or one
     mask: [n, pos], optional
-        Which tokens count as targets (not padding).
+        True for the tokens that count as targets (not padding).
     batch_size: int
         Sequences a forward; an intervention with a [batch, pos] mask of its own needs ``len(tokens)``.
     confidence: float
         Of the intervals, between 0 and 1.
 
-    ``(1 + len(interventions)) * n / batch_size`` forwards without gradients.
+    ``(1 + len(edits)) * n / batch_size`` forwards without gradients.
 
     Raises ValueError for tokens that are not [n, pos] with pos at least 2, a mask of another shape, a
-    confidence outside (0, 1), and where an intervention does not fit the model.
+    confidence outside (0, 1), and where an edit does not fit the model.
     """
-    if isinstance(interventions, Intervention):
-        interventions = {"intervention": interventions}
+    if not isinstance(edits, Mapping):
+        edits = {"edit": edits}
     require_tokens(tokens, at_least=2)
     require_confidence(confidence)
     if mask is not None and mask.shape != tokens.shape:
         raise ValueError(
             f"mask must have the shape of tokens, {list(tokens.shape)}, got {_checks.shape(mask)}"
         )
-    chosen = [None, *interventions.values()]
+    chosen = [None, *edits.values()]
     losses: Tensor | None = None
     for rows, number, logits in each_run(model, tokens, chosen, batch_size, progress):
         some = next_token_loss(logits, tokens[rows], None if mask is None else mask[rows])
@@ -171,7 +192,7 @@ def loss_added(
             losses = some.new_empty(len(chosen), len(tokens))
         losses[number, rows] = some
     assert losses is not None  # there is at least one sequence
-    return LossAdded(list(interventions), losses[0].clone(), losses[1:].clone(), confidence)
+    return LossAdded(list(edits), losses[0].clone(), losses[1:].clone(), confidence)
 
 
 # ---------------------------------------------------------------------- running and counting
@@ -180,27 +201,36 @@ def loss_added(
 def each_run(
     model: Any,
     tokens: Tensor,
-    interventions: Sequence[Intervention | None],
+    edits: Sequence[Edit | None],
     batch_size: int,
     progress: bool,
     watch: Hooks | None = None,
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """(rows of tokens, number of the intervention, logits): every intervention on every batch.
+    """Run every batch with every edit; yield (rows of tokens, number of the edit, logits).
 
-    `watch` hooks come after those of each intervention.
+    `watch` hooks come after those of the edit.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a number of sequences, 1 or more, got {batch_size!r}")
-    hooks = [[*(each.fwd_hooks(model) if each else []), *(watch or [])] for each in interventions]
     starts = range(0, len(tokens), batch_size)
-    with tqdm(total=len(starts) * len(hooks), unit="forward", disable=not progress) as bar:
+    with tqdm(total=len(starts) * len(edits), unit="forward", disable=not progress) as bar:
         for start in starts:
             rows = slice(start, min(start + batch_size, len(tokens)))
-            for number, fwd_hooks in enumerate(hooks):
-                with torch.no_grad(), model.hooks(fwd_hooks=fwd_hooks):
-                    logits = model(tokens[rows], return_type="logits")
+            for number, edit in enumerate(edits):
+                edited = nullcontext() if edit is None else edit.applied(model)
+                watched = model.hooks(fwd_hooks=watch) if watch else nullcontext()
+                with torch.no_grad(), edited, watched:
+                    logits = _logits(model, tokens[rows])
                 yield rows, number, logits
                 bar.update()
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    if hasattr(model, "hook_dict"):
+        logits: Tensor = model(tokens, return_type="logits")
+    else:  # Hugging Face
+        logits = model(input_ids=tokens.to(model.device)).logits
+    return logits
 
 
 def mean_interval(values: Float[Tensor, "*m n"], confidence: float) -> Float[Tensor, "*m 2"]:
@@ -215,7 +245,7 @@ def mean_interval(values: Float[Tensor, "*m n"], confidence: float) -> Float[Ten
 
 
 def require_tokens(tokens: Any, at_least: int = 1) -> None:
-    """Raise ValueError for what is not [n, pos] token numbers."""
+    """Raise TypeError or ValueError for what is not [n, pos] token numbers."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point():
         raise TypeError(f"tokens must be a tensor of token numbers, got {type(tokens).__name__}")
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
@@ -226,6 +256,6 @@ def require_tokens(tokens: Any, at_least: int = 1) -> None:
 
 
 def require_confidence(confidence: float) -> None:
-    """Raise ValueError for what is no probability between 0 and 1."""
+    """Raise ValueError for a confidence outside (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1 (0.95), got {confidence}")

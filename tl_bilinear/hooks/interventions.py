@@ -2,17 +2,17 @@
 
 >>> edit = components.ablate([0, 2], positions=-1)
 >>> logits = model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks(model))
->>> with model.hooks(fwd_hooks=Chain(edit, other).fwd_hooks(model)):
+>>> with Chain(edit, other).applied(model):
 ...     loss = model(tokens, return_type="loss")
 
-An intervention computes what the layer writes from what it read and what it was about to write; it
-holds no state of a run, so that one object serves many models, threads and forwards, and gradients
-flow through it. Several compose in the order given: each edits what the one before it left.
+An intervention computes what the layer writes, given what it read and what it was about to write. It
+keeps nothing of a run: one object serves many models, threads and forwards, and gradients flow through
+it. Several compose in the order given: each edits what the one before it left.
 
-**SAEs.** An intervention reads what the layer reads, behind an SAE attached to `mlp.hook_in`, and
-edits what the layer writes, before an SAE attached to `hook_mlp_out` sees it (behind one attached to
-`mlp.hook_out`). Attach SAEs first: SAELens puts them in the place of the hook point, and the hooks
-that hung there are gone. ``run_with_hooks_with_saes`` does it in this order.
+**SAEs.** An intervention reads what the layer reads: the output of an SAE attached to `mlp.hook_in`. It
+edits what the layer writes before an SAE attached to `hook_mlp_out` sees it, and after one attached to
+`mlp.hook_out`. Attach SAEs first: SAELens replaces the hook point, and with it the hooks that it had.
+``run_with_hooks_with_saes`` does it in this order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -27,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.hooks._points import LayerPoints, Positions, position_mask
+from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
 from tl_bilinear.tensor import BilinearTensor, _checks
 
 Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -35,16 +36,21 @@ Outside: TypeAlias = Literal["keep", "drop"]
 
 
 class Intervention(ABC):
-    """Something done to one layer (or several) of a model while it runs."""
+    """Something done to one or several layers of a model while it runs."""
 
     edits_input: ClassVar[bool] = False  # such edits come first in a Chain
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """The model with this intervention, while the context is open."""
+        hooked: AbstractContextManager[Any] = model.hooks(fwd_hooks=self.fwd_hooks(model))
+        return hooked
 
     @abstractmethod
     def fwd_hooks(self, model: Any) -> Hooks:
         """``[(hook name, function), ...]`` for ``model.run_with_hooks(fwd_hooks=...)``.
 
-        Each call gives functions of its own. A name is a predicate on names, as TransformerLens
-        takes them, so that the hooks also find their place behind an SAE.
+        Each call makes new functions. The hook name is a predicate on names, which TransformerLens
+        also takes, so that the hooks find their place behind an SAE too.
 
         Raises ValueError where the intervention does not fit the model's layer, naming both sides.
         """
@@ -52,15 +58,15 @@ class Intervention(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OutputEdit(Intervention):
-    """An intervention that computes a layer's output anew from its input and its output.
+    """An intervention that replaces a layer's output by a function of its input and its output.
 
-    A subclass writes `edit`, and `check` where something must fit the model.
+    A subclass defines `edit`, and `check` where something must fit the model.
 
     Attributes
     ----------
     layer: counts from 0, negative from the end
-    positions: where: None for all, an int, a slice, ints, or a boolean mask [pos] or [batch, pos].
-        They number the positions of one forward: while generating with a cache, the new token's is 0
+    positions: which positions: None for all, an int, a slice, ints, or a boolean mask [pos] or
+        [batch, pos]. They count within one forward: while generating with a cache, the new token is 0
     """
 
     layer: int
@@ -96,7 +102,7 @@ class ReplaceLayer(OutputEdit):
     """The layer computed by another factored tensor: a Tucker or CP approximation, say.
 
     ``ReplaceLayer(tensor.cp(rank=64).tensor, layer=3)``, ``ReplaceLayer(tensor.tucker(8, 32).expand(),
-    layer=3)``. The tensor is the whole layer: its biases, and no others, are added.
+    layer=3)``. The tensor stands for the whole layer: the layer's own biases are not added.
     """
 
     tensor: BilinearTensor
@@ -114,15 +120,15 @@ class ReplaceLayer(OutputEdit):
 class ProjectInput(Intervention):
     """Take directions out of what the layer reads: ``x <- x - V^T V x``, V a basis of their span.
 
-    For eigenvectors of Q_u, the layer's own weights then give ``u . mlp_out`` without their terms and
-    with all others as they were (without input biases): the causal test of an eigenvector that does
-    not put the answer in. Everything else that the layer writes changes as well.
+    Take out eigenvectors of Q_u, and the layer's own weights give ``u . mlp_out`` without their terms;
+    the other terms stay as they were (where there are no input biases). This tests an eigenvector
+    causally, without using the answer. Everything else that the layer writes changes as well.
 
     Attributes
     ----------
     directions: [n, d_in] or [d_in]
-    layer, positions: as in every intervention
-    space: what the coordinates are; checked where given
+    layer, positions: as in `OutputEdit`
+    space: what the coordinates are; compared with the layer's where given
     """
 
     directions: Float[Tensor, "*n d_in"]
@@ -149,9 +155,9 @@ class ProjectInput(Intervention):
 
 
 class Chain(Intervention):
-    """Several interventions as one, in the order given; chains may hold chains.
+    """Several interventions as one, in the order given. A chain may hold chains.
 
-    Edits of a layer's input come before everything that reads that input.
+    Edits of a layer's input come first: the others read that input.
     """
 
     def __init__(self, *interventions: Intervention) -> None:
@@ -166,7 +172,7 @@ class Chain(Intervention):
         return f"Chain({', '.join(map(repr, self.interventions))})"
 
     def flat(self) -> list[Intervention]:
-        """The interventions, chains within this one opened."""
+        """The interventions, with those of inner chains in the place of the chain."""
         return [
             one
             for each in self.interventions

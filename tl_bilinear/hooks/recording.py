@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_bilinear.hooks._points import LayerPoints
 from tl_bilinear.hooks.components import Components
+from tl_bilinear.hooks.points import LayerPoints
 
 
 @contextmanager
 def recording(model: Any, *components: Components, name: str | None = None) -> Iterator[list[str]]:
-    """Hang a hook point for each of `components` on its layer's MLP; gives their full names.
+    """Add a hook point for each of `components` to its layer's MLP; gives their full names.
 
     Parameters
     ----------
@@ -32,10 +32,10 @@ def recording(model: Any, *components: Components, name: str | None = None) -> I
     components: EigenComponents or HOSVDComponents
     name: what to call the hook points instead of "hook_eigen" and "hook_hosvd"
 
-    A hook point's activation is [batch, pos, components], the grid of components flattened: reshape
-    to ``(*batch_pos, *components.shape)`` for directions and pairs apart. It is computed from what the
-    layer reads after every other hook on `mlp.hook_in`. Hooks on `mlp.hook_out`, caches and
-    interventions among them, come after it and see what an edited activation has changed.
+    A hook point's activation is [batch, pos, components], with the grid of components flattened:
+    reshape it to ``(*batch_pos, *components.shape)`` to separate directions and pairs. It is computed
+    from what the layer reads, after every other hook on `mlp.hook_in`. Hooks on `mlp.hook_out` (caches
+    and interventions among them) come later, and see what an edited activation has changed.
 
     The model is left as it was, also after an exception.
 
@@ -74,7 +74,7 @@ def _hung(model: Any, components: Components, name: str) -> Iterator[str]:
         read.clear()
 
     def before(module: nn.Module, args: Any) -> None:
-        # Anew in every forward: SAELens replaces hook points, and the last hook sees every edit.
+        # Again in every forward: SAELens may have replaced the hook point, and this hook must be last.
         clear()
         during.append(points.reads.find(model).register_forward_hook(catch))
         during.append(points.writes.find(model).register_forward_hook(write, prepend=True))
@@ -88,7 +88,7 @@ def _hung(model: Any, components: Components, name: str) -> Iterator[str]:
         edited = point(given)
         if edited is given and not (torch.is_grad_enabled() and edited.requires_grad):
             return None
-        # Unedited, this adds exact zeros, and gives the view that hooks saw its gradient.
+        # Unedited, this adds exact zeros; it also connects the tensor that hooks saw to the gradient.
         return out + components.written(edited - activations, index).to(out.dtype)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:

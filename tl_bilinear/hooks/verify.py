@@ -1,38 +1,39 @@
-"""The causal check beside a spectrum: what an intervention should change, and what it did.
+"""The causal check of a decomposition: what an intervention should change, and what it did change.
 
-For every component chosen, the component is taken away in the running model. What the weights predict
-for the change of r . mlp_out, with r any read directions, is compared at every token with what the
-model did, and the effect downstream (loss, or a logit difference) is measured beside it.
+Each component chosen is taken away in the running model. The weights predict by how much r . mlp_out
+changes, for any read direction r. The prediction is compared with what the model did, at every token,
+and the effect downstream (on the loss, or on a logit difference) is measured beside it.
 
->>> checked = verify(model, tokens, EigenComponents(spectrum, u, layer=3), at="input")
+>>> checked = verify(model, tokens, EigenComponents(eigen, u, layer=3))
 >>> checked.to_pandas()               # predicted, measured, error, effect and its interval, controls
 >>> checked.error.max()               # rounding, where the theory is exact
 
-**Where.** ``at="output"`` subtracts the component from what the layer writes, which changes r . mlp_out
-by ``-lambda_i (v_i . x)^2 (r . w)`` whatever the spectrum was taken from: it checks the hooks, and gives
-the downstream effect of that component alone. A HOSVD component is subtracted as the model's own
-u_i . mlp_out, and its form predicts it. ``at="input"`` takes v_i out of what the layer *reads*, and lets
-the model's weights answer: u . mlp_out changes by ``-lambda_i (v_i . x)^2`` if, and only if, v_i is an
-eigenvector of this layer's Q_u with that eigenvalue (with input biases, by ``-(l . v_i)(v_i . x)`` more,
-l the linear part of u). All that the layer writes changes with it, so its downstream effect is that of
-the input direction.
+**Where.** ``at="input"``, the default for eigencomponents, takes v_i out of what the layer *reads* and
+lets the model's weights answer. u . mlp_out changes by ``-lambda_i (v_i . x)^2`` if, and only if, v_i is
+an eigenvector of this layer's Q_u with that eigenvalue. (With input biases it changes by
+``-(l . v_i)(v_i . x)`` more, where l is the linear part of u.) Everything that the layer writes changes
+with it, so the effect downstream is that of the input direction.
 
-**Controls.** At the output the same activations are written along random directions as long as w: does
-the direction matter, or only the size? At the input random unit vectors take the place of v_i in
-intervention and prediction: the check must fail for them.
+``at="output"`` subtracts the component from what the layer *writes*. r . mlp_out then changes by
+``-lambda_i (v_i . x)^2 (r . w)``, whatever matrix was decomposed: this checks the hooks and not the
+decomposition, and gives the downstream effect of that component alone. A HOSVD component is subtracted
+as the model's own u_i . mlp_out, and its form predicts it.
+
+**Controls.** At the input, random unit vectors take the place of v_i in intervention and prediction: for
+them the check must fail. At the output, the same activations are written along random directions as long
+as w: does the direction matter, or only the size?
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.hooks._points import LayerPoints, Positions, position_mask
 from tl_bilinear.hooks.components import Components, EigenComponents
 from tl_bilinear.hooks.effects import (
     Effect,
@@ -43,7 +44,8 @@ from tl_bilinear.hooks.effects import (
     require_tokens,
 )
 from tl_bilinear.hooks.interventions import Hooks, Intervention, OutputEdit, ProjectInput
-from tl_bilinear.tensor import _checks
+from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
+from tl_bilinear.tensor import BilinearTensor, _checks
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ class Verification(Storable):
 
     Attributes
     ----------
-    labels: columns of c entries that say what each component is: "direction", and "component", its
-        number there
+    labels: columns of c entries that say what each component is: "direction" is the number of its
+        direction, "component" its own number within that direction
     predicted, measured: [c, r, t], the change of r . mlp_out at each token under the intervention
     control_predicted, control_measured: [c, q, r, t], of q random controls of each
     scale: [c, r], the largest |r . mlp_out| over the tokens, without intervention
@@ -89,7 +91,7 @@ class Verification(Storable):
 
     @property
     def control_error(self) -> Float[Tensor, "c r"]:
-        """The same for the control that fails least; NaN without controls."""
+        """The `error` of the control with the smallest one; NaN without controls."""
         if not self.control_measured.shape[1]:
             return torch.full_like(self.scale, torch.nan)
         errors = _largest(self.control_measured - self.control_predicted)
@@ -115,10 +117,11 @@ class Verification(Storable):
         )
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a component and read direction.
+        """A row for each component and read direction.
 
-        The labels, read; predicted and measured (means over tokens), error, control_error;
-        effect with low and high, control_effect (means over sequences).
+        Columns: the labels and read, the number of the read direction; predicted and measured (means
+        over tokens), error, control_error; effect with low and high, control_effect (means over
+        sequences).
         """
         import pandas as pd
 
@@ -160,7 +163,7 @@ def verify(
     components: Components,
     which: Any = None,
     *,
-    at: Site = "output",
+    at: Site | None = None,
     read: Float[Tensor, "r d_out"] | None = None,
     linear: Float[Tensor, "directions d_in"] | None = None,
     effect: Effect = next_token_loss,
@@ -179,17 +182,19 @@ def verify(
     tokens: [n, pos]
     components: EigenComponents or HOSVDComponents
     which: which of them, one after another; None for all
-    at: "output" or "input"
-        Where the intervention is made; see the module. "input" is for eigencomponents of x.
+    at: "input" or "output", optional
+        Where the intervention is made; see the module. The default is the check that can fail: "input"
+        for eigencomponents of x. It is "output" for HOSVD components, for those of an augmented tensor
+        and where `read` is given.
     read: [r, d_out], optional
-        Directions whose change is compared; by default those of the components. At the input only a
-        component's own direction is predicted, and is read.
+        At the output, the directions whose change is compared; by default those of the components. At
+        the input each component's own direction is read, the only one that is predicted.
     linear: [directions, d_in], optional
-        At the input, the linear part of each direction where the layer has input biases:
-        ``tensor.project(directions).parts().linear``.
+        At the input, the linear part of each direction, which input biases make:
+        ``tensor.project(directions).parts().linear``. By default that of the model's own layer.
     effect: function of (logits [batch, pos, vocab], tokens [batch, pos]) giving [batch]
         The downstream effect: next-token loss, `logit_difference(first, second)`, or yours.
-    positions: where, as for every intervention; a [n, pos] mask is cut with the tokens
+    positions: as in every intervention; a [n, pos] mask is cut into batches with the tokens
     controls: int
         Random controls of each component.
     seed: int
@@ -197,17 +202,20 @@ def verify(
 
     ``1 + c (1 + controls)`` forwards a batch. The result holds ``2 c (1 + controls) r`` numbers a token.
 
-    Raises ValueError for a site or options that do not go together, and where the components do not
-    fit the model.
+    Raises ValueError for options that do not go together, and where the components do not fit the
+    model.
     """
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 0:
         raise ValueError(
             f"controls must be a number of random controls, 0 or more, got {controls!r}"
         )
+    if at is None:
+        at = "input" if _is_of_input(components) and read is None else "output"
+    components.check(model, LayerPoints.of(model, components.layer))
     index = components.index(which).flatten()
     # Away from the small seeds from which callers draw directions of their own.
     generator = torch.Generator().manual_seed((seed + 0x5EED_5EED) % 2**32)
-    groups = _groups(components, index, at, read, linear, positions, controls, generator)
+    groups = _groups(model, components, index, at, read, linear, positions, controls, generator)
     direction = components.direction_of(index)
     number = index - direction * (components.count // len(components.reads))
     return verify_trials(
@@ -232,9 +240,9 @@ class Trial:
     Attributes
     ----------
     intervention: what is done
-    predict: from what the layer reads without intervention, [t, d_in], the change of each reading,
-        [t, r]
-    read: [r, d_out], directions r of the layer's output
+    predict: gives the predicted change of each reading, [t, r], from what the layer reads without the
+        intervention, [t, d_in]
+    read: [r, d_out], the directions along which the layer's output is read
     """
 
     intervention: Intervention
@@ -262,12 +270,12 @@ def verify_trials(
     Parameters
     ----------
     layer: whose input is given to the predictions and whose output is read
-    groups: c groups of a trial and its q controls, all with the same number of read directions
+    groups: c groups, each a trial and its q controls; all have the same number of read directions
     labels: columns of c entries
-    at: where the interventions are made, in a word
-    positions: what is compared; a trial's intervention has positions of its own
+    at: a word for where the interventions are made
+    positions: where readings are compared; a trial's intervention has positions of its own
 
-    The rest as for `verify`.
+    The other parameters are those of `verify`.
     """
     require_tokens(tokens, at_least=2 if effect is next_token_loss else 1)
     require_confidence(confidence)
@@ -308,7 +316,7 @@ def verify_trials(
         scales[number - 1].append(_largest(_reading(clean["out"], trial)))
 
     def grouped(values: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of each group its trial, and its controls."""
+        """The trial of each group, and the controls of each group."""
         rows = torch.stack(values).unflatten(0, (len(groups), -1))
         return rows[:, 0].clone(), rows[:, 1:].clone()
 
@@ -341,7 +349,7 @@ def _reading(out: Tensor, trial: Trial) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Subtract(OutputEdit):
-    """A component taken away along a direction: its own, or a random one as control."""
+    """Subtract a component along a direction: its own, or a random one as control."""
 
     components: Components
     index: Int[Tensor, " one"]
@@ -356,6 +364,7 @@ class _Subtract(OutputEdit):
 
 
 def _groups(
+    model: Any,
     components: Components,
     index: Tensor,
     at: str,
@@ -365,23 +374,30 @@ def _groups(
     controls: int,
     generator: torch.Generator,
 ) -> list[list[Trial]]:
-    """For each component chosen its trial and its controls."""
+    """The trial and the controls of each component chosen."""
     if at == "output":
         if linear is not None:
             raise ValueError("linear belongs to at='input'; at the output nothing of it changes")
         return _at_output(components, index, read, positions, controls, generator)
     if at != "input":
         raise ValueError(f"at must be 'output' or 'input', got {at!r}")
-    if not isinstance(components, EigenComponents) or components.augmented:
+    if not _is_of_input(components):
         raise ValueError(
-            "at='input' takes eigenvectors out of what the layer reads; HOSVD components and spectra "
-            "of augmented() are not directions of it: use at='output'"
+            "at='input' takes eigenvectors out of what the layer reads; HOSVD components and "
+            "eigenvectors of augmented() are not directions of it: use at='output'"
         )
     if read is not None:
         raise ValueError(
             "at='input' predicts the change of each component's own direction only; leave read out"
         )
+    if linear is None:
+        linear = _linear_part(model, components)
     return _at_input(components, index, linear, positions, controls, generator)
+
+
+def _is_of_input(components: Components) -> TypeGuard[EigenComponents]:
+    """Whether components are directions of what the layer reads."""
+    return isinstance(components, EigenComponents) and not components.augmented
 
 
 def _at_output(
@@ -409,25 +425,33 @@ def _at_output(
     return groups
 
 
+def _linear_part(model: Any, components: EigenComponents) -> Tensor:
+    """[directions, d_in], of the model's layer; zeros for a layer that has no reader."""
+    reads = components.reads
+    try:
+        tensor = BilinearTensor.from_model(model, components.layer)
+    except (TypeError, ValueError):
+        return reads.new_zeros(len(reads), components.eigen.d)
+    return tensor.project(reads.to(tensor.left)).parts().linear.to(reads)
+
+
 def _at_input(
     components: EigenComponents,
     index: Tensor,
-    linear: Tensor | None,
+    linear: Tensor,
     positions: Positions,
     controls: int,
     generator: torch.Generator,
 ) -> list[list[Trial]]:
-    reads, spectrum = components.reads, components.spectrum
-    parts = reads.new_zeros(len(reads), spectrum.d)
-    if linear is not None:
-        parts = _checks.require_rows("linear", linear, spectrum.d, "what the layer reads", parts)
-        parts = parts.reshape(-1, spectrum.d).expand(len(reads), spectrum.d)
+    reads, eigen = components.reads, components.eigen
+    parts = _checks.require_rows("linear", linear, eigen.d, "what the layer reads", reads)
+    parts = parts.reshape(-1, eigen.d).expand(len(reads), eigen.d)
 
     def trial(one: Tensor, vector: Tensor) -> Trial:
-        number, value = components.direction_of(one), spectrum.values.flatten()[one]
+        number, value = components.direction_of(one), eigen.values.flatten()[one]
         part = parts[number] @ vector
         taken = ProjectInput(
-            directions=vector, layer=components.layer, positions=positions, space=spectrum.space
+            directions=vector, layer=components.layer, positions=positions, space=eigen.space
         )
 
         def predict(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Where factored tensors come from: bilinear layers inside models.
 
-Importing this package loads no framework. What follows is loaded at first use. The HookedTransformers
-need TransformerLens 3.9 or a later 3.x, the bridges that or 4; without it a name raises an ImportError
-that says what to install, and everything in `tl_bilinear.tensor` works all the same.
+Importing this package loads no framework: each name is loaded at first use. HookedTransformers need
+TransformerLens 3.9 or a later 3.x, bridges work with 4 too. Where it is missing, the name raises an
+ImportError that says what to install, and everything in `tl_bilinear.tensor` still works.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_bilinear.models.attention_scales import AttentionScales, compare_attention_scales
     from tl_bilinear.models.bridge import BilinearMLPBridge, save_bridge
     from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
-    from tl_bilinear.models.published import AttentionScales, compare_attention_scales
+    from tl_bilinear.models.registration import HookedTransformer
     from tl_bilinear.models.transformer import (
         HookedBilinearSAETransformer,
         HookedBilinearTransformer,
@@ -27,6 +28,7 @@ __all__ = [
     "BilinearTransformerConfig",
     "HookedBilinearSAETransformer",
     "HookedBilinearTransformer",
+    "HookedTransformer",
     "bilinear_class",
     "compare_attention_scales",
     "register",
@@ -34,14 +36,15 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttentionScales": "tl_bilinear.models.published",
+    "AttentionScales": "tl_bilinear.models.attention_scales",
     "BilinearMLP": "tl_bilinear.models.component",
     "BilinearMLPBridge": "tl_bilinear.models.bridge",
     "BilinearTransformerConfig": "tl_bilinear.models.component",
     "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
     "HookedBilinearTransformer": "tl_bilinear.models.transformer",
+    "HookedTransformer": "transformer_lens.HookedTransformer",
     "bilinear_class": "tl_bilinear.models.transformer",
-    "compare_attention_scales": "tl_bilinear.models.published",
+    "compare_attention_scales": "tl_bilinear.models.attention_scales",
     "save_bridge": "tl_bilinear.models.bridge",
 }
 
@@ -49,12 +52,11 @@ _LAZY = {
 def register() -> None:
     """Register the readers of `BilinearTensor.from_model`, and what TransformerLens learns from us.
 
-    Called when `tl_bilinear` is imported; calling it again changes nothing.
+    Importing `tl_bilinear` calls it; calling it again changes nothing.
     """
-    from tl_bilinear.models import approximation, readers, registration
+    from tl_bilinear.models import readers, registration
 
     readers.register()
-    approximation.register()
     registration.register()
 
 

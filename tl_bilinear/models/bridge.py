@@ -16,16 +16,15 @@ SiLU on the gate, silently: its table of activations has no "linear". Where tl_b
 (an entry point brings it in, imported or not) the MLP is a :class:`BilinearMLPBridge`, which has no
 activation to look up.
 
-**Compatibility mode** folds and centres weights. TransformerLens finds axes by their lengths; where two
-are equal it takes the wrong one. For the MLP (LayerNorm with d_mlp == d_model) that is mended here, and
-both W_gate and W_in are folded and centred; what cannot be mended from here is refused by name.
+**Compatibility mode** folds and centres weights. TransformerLens tells axes apart by their lengths, and
+takes the wrong one where two are equal. This module repairs that for the MLP (LayerNorm with
+d_mlp == d_model), and folds and centres both W_gate and W_in. Models that it cannot repair are refused.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -47,7 +46,8 @@ from transformer_lens.model_bridge.supported_architectures.llama import LlamaArc
 from transformer_lens.model_bridge.supported_architectures.native import NativeArchitectureAdapter
 from transformers import LlamaForCausalLM
 
-from tl_bilinear.models import conversion, storage
+from tl_bilinear.models import conversion, folders
+from tl_bilinear.models.fields import require_fields
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
@@ -181,8 +181,8 @@ def _fold_mlp_norm(state: dict[str, Tensor], block: str, *, center: bool) -> Non
         state[f"{block}ln2.bias"] = torch.zeros_like(norm_bias)
 
 
-# With d_mlp == d_model TransformerLens cannot tell the axes of the MLP's weights apart and centres over
-# the wrong one. For as long as it works on them they have one more hidden neuron, which is always zero.
+# With d_mlp == d_model TransformerLens cannot tell the axes of the MLP's weights apart, and centres over
+# the wrong one. So while it processes them, they have one more hidden neuron, which is always zero.
 
 
 def _add_dead_neuron(state: dict[str, Tensor], mlp: str) -> None:
@@ -227,7 +227,7 @@ def native_model(cfg: Any) -> NativeModel:
     `cfg.seed` are obeyed as in `TransformerBridge.boot_native`. The config is completed in place.
     """
     with torch.random.fork_rng(devices=[], enabled=cfg.seed is not None or not cfg.init_weights):
-        cfg.gated_mlp, cfg.act_fn = True, "relu"  # the blocks are built with an MLP that gives way
+        cfg.gated_mlp, cfg.act_fn = True, "relu"  # for the MLPs that are replaced below
         model = NativeModel(cfg)
         cfg.act_fn = IDENTITY
         if not cfg.attn_only:
@@ -263,8 +263,8 @@ def boot_bilinear(
         bridge = _wrap(native_model(cfg), cfg, **where)
     elif given:
         raise TypeError(
-            f"{', '.join(given)}: fields go over a dict or stand alone, and source is a "
-            f"{type(source).__name__}"
+            f"{', '.join(given)}: fields are for a new model, made from a dict or from nothing, and "
+            f"source is a {type(source).__name__}"
         )
     elif isinstance(source, str | PathLike):
         bridge = _from_folder(Path(source).expanduser(), **where)
@@ -280,7 +280,7 @@ def boot_bilinear(
             f"{type(source).__module__}.{type(source).__qualname__}"
         )
     if not isinstance(bridge, cls):
-        # SAELens makes its own bridges in this way; these are what its constructor adds.
+        # SAELens makes its own bridges like this; these are the fields that its constructor adds.
         bridge.__class__ = cls
         bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}
     return bridge
@@ -296,17 +296,7 @@ def _config(values: Mapping[str, Any], bilinear_bias: bool) -> Any:
     """A new config from fields."""
     values = {"act_fn": IDENTITY, "gated_mlp": True, **copy.deepcopy(dict(values))}
     known = {*inspect.signature(TransformerBridgeConfig).parameters, *_parent_fields()} - {"kwargs"}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        close = [difflib.get_close_matches(name, sorted(known), n=1) for name in unknown]
-        shown = [
-            f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name)
-            for name, near in zip(unknown, close, strict=True)
-        ]
-        raise TypeError(f"TransformerBridgeConfig has no field {', '.join(shown)}")
-    missing = [name for name in _REQUIRED if name not in values]
-    if missing:
-        raise TypeError(f"a new model needs {', '.join(missing)}")
+    require_fields("TransformerBridgeConfig", values, known, _REQUIRED)
     if values["act_fn"] not in (None, IDENTITY, "linear"):
         raise ValueError(
             f"act_fn={values['act_fn']!r}: a bilinear MLP has no element-wise nonlinearity (leave "
@@ -330,7 +320,7 @@ def _parent_fields() -> set[str]:
 
 
 def _native(cfg: Any, bilinear_bias: bool) -> Any:
-    """A config of ours, completed in place. Raises ValueError for one of another kind of model."""
+    """The config with our fields added, in place. Raises ValueError for another kind of model."""
     if cfg.architecture not in (None, ARCHITECTURE):
         raise ValueError(
             f"architecture={cfg.architecture!r}: only a native model is made from a config (leave "
@@ -351,7 +341,7 @@ def _wrap(
     dtype: torch.dtype | None,
 ) -> Any:
     model.to(device=cfg.device if device is None else device, dtype=dtype or cfg.dtype)
-    # By the entry point where the package is installed, and here where it is only on the path.
+    # The entry point registers it where the package is installed; this line where it is on the path.
     ArchitectureAdapterFactory.discover_entry_points()
     ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, BilinearNativeAdapter)
     return build_bridge_from_module(
@@ -368,9 +358,9 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
         )
     path = source.require(CONFIG)
     stored = read_json(path)
-    if not storage.is_ours(stored):
+    if not folders.is_ours(stored):
         raise ValueError(
-            f"{path} was not written by save_pretrained (its 'format' should be {storage.FORMAT!r}). A "
+            f"{path} was not written by save_pretrained (its 'format' should be {folders.FORMAT!r}). A "
             "Hugging Face Llama is booted by TransformerBridge.boot_transformers; a published model "
             "is loaded with HookedBilinearTransformer.from_pretrained (TransformerLens 3.9), whose "
             "result boot_bilinear takes"
@@ -379,7 +369,7 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
     return _from_state(
         weights,
         read_tensors(weights),
-        storage.read_fields(path, stored),
+        folders.read_fields(path, stored),
         tokenizer=stored_tokenizer(source) if tokenizer is None else tokenizer,
         **where,
     )
@@ -440,10 +430,10 @@ def llama_adapter(stock: Callable[[Any], Any], cfg: Any) -> Any:
 def save_bridge(bridge: Any, directory: str | PathLike[str]) -> None:
     """Save a bilinear bridge as `HookedBilinearTransformer.save_pretrained` does, on either version.
 
-    What `HookedBilinearTransformer.from_pretrained` loads on TransformerLens 3.9, with the same logits,
-    and `TransformerBridge.boot_bilinear` on both. Weights are saved as they are now, processed or not;
-    rotary embeddings half-rotated. The directory appears whole or not at all, and replaces a model
-    saved there before.
+    `HookedBilinearTransformer.from_pretrained` loads it on TransformerLens 3.9, with the same logits,
+    and `TransformerBridge.boot_bilinear` on 3.9 and 4. Weights are saved as they are now, processed or
+    not, with half-rotated rotary embeddings. The directory appears whole or not at all, and replaces a
+    model saved there before.
 
     Raises TypeError for anything but a bridge, ValueError for one that is not bilinear or has a rotary
     embedding that the format does not hold, FileExistsError for a directory that holds anything else.
@@ -468,7 +458,7 @@ def save_bridge(bridge: Any, directory: str | PathLike[str]) -> None:
     state = bridge.state_dict()
     config["bilinear_bias"] = any(name.endswith(conversion.MLP_BIASES) for name in state)
     converted = conversion.from_bridge(state, config, adjacent_pairs=not is_llama)
-    storage.write(directory, config, converted, bridge.tokenizer)
+    folders.write(directory, config, converted, bridge.tokenizer)
 
 
 def _llama_rotary(config: Any) -> dict[str, Any]:

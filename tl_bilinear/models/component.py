@@ -29,7 +29,7 @@ BIAS_NAMES = ("b_gate", "b_in", "b_out")
 
 
 def identity(x: Tensor) -> Tensor:
-    """The activation that a bilinear layer has in place of SiLU; a module-level name, so it pickles."""
+    """The activation of a bilinear layer, in place of SiLU. At module level, so that it pickles."""
     return x
 
 
@@ -88,8 +88,8 @@ class BilinearMLP(CanBeUsedAsMLP):
     Hooks: hook_in [... d_model], hook_pre (x W_gate + b_gate), hook_pre_linear (x W_in + b_in) and
     hook_post (their product), each [... d_mlp], hook_out [... d_model].
 
-    Without `cfg.bilinear_bias` the biases are zero buffers: no optimiser sees them, but they are in
-    the state dict, so that a LayerNorm's bias can be folded into them.
+    Without `cfg.bilinear_bias` the biases are buffers of zeros. They do not train, but they are in the
+    state dict, so that a LayerNorm's bias can be folded into them.
     """
 
     W_gate: Tensor
@@ -133,10 +133,10 @@ class BilinearMLP(CanBeUsedAsMLP):
         return self.hook_out(F.linear(post, self.W_out.T, self.b_out))
 
     def drop_foreign_forward(self) -> None:
-        """Remove the `forward` that SAELens's HookedSAETransformer hangs on every MLP it finds.
+        """Remove the `forward` that SAELens's HookedSAETransformer sets on every MLP.
 
-        It is a lambda that calls `hook_in`, which this class does itself. Kept, it would fire the
-        hook twice, make a deepcopy run the original's MLP, and fail to pickle.
+        It is a lambda that calls `hook_in`, which this class does itself. With it the hook would fire
+        twice, a deepcopy would run the original's MLP, and pickling would fail.
         """
         forward = self.__dict__.get("forward")
         if getattr(forward, "__module__", "").startswith("sae_lens."):

@@ -2,10 +2,10 @@
 
 No framework is imported.
 
-**Rotary embeddings.** A rotation turns pairs of a head's coordinates: (i, i + r/2) for i < r/2 in
-HookedTransformer and Hugging Face's Llama (half-rotation), (2i, 2i + 1) in TransformerLens's native
-bridge (adjacent pairs), by the same angles. Scores do not see in which order the coordinates of queries
-and keys stand, so permuting W_Q, b_Q, W_K and b_K turns either into the other, exactly.
+**Rotary embeddings.** A rotation turns pairs of a head's coordinates. HookedTransformer and Hugging
+Face's Llama turn (i, i + r/2) for i < r/2 (half-rotation), TransformerLens's native bridge turns
+(2i, 2i + 1) (adjacent pairs), by the same angles. Attention scores do not depend on the order of the
+coordinates of queries and keys, so permuting W_Q, b_Q, W_K and b_K turns one into the other, exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tl_bilinear.models.layouts import weight_pairs
 MLP_BIASES = ("mlp.gate.bias", "mlp.in.bias", "mlp.out.bias")
 _ROTATED = ("attn.W_Q", "attn.b_Q", "attn.W_K", "attn.b_K")
 
-# Fields that both configs have, with one meaning.
+# Fields that both configs have, with the same meaning.
 _CARRIED = frozenset(
     {
         "attention_dir",
@@ -54,7 +54,7 @@ _CARRIED = frozenset(
         "tokenizer_name",
     }
 )
-# Settings of HookedTransformer that TransformerLens's native bridge does not compute, when they are off.
+# Settings of HookedTransformer that TransformerLens's native bridge does not have: their off values.
 _OFF = {
     "attn_types": None,
     "clip_qkv": None,

@@ -34,10 +34,11 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, or a repository of the hub, of which each file is downloaded when it is asked for.
+    """A folder, or a repository of the hub, whose files are downloaded one by one as they are needed.
 
-    `location` is the folder, or ``owner/name``. `part` is a sub-folder of it ("" for none). `kind`
-    says in errors what it should be.
+    location: the folder, or ``owner/name``
+    part: a sub-folder of it ("" for none)
+    kind: what it should be, for errors
     """
 
     location: Path | str
@@ -105,8 +106,8 @@ def download(repository: str, filename: str, *, force: bool = False) -> Path:
         )
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"the Hugging Face hub has no repository {repository!r} that you may read (it is no "
-            f"folder here either): {error}"
+            f"the Hugging Face hub has no repository {repository!r} that you may read (and there is no "
+            f"such folder here): {error}"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise _out_of_reach(repository, filename, error) from error
@@ -121,14 +122,14 @@ def _out_of_reach(repository: str, filename: str, error: Exception) -> Connectio
 
     offline = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub does not answer"
     return ConnectionError(
-        f"cannot download {filename} of {repository!r} (it is no folder here): {offline}, and the "
-        f"file is not in the cache {HF_HUB_CACHE}. Load it once with a connection, or give the path "
+        f"cannot download {filename} of {repository!r} (there is no such folder here): {offline}, and "
+        f"the file is not in the cache {HF_HUB_CACHE}. Load it once with a connection, or give the path "
         f"of a folder that holds a copy. The hub's client says: {error}"
     )
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError for a file that is not JSON or not whole."""
+    """The content of a JSON file. Raises ValueError for one that is not JSON or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -136,7 +137,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is not a JSON table, or not whole."""
+    """The content of a JSON table. Raises ValueError for a file that is not one, or not whole."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a table of values")
@@ -155,7 +156,7 @@ def write_table(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError for a file that is not safetensors or not whole."""
+    """The tensors of a safetensors file. Raises ValueError for one that is not, or not whole."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -177,9 +178,12 @@ def require_sizes(path: Path, stored: Mapping[str, Any], names: Sequence[str]) -
 
 
 def require_shapes(
-    path: Path | str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
+    path: Path | str, tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | str]]
 ) -> None:
-    """Raise ValueError unless `tensors` are exactly those of `expected`, naming each that is not."""
+    """Raise ValueError unless `tensors` are exactly those of `expected`, naming each that is not.
+
+    A size that is not known is a word, and fits nothing.
+    """
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"{name} is not in the model" for name in sorted(tensors.keys() - expected.keys())]
     problems += [

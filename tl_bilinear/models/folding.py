@@ -1,4 +1,4 @@
-"""A norm's weight and bias put into the weights that read it. No framework is imported."""
+"""Fold a norm's weight and bias into the weights that read it. No framework is imported."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def fold_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """The weight and bias that read x itself, where the given ones read ``x * norm_weight + norm_bias``.
 
-    ``(x * w + b) W + c = x (w[:, None] * W) + (b W + c)``. With `center` the result's columns have mean
-    zero: a mean-free x (LayerNorm's) does not see the mean of a column. Computed in float32 at least,
+    ``(x * w + b) W + c = x (w[:, None] * W) + (b W + c)``. With `center` the columns of the result have
+    mean zero; this changes nothing for an x of mean zero (LayerNorm's). Computed in float32 or better,
     returned in the dtypes given.
     """
     wide = widened(weight)

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama with a linear gate, and the bilinear HookedTransformer, each from the other.
+"""Convert Hugging Face's Llama with a linear gate to the bilinear HookedTransformer, and back.
 
 ``LlamaForCausalLM`` with ``hidden_act="linear"`` computes ``down((gate(x) + b) * (up(x) + c)) + b'``,
 biases where ``mlp_bias``: the bilinear layer, pre-product biases included (appendix J). With
@@ -9,7 +9,7 @@ W_out = down_proj.weight.T.
 >>> model = tl_bilinear.HookedBilinearTransformer.from_hf(hf)   # the same logits
 >>> model.to_hf("copy")                                         # and back, into a folder
 
-TransformerLens is imported where a model of its is made, so that training needs none of it.
+TransformerLens is imported only where one of its models is made: training does not need it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tl_bilinear.models.files import read_table
+from tl_bilinear.models.folders import is_ours
 from tl_bilinear.models.layouts import weight_pairs
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
 from tl_bilinear.tensor.readers import read_mlp
@@ -33,7 +35,7 @@ from tl_bilinear.tensor.storage import whole_directory
 
 ARCHITECTURE = "LlamaForCausalLM"
 
-# Fields of the config that change nothing in a forward pass, or that `to_hf` takes into account.
+# Fields of the config that do not change a forward pass, or that `to_hf` takes into account.
 _NEUTRAL = frozenset(
     """attn_scale bilinear_bias checkpoint_index checkpoint_label_type checkpoint_value
     default_prepend_bos device dtype final_rms from_checkpoint init_mode init_weights
@@ -178,8 +180,6 @@ def _load_tokenizer(source: str) -> Any:
 
 
 def _require_hf_folder(folder: Path) -> None:
-    from tl_bilinear.models.storage import is_ours
-
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
@@ -298,7 +298,7 @@ def _llama_fields(cfg: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _require_llama(cfg: Any, config: Any, state: Mapping[str, Tensor]) -> None:
-    """Refuse what LlamaForCausalLM cannot express: whatever its config does not carry over."""
+    """Raise ValueError naming each setting that a LlamaForCausalLM cannot express."""
     from tl_bilinear.models.component import BilinearTransformerConfig
 
     problems = []
@@ -342,3 +342,17 @@ def _is_llama_folder(directory: Path) -> bool:
         return read_table(directory / "config.json").get("model_type") == "llama"
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def no_file_bars() -> Iterator[None]:
+    """Leave out the progress bars that transformers draws for each file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,6 +1,6 @@
-"""One weight's names and layouts in HookedTransformer, in TransformerBridge and in Hugging Face's Llama.
+"""The weights' names and layouts in HookedTransformer, TransformerBridge and Hugging Face's Llama.
 
-The last two hold a linear map as torch.nn.Linear does, [out, in], its heads in one dimension.
+The last two hold a linear map as torch.nn.Linear does, [out, in], with all heads in one dimension.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-# HookedTransformer's name, the bridge's, the Llama's (None: it has no such weight); HookedTransformer's
-# layout, that of the other two.
+# Columns: HookedTransformer's name, the bridge's, the Llama's (None where it has no such weight),
+# HookedTransformer's layout, the layout of the other two.
 # n: heads, h: d_head, d: d_model, m: d_mlp, v: vocabulary, p: positions.
 _OUTSIDE = (
     ("embed.W_E", "embed.weight", "model.embed_tokens.weight", "v d", "v d"),
@@ -44,7 +44,7 @@ _BLOCK = (
 def weight_pairs(
     other: Literal["bridge", "llama"], n_layers: int, *, grouped: bool
 ) -> Iterator[tuple[str, str, str, str]]:
-    """HookedTransformer's name, the other's, HookedTransformer's layout, the other's: of every weight.
+    """For every weight: HookedTransformer's name, the other's, HookedTransformer's layout, the other's.
 
     `grouped` says whether queries share keys and values.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_bilinear.models import published, storage
+from tl_bilinear.models import folders, published_models
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
@@ -37,35 +37,37 @@ def load(
     source = find_source(cls, name)
     path = source.require(CONFIG)
     stored = read_json(path)
-    ours = storage.is_ours(stored)
+    ours = folders.is_ours(stored)
     if ours:
         if attn_scale is not None:
             raise ValueError(
                 f"{source} was written by save_pretrained, its attention scale is in its W_O already: "
                 "leave attn_scale out"
             )
-        config = storage.read_config(path, stored)
+        config = folders.read_config(path, stored)
         weights = source.require(WEIGHTS)
         tensors = read_tensors(weights)
         if tokenizer is None:
             tokenizer = stored_tokenizer(source)
     else:
-        fields = published.read_config(path, require_published(path, stored))
+        fields = published_models.read_config(path, require_published(path, stored))
         scale = (
-            published.attention_scale(stored, fspath(name)) if attn_scale is None else attn_scale
+            published_models.attention_scale(stored, fspath(name))
+            if attn_scale is None
+            else attn_scale
         )
         weights = source.require(WEIGHTS)
-        config, tensors = published.read_weights(
+        config, tensors = published_models.read_weights(
             weights, read_tensors(weights), fields, scale, dtype
         )
         config.model_name = Path(name).name
         if tokenizer is None:
-            tokenizer = published.read_tokenizer(source, stored)
+            tokenizer = published_models.read_tokenizer(source, stored)
 
     model = _without_weights(cls, config, tokenizer, device)
-    expected = storage.stored_state(model)
+    expected = folders.stored_state(model)
     if ours:
-        tensors = {**storage.tables(expected), **tensors}
+        tensors = {**folders.tables(expected), **tensors}
         require_shapes(weights, tensors, {name: t.shape for name, t in expected.items()})
     else:
         tensors = {**expected, **tensors}  # the masks and rotary tables are TransformerLens's
@@ -90,7 +92,7 @@ def find_source(cls: type, name: str | PathLike[str]) -> Source:
     if interrupted:
         raise FileNotFoundError(
             f"{folder} is missing: replacing it was interrupted. The model that was there before is "
-            f"whole in {interrupted[-1]}: rename that back"
+            f"complete in {interrupted[-1]}: rename that back"
         )
     given = fspath(name)
     if is_repository(given):
@@ -103,18 +105,19 @@ def find_source(cls: type, name: str | PathLike[str]) -> Source:
 
 def require_published(path: Path, stored: Any) -> dict[str, Any]:
     """`stored`, the content of `path`, if it is a config of the authors' format; else ValueError."""
-    if published.is_published(stored):
+    if published_models.is_published(stored):
         return dict(stored)
     known = stored if isinstance(stored, dict) else {}
-    missing = ", ".join(name for name in published.SIZES if name not in known)
+    missing = ", ".join(name for name in published_models.SIZES if name not in known)
     raise ValueError(
-        f"{path} was not written by save_pretrained (its 'format' should be {storage.FORMAT!r}), and "
+        f"{path} was not written by save_pretrained (its 'format' should be {folders.FORMAT!r}), and "
         f"is not of the format of the paper's published models either (it lacks {missing})"
     )
 
 
 def stored_tokenizer(source: Source) -> Any:
-    folder = source.find_tokenizer(storage.TOKENIZER)
+    """The tokenizer that `save_pretrained` wrote beside the model; None for a model without one."""
+    folder = source.find_tokenizer(folders.TOKENIZER)
     if folder is None:
         return None
     from transformers import AutoTokenizer
@@ -125,8 +128,8 @@ def stored_tokenizer(source: Source) -> Any:
 def _without_weights(
     cls: type, config: BilinearTransformerConfig, tokenizer: Any, device: str | torch.device | None
 ) -> Any:
-    # Loading neither initialises weights, nor seeds the caller's random numbers, nor fetches a
-    # tokenizer by name: those fields are put back when the model stands.
+    # Loading must not initialise weights, seed the caller's random numbers or fetch a tokenizer by
+    # name. The fields that would do so are put back when the model is built.
     as_stored = {name: getattr(config, name) for name in ("seed", "init_weights", "tokenizer_name")}
     config.seed, config.init_weights, config.tokenizer_name = None, False, None
     if device is not None:

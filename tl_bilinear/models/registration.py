@@ -1,8 +1,10 @@
-"""What TransformerLens's own classes learn of bilinear models, without importing TransformerLens.
+"""What this package adds to TransformerLens's own classes, without importing TransformerLens.
 
-TransformerLens takes seconds to import, so a post-import hook waits for it: `from_config` and
-`boot_bilinear` appear whether TransformerLens was imported before or after `tl_bilinear`, and on every
-subclass of HookedTransformer and TransformerBridge, SAELens's among them.
+TransformerLens takes seconds to import, so a post-import hook waits for it. `from_config` and
+`boot_bilinear` appear whether TransformerLens was imported before or after `tl_bilinear`. Every subclass
+of HookedTransformer and TransformerBridge has them too, SAELens's among them.
+
+Our modules that import TransformerLens at their top are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -10,10 +12,18 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import wrapt
+
+if TYPE_CHECKING:
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+    from transformer_lens.HookedTransformer import HookedTransformer as _HookedTransformer
+
+    from tl_bilinear.models.component import BilinearTransformerConfig
+    from tl_bilinear.models.transformer import HookedBilinearTransformer
 
 _MODULE = "transformer_lens.HookedTransformer"
 _BRIDGE_MODULE = "transformer_lens.model_bridge.bridge"
@@ -39,9 +49,50 @@ def register() -> None:
         wrapt.register_post_import_hook(_register_adapter, _FACTORY_MODULE)
 
 
+if TYPE_CHECKING:
+
+    class HookedTransformer(_HookedTransformer):
+        """TransformerLens's own class, as type checkers see it after `import tl_bilinear`."""
+
+        @overload
+        @classmethod
+        def from_config(
+            cls,
+            cfg: HookedTransformerConfig | Mapping[str, Any] | None = None,
+            *,
+            bilinear: Literal[True],
+            bilinear_bias: bool = False,
+            tokenizer: Any = None,
+            move_to_device: bool = True,
+            **cfg_kwargs: Any,
+        ) -> HookedBilinearTransformer: ...
+
+        @overload
+        @classmethod
+        def from_config(
+            cls, cfg: BilinearTransformerConfig, **options: Any
+        ) -> HookedBilinearTransformer: ...
+
+        @overload
+        @classmethod
+        def from_config(
+            cls,
+            cfg: HookedTransformerConfig | Mapping[str, Any] | None = None,
+            *,
+            bilinear: bool | None = None,
+            tokenizer: Any = None,
+            move_to_device: bool = True,
+            **cfg_kwargs: Any,
+        ) -> HookedTransformer: ...
+
+        @classmethod
+        def from_config(cls, *args: Any, **options: Any) -> Any:
+            """See `_from_config`."""
+
+
 def _attach(module: ModuleType) -> None:
     # This may run in the middle of TransformerLens's own import, so it must not import any more of
-    # it; and a from_config that TransformerLens brings along itself stays as it is.
+    # it. If TransformerLens ever has a from_config of its own, that one stays.
     hooked_transformer = getattr(module, "HookedTransformer", None)
     if hooked_transformer is not None and not hasattr(hooked_transformer, "from_config"):
         hooked_transformer.from_config = classmethod(_from_config)
@@ -130,7 +181,7 @@ def _boot_bilinear(
         - None, a dict or a TransformerBridgeConfig: a new native model.
         - a HookedBilinearTransformer, or a folder that its `save_pretrained` wrote: its weights in a
           native model, the same logits. `tl_bilinear.models.save_bridge` leads back.
-        - a LlamaForCausalLM with ``hidden_act="linear"``: a bridge around it, which takes it over.
+        - a LlamaForCausalLM with ``hidden_act="linear"``: a bridge around this very object.
           TransformerLens's own `boot_transformers` boots one from a folder or by its hub name.
     bilinear_bias:
         For a new model: trainable biases on the three maps (appendix J), zero at first.
@@ -167,7 +218,7 @@ def _register_adapter(module: ModuleType) -> None:
         stock = module.SUPPORTED_ARCHITECTURES[_LLAMA]
         register_adapter = module.ArchitectureAdapterFactory.register_adapter
     except (AttributeError, KeyError) as error:
-        # `import transformer_lens` has to work whatever a version of it has renamed.
+        # `import transformer_lens` has to work, even if a new version has renamed these.
         warnings.warn(
             f"TransformerLens {_version()} does not take tl_bilinear's adapter ({error!r}): in "
             "compatibility mode its bridge of a Llama with hidden_act='linear' may compute SiLU. "
@@ -188,7 +239,7 @@ def _register_adapter(module: ModuleType) -> None:
 def explain_missing(name: str, error: ImportError) -> ImportError | None:
     """The error for a public name whose framework is absent, saying what to install.
 
-    None where `error` has another reason (a broken installation), which then speaks for itself.
+    None where `error` has another reason, such as a broken installation.
     """
     missing = error.name or ""
     if missing == "transformer_lens":

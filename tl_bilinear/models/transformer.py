@@ -16,29 +16,32 @@ Everything of HookedTransformer works on it: hooks, caches, generation, weight p
 
 from __future__ import annotations
 
-import copy
-import difflib
 import functools
-import math
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
-from transformer_lens.HookedTransformer import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from tl_bilinear.models import huggingface, pretrained, storage
+from tl_bilinear.models import folders, huggingface, pretrained
 from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
+from tl_bilinear.models.configs import asks_for_bilinear, make_config
 from tl_bilinear.models.folding import fold_norm, widened
 
 if TYPE_CHECKING:
-    HookedBilinearSAETransformer: type[Any]
+    import transformers
+    from sae_lens import HookedSAETransformer
+
+    from tl_bilinear.models.registration import HookedTransformer
+else:
+    from transformer_lens.HookedTransformer import HookedTransformer
+
+Model = TypeVar("Model", bound="HookedBilinearTransformer")
 
 __all__ = [
     "BilinearMLP",
@@ -65,7 +68,7 @@ class HookedBilinearTransformer(HookedTransformer):
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] | None = None,
     ) -> None:
-        cfg = _make_config(cfg, {}, bilinear=True)
+        cfg = make_config(cfg, {}, bilinear=True)
         # The blocks are built with TransformerLens's own MLP, so initialising waits for the swap.
         wanted, cfg.init_weights = cfg.init_weights, False
         super().__init__(
@@ -81,6 +84,20 @@ class HookedBilinearTransformer(HookedTransformer):
             self.move_model_modules_to_device()
         self.setup()
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def from_config(
+            cls,
+            cfg: HookedTransformerConfig | Mapping[str, Any] | None = None,
+            *,
+            bilinear: bool | None = None,
+            bilinear_bias: bool = False,
+            tokenizer: Any = None,
+            move_to_device: bool = True,
+            **cfg_kwargs: Any,
+        ) -> Self: ...
+
     def setup(self) -> None:
         for mlp in self._bilinear_mlps():
             mlp.drop_foreign_forward()
@@ -89,14 +106,14 @@ class HookedBilinearTransformer(HookedTransformer):
     def set_tokenizer(
         self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None
     ) -> None:
-        """As HookedTransformer's, for tokenizers made in memory too."""
+        """As HookedTransformer's, also for tokenizers made in memory."""
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
         is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
         if not is_tokenizer or "name_or_path" in tokenizer.init_kwargs:
             super().set_tokenizer(tokenizer, default_padding_side)  # which refuses other things
             return
-        # TransformerLens reads it a second time, by a name that it does not have.
+        # TransformerLens loads a tokenizer again by its name, and this one has none.
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             named = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -104,7 +121,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
     @property
     def b_gate(self) -> Float[Tensor, "n_layers d_mlp"]:
-        """The gate biases of all layers, beside TransformerLens's W_gate, W_in, W_out, b_in, b_out."""
+        """The gate biases of all layers, stacked like TransformerLens's b_in and b_out."""
         return torch.stack([block.mlp.b_gate for block in self.blocks])
 
     def load_and_process_state_dict(
@@ -166,11 +183,11 @@ class HookedBilinearTransformer(HookedTransformer):
 
         Raises FileExistsError for a directory that holds anything else.
         """
-        storage.save(self, directory)
+        folders.save(self, directory)
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name: str | PathLike[str],
         *,
         device: str | torch.device | None = None,
@@ -178,7 +195,7 @@ class HookedBilinearTransformer(HookedTransformer):
         tokenizer: Any = None,
         move_to_device: bool = True,
         attn_scale: float | None = None,
-    ) -> Any:
+    ) -> Model:
         """Load a model that `save_pretrained` wrote, or one that the paper's authors published.
 
         `name` is a folder or, where there is none, a repository on the Hugging Face hub, which is
@@ -187,7 +204,7 @@ class HookedBilinearTransformer(HookedTransformer):
 
         `device` defaults to TransformerLens's choice, `dtype` to the stored one, `tokenizer` to the
         stored one. `attn_scale` is for published models: the factor on attention's output, folded into
-        W_O. By default the model's config and name decide (see `tl_bilinear.models.published`).
+        W_O. By default the model's config and name decide (see `tl_bilinear.models.published_models`).
 
         Raises FileNotFoundError or NotADirectoryError if there is no such model, ConnectionError if the
         hub is out of reach, ValueError for a file that is truncated or not such a model, naming the
@@ -203,12 +220,12 @@ class HookedBilinearTransformer(HookedTransformer):
             attn_scale=attn_scale,
         )
 
-    # What is stored is loaded unprocessed, so there is one way of loading, under both names.
+    # Weights are loaded as they were stored, without processing, under either name.
     from_pretrained_no_processing = from_pretrained
 
     @classmethod
     def from_hf(
-        cls,
+        cls: type[Model],
         model: Any,
         *,
         fold_ln: bool = True,
@@ -216,22 +233,22 @@ class HookedBilinearTransformer(HookedTransformer):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         move_to_device: bool = True,
-    ) -> Any:
+    ) -> Model:
         """A Hugging Face Llama with ``hidden_act="linear"`` as this class: the same logits.
 
-        Biases (``mlp_bias``, ``attention_bias``), grouped-query attention, tied embeddings and the
-        rotary embeddings 'default', 'linear' and 'llama3' come along. Logits agree to 1e-5 in
-        float32 (tested).
+        Takes biases (``mlp_bias``, ``attention_bias``), grouped-query attention, tied embeddings and
+        the rotary embeddings 'default', 'linear' and 'llama3'. Logits agree to 1e-5 in float32
+        (tested).
 
         Parameters
         ----------
         model: LlamaForCausalLM, or a folder or hub name of one
             An object is copied, never changed.
         fold_ln:
-            Put the norms' weights into the weights that read them, so that a bilinear tensor takes
+            Fold the norms' weights into the weights that read them, so that a bilinear tensor takes
             the normalised vector itself. False keeps them as parameters.
         tokenizer:
-            Default: the one in the folder, if there is one; none for an object.
+            Default: the one in the folder, if there is one. An object comes without.
         device, dtype:
             Default: TransformerLens's choice, and the dtype of the weights.
 
@@ -249,11 +266,11 @@ class HookedBilinearTransformer(HookedTransformer):
             move_to_device=move_to_device,
         )
 
-    def to_hf(self, directory: str | PathLike[str] | None = None) -> Any:
+    def to_hf(self, directory: str | PathLike[str] | None = None) -> transformers.LlamaForCausalLM:
         """This model as a Hugging Face LlamaForCausalLM with ``hidden_act="linear"``.
 
-        Logits agree to 1e-5 in float32 (tested). Embeddings that are equal are tied. With
-        `directory` it is also written there, with the tokenizer, whole or not at all.
+        Logits agree to 1e-5 in float32 (tested). Embedding and unembedding are tied if they are equal.
+        With `directory` the model is also written there, with its tokenizer, whole or not at all.
 
         Raises ValueError naming each setting that a Llama does not have (LayerNorm, learned
         positions, an unembedding bias, ...); FileExistsError for a directory that holds anything but
@@ -269,6 +286,11 @@ class HookedBilinearTransformer(HookedTransformer):
 
 
 # ---------------------------------------------------------------------- bilinear subclasses
+
+if TYPE_CHECKING:
+
+    class HookedBilinearSAETransformer(HookedSAETransformer, HookedBilinearTransformer):
+        """SAELens's HookedSAETransformer with bilinear MLPs: it takes SAEs."""
 
 
 @functools.cache
@@ -316,9 +338,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# ---------------------------------------------------------------------- configs
-
-
 def model_from_config(
     cls: type,
     cfg: HookedTransformerConfig | Mapping[str, Any] | None,
@@ -330,108 +349,12 @@ def model_from_config(
 ) -> Any:
     """What `HookedTransformer.from_config` does; documented there."""
     if bilinear is None:
-        bilinear = issubclass(cls, HookedBilinearTransformer) or _asks_for_bilinear(cfg)
+        bilinear = issubclass(cls, HookedBilinearTransformer) or asks_for_bilinear(cfg)
     if not bilinear and issubclass(cls, HookedBilinearTransformer):
         raise ValueError(f"{cls.__name__} is bilinear: bilinear=False contradicts it.")
-    config = _make_config(cfg, overrides, bilinear=bilinear)
+    config = make_config(cfg, overrides, bilinear=bilinear)
     target = bilinear_class(cls) if bilinear else cls
     return target(config, tokenizer=tokenizer, move_to_device=move_to_device)
-
-
-def _asks_for_bilinear(cfg: Any) -> bool:
-    if isinstance(cfg, Mapping):
-        return bool(cfg.get("bilinear", False))
-    return isinstance(cfg, BilinearTransformerConfig)
-
-
-def _make_config(
-    cfg: HookedTransformerConfig | Mapping[str, Any] | None,
-    overrides: Mapping[str, Any],
-    *,
-    bilinear: bool,
-) -> Any:
-    """A new config from `cfg` and `overrides`; neither is changed."""
-    wanted: type = BilinearTransformerConfig if bilinear else HookedTransformerConfig
-    if cfg is None:
-        values: dict[str, Any] = {}
-    elif isinstance(cfg, Mapping):
-        values = dict(cfg)
-    elif isinstance(cfg, HookedTransformerConfig):
-        if issubclass(type(cfg), wanted):
-            wanted = type(cfg)
-        values = _fields_of(cfg, overrides)
-        if bilinear and not isinstance(cfg, BilinearTransformerConfig):
-            # A config object cannot say whether these were asked for or are the defaults.
-            values = {
-                name: value
-                for name, value in values.items()
-                if (name, value) not in (("act_fn", "relu"), ("gated_mlp", False))
-            }
-    else:
-        raise TypeError(
-            "cfg must be a HookedTransformerConfig, a BilinearTransformerConfig or a dict, "
-            f"not {type(cfg).__module__}.{type(cfg).__qualname__}"
-        )
-    if not bilinear:
-        _refuse_bilinear(cfg, values | dict(overrides))
-        values.pop("bilinear", None)
-    values = copy.deepcopy(values) | dict(overrides)
-    _require_fields(wanted, values)
-    return wanted(**values)
-
-
-def _refuse_bilinear(cfg: Any, values: Mapping[str, Any]) -> None:
-    if isinstance(cfg, BilinearTransformerConfig) or values.get("bilinear", False):
-        raise ValueError("bilinear=False contradicts cfg, which asks for a bilinear model.")
-    if "bilinear_bias" in values:
-        raise ValueError("bilinear_bias is for bilinear models: pass bilinear=True with it.")
-
-
-def _fields_of(cfg: HookedTransformerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config, without those that it derived from a field about to change.
-
-    A config object fills in n_heads, d_mlp and others when it is made. Kept beside a new d_model
-    they would describe the old one.
-    """
-    values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
-    gpt2 = cfg.init_mode == "gpt2"
-    derived = {
-        "n_heads": (("d_model", "d_head"), cfg.d_model // cfg.d_head),
-        "d_mlp": (("d_model",), 4 * cfg.d_model),
-        "d_vocab_out": (("d_vocab",), cfg.d_vocab),
-        "attn_scale": (("d_head",), math.sqrt(cfg.d_head)),
-        "rotary_dim": (("d_head",), cfg.d_head),
-        "initializer_range": (
-            ("d_model", "init_mode"),
-            0.8 / math.sqrt(cfg.d_model) if gpt2 else 1.0,
-        ),
-    }
-    for name, (sources, value) in derived.items():
-        if any(source in overrides for source in sources) and values[name] == value:
-            del values[name]
-    return values
-
-
-def _require_fields(config_class: type, values: Mapping[str, Any]) -> None:
-    known = {field.name for field in fields(config_class)}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise TypeError(
-            f"{config_class.__name__} has no field {_and(_with_nearest(n, known) for n in unknown)}"
-        )
-    required = {f.name for f in fields(config_class) if f.default is f.default_factory is MISSING}
-    missing = sorted(required - set(values))
-    if missing:
-        raise TypeError(f"{config_class.__name__} needs {_and(missing)}, which cfg does not give")
-
-
-def _with_nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"{name!r} (did you mean {nearest[0]!r}?)" if nearest else repr(name)
-
-
-def _and(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 # ---------------------------------------------------------------------- weight processing
@@ -446,9 +369,9 @@ def _fold_norms(
 ) -> dict[str, Tensor]:
     """Fold the norms before the MLPs and the unembedding; TransformerLens folds the others.
 
-    TransformerLens centres W_in but not W_gate, and guesses from shapes whether a weight is stored
-    transposed, which goes wrong for d_mlp == d_model and d_vocab_out == d_model. A norm folded here
-    is left as the identity, on which TransformerLens's own folding changes nothing.
+    TransformerLens centres W_in but not W_gate. It also guesses from shapes whether a weight is stored
+    transposed, and is wrong for d_mlp == d_model and d_vocab_out == d_model. A norm that is folded here
+    becomes the identity, on which TransformerLens's own folding has no effect.
     """
     state_dict = dict(state_dict)
     if cfg.normalization_type is None:
@@ -502,10 +425,10 @@ def _fold_norm(
 
 
 def _center_unembed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Subtract W_U's mean over the vocabulary: softmax does not see it.
+    """Subtract W_U's mean over the vocabulary, which softmax does not see.
 
-    Here because TransformerLens's guesses the axis from shapes (wrong for d_vocab == d_model with
-    another d_vocab_out).
+    TransformerLens's own function guesses the axis from shapes, and is wrong for d_vocab == d_model
+    with another d_vocab_out.
     """
     state_dict = dict(state_dict)
     for key in ("unembed.W_U", "unembed.b_U"):

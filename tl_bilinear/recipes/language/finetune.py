@@ -246,7 +246,7 @@ def final_gates(
     Raises ValueError for an activation that the path does not lead away from.
     """
     if config.path == "affine":
-        fitted = approximate_llama(llama, rows, fit="output", warn_below=-math.inf)
+        fitted = approximate_llama(llama, rows, fit="output", warn_below=-math.inf, progress=False)
         return {layer: (one.intercept, one.slope) for layer, one in fitted.items()}
     found = {}
     for layer, block in enumerate(llama.model.layers):
@@ -364,7 +364,7 @@ def finetune(
         if config.path == "none":
             return llama
         if config.path == "closed":
-            fitted = approximate_llama(llama, rows, warn_below=-math.inf)
+            fitted = approximate_llama(llama, rows, warn_below=-math.inf, progress=False)
             return to_bilinear_llama(llama, {n: one.tensor for n, one in fitted.items()}).train()
         gates = final_gates(llama, config, rows)
         if config.schedule == "even" and config.path == "beta":

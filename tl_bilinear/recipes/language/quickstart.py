@@ -340,6 +340,7 @@ def read_feature(
             features.model,
             tokens,
             written,
+            at="output",
             effect=chance_of_promoted,
             positions=on,
             progress=False,

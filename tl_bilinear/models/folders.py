@@ -1,7 +1,7 @@
 """A bilinear transformer in a directory: ``model.safetensors``, ``config.json``, ``tokenizer/``.
 
-No pickle: nothing in the directory runs when it is loaded. It is written beside its destination and
-renamed, so that it is there whole or not at all.
+Loading it runs no code: there is no pickle. It is written beside its destination and then renamed, so it
+is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def _separate(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stored_state(model: Any) -> dict[str, Tensor]:
+    """The state dict of a HookedTransformer, its rotary tables at their initial length."""
     state = dict(model.state_dict())
     for name, tensor in state.items():
         if name.endswith(_ROTARY):
@@ -107,7 +108,10 @@ def stored_state(model: Any) -> dict[str, Tensor]:
 
 
 def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a config determines: TransformerLens's masks and rotary tables. A bridge stores none."""
+    """The entries that the config determines, TransformerLens's masks and rotary tables.
+
+    A model saved from a bridge has none.
+    """
     return {name: tensor for name, tensor in state.items() if name.endswith(_TABLES)}
 
 

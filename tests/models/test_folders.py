@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from tests.models.building import TOKENS, bilinear_model, config
 from tl_bilinear import HookedBilinearTransformer
-from tl_bilinear.models import HookedBilinearSAETransformer, storage
+from tl_bilinear.models import HookedBilinearSAETransformer, folders
 from tl_bilinear.tensor import storage as shared_storage
 
 load = HookedBilinearTransformer.from_pretrained
@@ -226,7 +226,7 @@ def test_an_interruption_leaves_what_was_there(saved, monkeypatch, step, error):
     def fail(*args, **kwargs):
         raise error
 
-    owner = {"fsync": os, "_put_in_place": shared_storage}.get(step, storage)
+    owner = {"fsync": os, "_put_in_place": shared_storage}.get(step, folders)
     monkeypatch.setattr(owner, step, fail)
     for place in (directory, directory.with_name("new")):
         with pytest.raises(type(error)):

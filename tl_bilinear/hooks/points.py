@@ -1,4 +1,4 @@
-"""Where a layer reads and writes: hook names are all that is taken from a model."""
+"""Where a layer reads and writes: its hook points, found by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_bilinear.models.readers import layer_spaces, require_layer
+from tl_bilinear.models.spaces import layer_spaces, require_layer
 from tl_bilinear.tensor import _checks
 
 Positions = int | slice | Sequence[int] | Tensor | None
@@ -18,10 +18,10 @@ Positions = int | slice | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class HookName:
-    """A hook point by its name, or, where SAELens put an SAE in its place, that SAE's output.
+    """The name of a hook point; where SAELens has put an SAE there, it means the SAE's output.
 
-    TransformerLens takes a predicate on names wherever it takes a name, and asks it when the hooks are
-    attached: the same hooks fit a model with and without SAEs.
+    Called with a name, it says whether that is the one meant. TransformerLens takes such a predicate
+    in place of a name, so the same hooks fit a model with and without SAEs.
     """
 
     name: str
@@ -33,7 +33,7 @@ class HookName:
         return self.name
 
     def find(self, model: Any) -> nn.Module:
-        """The hook point that bears the name now."""
+        """The hook point that has the name now."""
         return next(point for name, point in model.hook_dict.items() if self(name))
 
 
@@ -49,7 +49,7 @@ class LayerPoints:
 
     @classmethod
     def of(cls, model: Any, layer: int) -> LayerPoints:
-        """Of a model with hooks; `layer` counts from 0, negative from the end.
+        """The points of a layer of a model; `layer` counts from 0, negative from the end.
 
         Raises TypeError for a model without hook points, IndexError for a layer that it does not
         have, ValueError where the layer has no hook on its input or output.
@@ -75,8 +75,8 @@ class LayerPoints:
         for needed in (points.reads, points.writes):
             if not _has(names, str(needed)):
                 raise ValueError(
-                    f"{block} has no hook point {needed}, and what reads or edits a bilinear layer "
-                    f"needs one on its input and its output. HookedTransformer.from_config("
+                    f"{block} has no hook point {needed}: reading or editing a bilinear layer needs one "
+                    f"on its input and one on its output. HookedTransformer.from_config("
                     f"bilinear=True, ...) and TransformerBridge have both"
                 )
         return points
@@ -84,7 +84,7 @@ class LayerPoints:
     def require_fit(
         self, model: Any, what: str, *, width: int, space: str | None, output: bool = False
     ) -> None:
-        """Raise ValueError, naming both sides, where something does not live in this layer's space."""
+        """Raise ValueError, naming both sides, where `what` is not of this layer's input (or output)."""
         point = self.writes if output else self.reads
         expected = (self.output_space if output else self.input_space) or f"{point}"
         d_model = getattr(getattr(model, "cfg", None), "d_model", None)
@@ -95,8 +95,8 @@ class LayerPoints:
             f"{what} does not fit blocks.{self.layer}.mlp: it has width {width} in "
             f"{space or 'a space without a name'!r}, the layer {'writes' if output else 'reads'} "
             f"width {there} in {expected!r}. Take it from BilinearTensor.from_model(model, "
-            f"{self.layer}) of this model as it is now; where the coordinates do mean the same, say "
-            f"so with dataclasses.replace(..., space=None)"
+            f"{self.layer}) of this model as it is now; if the coordinates do mean the same, pass "
+            f"dataclasses.replace(..., space=None)"
         )
 
     def _same(self, space: str | None, expected: str) -> bool:
@@ -104,7 +104,7 @@ class LayerPoints:
             return True
         if self.input_space is not None:
             return False
-        # A model whose reader gives no spaces: another layer or another basis is refused by name.
+        # The model's reader gives no spaces. Another layer or another basis is then refused by name.
         found = re.match(r"(?:(?:input|output) of )?blocks\.(\d+)\.", space)
         return found is not None and int(found[1]) == self.layer
 
@@ -114,7 +114,7 @@ def _has(names: Any, name: str) -> bool:
 
 
 def position_mask(positions: Positions, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """[..., pos], true at the positions meant; None for all.
+    """A mask [..., pos], true at the positions chosen; None for all.
 
     Raises IndexError for a position that this forward does not have, ValueError for a mask of
     another shape, TypeError for anything else.

@@ -313,7 +313,9 @@ def test_our_own_format_from_the_hub(hub, tokenizer, tmp_path):
 
 
 def test_what_the_hub_does_not_have(hub):
-    with pytest.raises(FileNotFoundError, match=r"no repository 'tdooms/ts-large'.*no folder here"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no repository 'tdooms/ts-large'.*no such folder here"
+    ):
         load("tdooms/ts-large")
     (hub / "tdooms" / "empty").mkdir(parents=True)
     with pytest.raises(

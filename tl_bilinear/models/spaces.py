@@ -1,0 +1,81 @@
+"""Which layer is meant, and where it reads and writes, in the words that results carry along.
+
+No framework is imported where a model has none.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from tl_bilinear.models.modules import is_a
+
+_AFTER = {
+    None: "no normalisation",
+    "RMS": "after RMSNorm and its weight",
+    "RMSPre": "after RMSNorm without a weight",
+    "LN": "after LayerNorm, its weight and its bias",
+    "LNPre": "after LayerNorm without weight and bias",
+}
+
+
+def require_layer(layer: int | None, n_layers: int) -> int:
+    """The layer's number from 0; `layer` may count from the end, and be None in a model of one layer.
+
+    Raises IndexError for a layer that does not exist, ValueError for None where there are several.
+    """
+    valid = f"0 to {n_layers - 1}, or {-n_layers} to -1 from the end"
+    if layer is None:
+        if n_layers != 1:
+            raise ValueError(f"this model has {n_layers} layers: say which one ({valid})")
+        return 0
+    index = operator.index(layer)
+    if not -n_layers <= index < n_layers:
+        raise IndexError(f"layer {index} does not exist: the model's layers are {valid}")
+    return index % n_layers
+
+
+def is_hooked(model: Any) -> bool:
+    """Whether a model is a HookedTransformer or a TransformerBridge, or of a subclass."""
+    classes = ("HookedTransformer", "TransformerBridge")
+    return any(is_a(model, "transformer_lens", name) for name in classes)
+
+
+def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
+    """`input_space` and `output_space` of `from_model(model, layer)`, without reading a weight.
+
+    `layer` counts from 0. None for a model that is neither a HookedTransformer nor a
+    TransformerBridge.
+    """
+    if not is_hooked(model):
+        return None
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+    cfg, block, name = model.cfg, model.blocks[layer], f"blocks.{layer}"
+    # TransformerLens's own MLP has no hook_in.
+    reads = f"{name}.mlp.hook_in" if hasattr(block.mlp, "hook_in") else f"input of {name}.mlp"
+    post_norm = cfg.original_architecture in POST_NORM_ARCHITECTURES
+    reads += f" (input of the MLP, {_AFTER[None if post_norm else _norm_kind(cfg, block)]})"
+    if post_norm or cfg.use_normalization_before_and_after:
+        hook = f"{name}.mlp.hook_out" if hasattr(block.mlp, "hook_out") else f"output of {name}.mlp"
+        return reads, f"{hook} (before the norm that follows the MLP)"
+    return reads, f"{name}.hook_mlp_out"
+
+
+def llama_spaces(block: Any, layer: int) -> tuple[str, str]:
+    """The same for a block of a Hugging Face Llama, in the words of `from_hf`."""
+    # A weight of ones is none: from_hf folds such a norm.
+    norm = "RMSPre" if (block.post_attention_layernorm.weight == 1).all() else "RMS"
+    reads = f"blocks.{layer}.mlp.hook_in (input of the MLP, {_AFTER[norm]})"
+    return reads, f"blocks.{layer}.hook_mlp_out"
+
+
+def _norm_kind(cfg: Any, block: Any) -> str | None:
+    """The norm before a block's MLP, as HookedTransformer's `normalization_type` names it."""
+    kind: str | None = cfg.normalization_type
+    if kind in ("RMS", "LN") and is_a(block, "transformer_lens", "GeneralizedComponent"):
+        # A bridge keeps its normalization_type when the norm is folded, and a weight of ones.
+        weight, bias = (getattr(block.ln2, name, None) for name in ("w", "b"))
+        if (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any())):
+            return f"{kind}Pre"
+    return kind
