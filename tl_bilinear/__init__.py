@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_bilinear import models
-from tl_bilinear.features import registration as _sae_registration
+from tl_bilinear.features import saelens as _saelens
 from tl_bilinear.tensor import (
     CP,
     HOSVD,
@@ -91,7 +91,7 @@ _LAZY = {
 }
 
 models.register()
-_sae_registration.register()
+_saelens.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ _NOWHERE = -1
 
 
 @dataclass(frozen=True, eq=False)
-class Components:
+class UpstreamComponents:
     """The residual stream at one token as labelled vectors that sum to it.
 
     Attributes
@@ -49,7 +49,7 @@ class Components:
     kinds: list[str]
     where: Int[Tensor, "n 3"]
 
-    def group(self, by: By) -> Components:
+    def group(self, by: By) -> UpstreamComponents:
         """Heads summed over their sources ("heads"), or over heads as well ("layers")."""
         if by not in _KEPT:
             raise ValueError(f"by must be one of {', '.join(map(repr, _KEPT))}, got {by!r}")
@@ -60,7 +60,7 @@ class Components:
         index = [order.setdefault((kind, *place), len(order)) for kind, place in keys]
         vectors = self.vectors.new_zeros(len(order), self.vectors.shape[1])
         vectors.index_add_(0, torch.tensor(index, device=vectors.device), self.vectors)
-        return Components(
+        return UpstreamComponents(
             vectors,
             [key[0] for key in order],
             torch.tensor([key[1:] for key in order], dtype=torch.long),
@@ -174,7 +174,7 @@ class Upstream:
     def mlp_bias(self, layer: int) -> Float[Tensor, " d"]:
         return self.model.blocks[layer].mlp.b_out.detach().to(self.dtype)
 
-    def components(self) -> Components:
+    def components(self) -> UpstreamComponents:
         """Every component that is not zero, in the order in which they are written.
 
         Raises ValueError where they do not sum to the residual stream that the model has: something
@@ -209,7 +209,7 @@ class Upstream:
                 bias = self.mlp_bias(layer)
                 add(self.at(f"blocks.{layer}.hook_mlp_out") - bias, MLP, layer)
                 add(bias, MLP_BIAS, layer)
-        found = Components(torch.stack(vectors), kinds, torch.tensor(where))
+        found = UpstreamComponents(torch.stack(vectors), kinds, torch.tensor(where))
         self._require_complete(found.vectors)
         return found
 

@@ -1,6 +1,6 @@
 """A bilinear layer seen through dictionaries: SAELens SAEs and transcoders, or plain matrices.
 
-Nothing here imports SAELens: an SAE is an object that somebody loaded with it. Only `published`, which
+Nothing here imports SAELens: an SAE is an object that somebody loaded with it. Only `published_saes`, which
 gives SAELens the SAEs that the paper's authors published, does; it runs once SAELens is imported.
 """
 
@@ -31,7 +31,7 @@ from tl_bilinear.features.running import Run
 from tl_bilinear.features.verification import PairCheck
 
 if TYPE_CHECKING:
-    from tl_bilinear.features.published import (
+    from tl_bilinear.features.published_saes import (
         SignedTopKSAE,
         SignedTopKSAEConfig,
         TopSequences,
@@ -70,5 +70,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # all that is not imported above lives there
-        return getattr(importlib.import_module("tl_bilinear.features.published"), name)
+        return getattr(importlib.import_module("tl_bilinear.features.published_saes"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from tests.models import published_format as models
 from tl_bilinear.features import FeatureInteractions
-from tl_bilinear.features.published import (
+from tl_bilinear.features.published_saes import (
     HOOKS,
     SignedTopKSAE,
     SignedTopKSAEConfig,
@@ -449,7 +449,7 @@ def run(program, *folders):
     [
         "import sae_lens, tl_bilinear",
         "import tl_bilinear, sae_lens",
-        "import tl_bilinear.features.published",
+        "import tl_bilinear.features.published_saes",
     ],
 )
 def test_registered_whichever_is_imported_first(tmp_path, imports):
