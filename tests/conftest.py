@@ -18,11 +18,7 @@ import tests.typecheck  # noqa: F401  the hook below names it
 
 jaxtyping.install_import_hook(
     [
-        "tl_bilinear.circuits.composition",
-        "tl_bilinear.circuits.graph",
-        "tl_bilinear.circuits.paths",
-        "tl_bilinear.circuits.residual",
-        "tl_bilinear.circuits.upstream",
+        "tl_bilinear.circuits",
         "tl_bilinear.tensor.bilinear",
         "tl_bilinear.tensor.eigen",
         "tl_bilinear.tensor.gated",
@@ -30,12 +26,7 @@ jaxtyping.install_import_hook(
         "tl_bilinear.tensor.interaction",
         "tl_bilinear.tensor.quartic",
         "tl_bilinear.tensor.spectrum",
-        "tl_bilinear.features.activity",
-        "tl_bilinear.features.attribution",
-        "tl_bilinear.features.dictionary",
-        "tl_bilinear.features.interactions",
-        "tl_bilinear.features.results",
-        "tl_bilinear.features.verification",
+        "tl_bilinear.features",
         "tl_bilinear.hooks.components",
         "tl_bilinear.hooks.effects",
         "tl_bilinear.hooks.interventions",

@@ -18,8 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.features.passage import Passage, input_passages
-from tl_bilinear.features.running import refuse_attached
+from tl_bilinear.features.passage import Passage, refuse_attached, residual_passage
 from tl_bilinear.tensor import _checks
 
 By = Literal["sources", "heads", "layers"]
@@ -108,7 +107,7 @@ class Upstream:
         if not -length <= position < length:
             raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
         self.position = position % length
-        self.passage: Passage = list(input_passages(model, self.layer).values())[-1]
+        self.passage: Passage = residual_passage(model, self.layer)
         # With parallel attention the MLP does not see the attention of its own layer.
         self.attention_layers = range(self.layer + (not cfg.parallel_attn_mlp))
         self.output_hook = f"blocks.{self.layer}.mlp.hook_out"
