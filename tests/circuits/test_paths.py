@@ -130,6 +130,32 @@ def test_a_pair_is_the_second_difference_of_patching():
         )
 
 
+def test_effects_of_single_components():
+    found = paths(model(), TOKENS, 2, DIRECTION)
+    expected = torch.tensor([found.effect([i]) for i in range(len(found.labels))]).double()
+    assert_close(found.effects, expected, rtol=1e-9, atol=1e-9)
+    strongest = check_paths(model(), TOKENS, found, 4).removed
+    assert strongest == [[i] for i in expected.abs().topk(4).indices.tolist()]
+
+
+def test_a_batch_is_refused_before_any_work(monkeypatch):
+    built = model()
+    found = paths(built, TOKENS, 1, DIRECTION)
+
+    def unexpected(*args, **kwargs):
+        raise AssertionError("work was done")
+
+    for name in ("effect", "effects"):
+        monkeypatch.setattr(Paths, name, property(unexpected))
+    monkeypatch.setattr(BilinearTensor, "from_model", unexpected)
+    for ask in (
+        lambda: check_paths(built, TOKENS.expand(2, -1), found),
+        lambda: paths(built, TOKENS.expand(2, -1), 1, DIRECTION),
+    ):
+        with pytest.raises(ValueError, match="paths are of one sequence, got a batch of 2"):
+            ask()
+
+
 def test_patching_knows_another_path():
     """The check fails where it should: for the paths of another direction or another prompt."""
     built = model()

@@ -135,6 +135,12 @@ def test_statistics(tmp_path):
     assert found.outliers == int((z.abs() > 2).sum())
     assert found.expected_outliers == pytest.approx(len(upper) * 0.0455, rel=1e-3)
     assert int(found.counts.sum()) == len(upper)
+    assert int(found.self_counts.sum()) <= N_IN
+    assert_close(
+        found.eigenvalues,
+        torch.linalg.eigvalsh(f.interaction(2, "activations").dense()).flip(0),
+        **EXACT,
+    )
     assert_close(
         found.counts, torch.histogram(upper.float(), found.edges.float())[0], rtol=0, atol=1
     )
@@ -314,6 +320,29 @@ def test_a_gated_layer_that_is_not_bilinear_is_read_through_its_approximation():
     plain = HookedTransformer.from_config(fields, bilinear=False)  # its MLP has no hook_in
     with pytest.raises(ValueError, match=r"the model has no hook blocks\.1\.mlp\.hook_in"):
         between(INPUTS[2], built=plain, layer_tensor=found.tensor).run(tokens)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_features_are_numbers():
+    f = between()
+    for wrong in ("she", None, ["she"], 1.5, torch.tensor([True])):
+        with pytest.raises(TypeError, match="output features are 0 to 29, numbers, got"):
+            f.top(wrong) if wrong is not None else f.numbers(wrong, "output")
+    with pytest.raises(TypeError, match="one output feature is read at a time, got"):
+        f.statistics([1, 2])
+    with pytest.raises(TypeError, match="k must be an int, got 'five'"):
+        f.top(1, "five")
+    with pytest.raises(ValueError, match="k must lie between 1 and 820"):
+        f.top(1, 821)
+    run = f.run(TOKENS)
+    with pytest.raises(TypeError, match="output features are 0 to 29, numbers, got 'she'"):
+        run.attribute("she")
+    with pytest.raises(IndexError, match="input features are 0 to 39, got"):
+        run.examples(40, side="input")
+    with pytest.raises(ValueError, match="side must be 'input' or 'output', got 'in'"):
+        run.labels("in")
+    with pytest.raises(IndexError, match="input features are 0 to 39, got"):
+        run.verify_pairs(3, [(1, 40)])
 
 
 def test_unembedding_directions_reach_the_layer():

@@ -351,7 +351,7 @@ def test_exact_attribution_between_published_saes(spliced, point, fields):
     _, cache = model.run_with_cache(models.TOKENS[:1])
     z = f.outputs.encode(cache["blocks.1.hook_mlp_out"])[0, -1].detach()
     feature = int(z.abs().argmax())
-    found = f.attribute(models.TOKENS[0], feature)
+    found = f.run(models.TOKENS[0]).attribute(feature)
     assert found.total == pytest.approx(float(z[feature]), rel=1e-5)
     assert found.measured == pytest.approx(float(z[feature]), rel=1e-5)
     assert ("skip" in found.rest_names) is bool(fields)

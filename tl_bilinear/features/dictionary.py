@@ -206,7 +206,7 @@ class Dictionary:
         return self.input_scale(x.to(self.decoder.dtype)).to(x.dtype)
 
     def preactivation(
-        self, x: Float[Tensor, "... d"], features: Tensor | None = None
+        self, x: Float[Tensor, "... d"], features: Any = None
     ) -> Float[Tensor, "... m"]:
         """p of chosen features (all), from activations at `encoder_hook`: [..., m]."""
         chosen = slice(None) if features is None else features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,7 +60,9 @@ class FeatureSweep(Named):
         """The first k features."""
         _checks.require_count("k", k, len(self), "the features held")
         held = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value[:k] for name, value in held.items() if isinstance(value, Tensor)}
+        tensors: Any = {
+            name: value[:k] for name, value in held.items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
     def to_pandas(self) -> pandas.DataFrame:

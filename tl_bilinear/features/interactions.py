@@ -170,7 +170,7 @@ class FeatureInteractions:
 
     def run(
         self,
-        text: str | Sequence[str] | Int[Tensor, "..."],
+        text: str | Sequence[str] | Tensor,
         *,
         batch_size: int = 16,
         mask: Bool[Tensor, "batch pos"] | None = None,
@@ -261,13 +261,14 @@ class FeatureInteractions:
 
     def submatrix(self, feature: int, k: int = 15) -> Submatrix:
         """Interactions among the input features of the k strongest pairs (Fig. 8A)."""
+        feature = self.number(feature)
         pairs = self.top(feature, k)
         met = torch.cat([pairs.first, pairs.second[~pairs.is_self]])
         features, counts = met.unique(return_counts=True)
         features = features[counts.argsort(descending=True, stable=True)]
         Q = self.interaction(feature, basis="activations")
         return Submatrix(
-            int(feature),
+            feature,
             features,
             Q.fold(self.input_directions[features]).dense(),
             [self.inputs.label(i) for i in features.tolist()],
@@ -283,9 +284,10 @@ class FeatureInteractions:
         Streams over all n_in^2 / 2 pairs; the reference spectrum is that of a random symmetric matrix
         of the same Frobenius norm, in the basis of activations.
         """
+        feature = self.number(feature)
         Q = self.interaction(feature, basis="activations")
         found = interaction_statistics(
-            int(feature), Q, self.input_directions, bins=bins, sigmas=sigmas, progress=progress
+            feature, Q, self.input_directions, bins=bins, sigmas=sigmas, progress=progress
         )
         return replace(found, output_labels=self.outputs.labels_of([feature]))
 
@@ -405,7 +407,7 @@ class FeatureInteractions:
         An input feature that lives after the norm is read as a direction of the residual stream
         (its norm weight taken off).
         """
-        row = self.side(side).decoder[self.numbers(feature, side)]
+        row = self.side(side).decoder[self.number(feature, side)]
         before = residual_passage(self.model, self.layer)
         weight = getattr(getattr(self.model.blocks[self.layer], "ln2", None), "w", None)
         if side == "input" and self.passage.hook == before.layer_hook and weight is not None:
@@ -423,6 +425,13 @@ class FeatureInteractions:
         if side not in ("input", "output"):
             raise ValueError(f"side must be 'input' or 'output', got {side!r}")
         return self.inputs if side == "input" else self.outputs
+
+    def number(self, feature: Any, side: Side = "output") -> int:
+        """The number of one feature of a side, checked as `numbers` does."""
+        index = self.numbers(feature, side)
+        if index.numel() != 1:
+            raise TypeError(f"one {side} feature is read at a time, got {feature!r:.80}")
+        return int(index)
 
     def output_numbers(self, features: Any = None) -> Int[Tensor, "..."]:
         """Numbers of output features (all), checked."""

@@ -65,9 +65,11 @@ class Named(Storable):
 
         found = {name: _plain_column(values) for name, values in columns.items()}
         for labels, names in ((self.input_labels, inputs), (self.output_labels, outputs)):
-            for name in names if labels is not None else ():
-                label = "label" if name == "feature" else f"label_{name}"
-                found[label] = [labels[int(i)] for i in found[name]]
+            if labels is None:
+                continue
+            for name in names:
+                column = "label" if name == "feature" else f"label_{name}"
+                found[column] = [labels[int(i)] for i in found[name]]
         return pd.DataFrame(found)
 
 
@@ -98,6 +100,13 @@ def pieces(tokenizer: Any, tokens: Iterable[int]) -> list[str]:
         return str(tokenizer.decode([token, token])[len(alone) :]) or alone
 
     return [piece(int(token)) for token in tokens]
+
+
+def special_tokens(tokenizer: Any, left_out: Any) -> set[int]:
+    """The tokens that an SAE was not trained on: SAELens says which, or True for the tokenizer's."""
+    if left_out is True:
+        return set(getattr(tokenizer, "all_special_ids", ()))
+    return set(left_out or ())
 
 
 def plain(tokenizer: Any, token: int) -> str:

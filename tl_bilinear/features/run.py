@@ -33,7 +33,7 @@ from tl_bilinear.features.correlation import (
 )
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.examples import Examples, Side
-from tl_bilinear.features.labels import name_features
+from tl_bilinear.features.labels import name_features, special_tokens
 from tl_bilinear.features.pairs import (
     ActiveInteractions,
     ActiveTokens,
@@ -108,7 +108,7 @@ class FeatureRun:
             rows = slice(rows, rows + 1 or None)
         names = ("tokens", "mask", *_PER_TOKEN)
         held = {name: getattr(self, name) for name in names}
-        chosen = {name: None if v is None else v[rows][:, stop] for name, v in held.items()}
+        chosen: Any = {name: None if v is None else v[rows][:, stop] for name, v in held.items()}
         lengths = self.lengths[rows].clamp_max(chosen["tokens"].shape[1])
         return replace(self, lengths=lengths, **chosen)
 
@@ -134,11 +134,11 @@ class FeatureRun:
             slice(None) if features is None else self.features.output_numbers(features)
         )
 
-    def _preactivations(self, index: Any) -> Tensor:
-        known = self.features
+    def _preactivations(self, index: Any, output: Tensor | None = None) -> Tensor:
+        known, output = self.features, self.output if output is None else output
         if known.output == "encoder":
-            return known.outputs.preactivation(self.output, index)
-        return self.output @ known.directions[index].to(self.output).T
+            return known.outputs.preactivation(output, index)
+        return output @ known.directions[index].to(output).T
 
     @torch.no_grad()
     def activations(
@@ -161,7 +161,7 @@ class FeatureRun:
             return known.outputs.encode(self.output)[..., index]
         return self._preactivations(index).clamp_min(0)
 
-    def _counted(self, index: Tensor, progress: bool) -> Iterator[LayerTokens]:
+    def _counted(self, index: Any, progress: bool) -> Iterator[LayerTokens]:
         """The tokens that count, some sequences at a time, for some output features."""
         for part in self._parts(progress):
             yield LayerTokens(
@@ -187,13 +187,18 @@ class FeatureRun:
         self, feature: int, k: int = 10, *, side: Side = "output", progress: bool = True
     ) -> Examples:
         """The sequences on which a feature is most active, with its strength on every token (App. M)."""
-        index = self.features.numbers(feature, side).reshape(1)
+        feature = self.features.number(feature, side)
         strengths = [
-            part.activations(index, side=side)[..., 0].masked_fill(~part.mask, 0)
+            part.activations([feature], side=side)[..., 0].masked_fill(~part.mask, 0)
             for part in self._parts(progress)
         ]
-        found = Examples.of(int(index), side, self.tokens, torch.cat(strengths), k)
-        return replace(found, **{f"{side}_labels": self.features.side(side).labels_of(index)})
+        found = Examples.of(feature, side, self.tokens, torch.cat(strengths), k)
+        labels = self.features.side(side).labels_of([feature])
+        return (
+            replace(found, input_labels=labels)
+            if side == "input"
+            else replace(found, output_labels=labels)
+        )
 
     def labels(self, side: Side = "input", *, k: int = 20, progress: bool = True) -> list[str]:
         """A name for every feature of a side: the token that its k strongest activations are on.
@@ -235,7 +240,7 @@ class FeatureRun:
         Raises IndexError for a feature, position or sequence that does not exist.
         """
         known = self.features
-        index = int(known.output_numbers(feature))
+        index = known.number(feature)
         one = self[sequence]
         length = int(one.lengths[0])
         if not -length <= position < length:
@@ -266,7 +271,7 @@ class FeatureRun:
             quadratic=quadratic,
             linear=linear,
             constants={name: value for name, value in constants.items() if value},
-            measured=float(one._preactivations(torch.tensor([index]))[at]),
+            measured=float(one._preactivations([index], one.output[at])[0]),
             input_labels=known.inputs.labels_of(active),
             output_labels=known.outputs.labels_of([index]),
         )
@@ -280,20 +285,19 @@ class FeatureRun:
         At most `limit` such tokens are looked at.
         """
         known = self.features
-        index = known.output_numbers(feature).reshape(1)
-        form = known.interaction(int(index), basis="activations").dense()
-        found = active_interactions(
-            int(index), form, known.input_directions, self._active(index, limit, progress)
-        )
+        feature = known.number(feature)
+        form = known.interaction(feature, basis="activations").dense()
+        tokens = self._active(feature, limit, progress)
+        found = active_interactions(feature, form, known.input_directions, tokens)
         return replace(
             found,
             input_labels=known.inputs.labels_of(torch.cat([found.first, found.second])),
-            output_labels=known.outputs.labels_of(index),
+            output_labels=known.outputs.labels_of([feature]),
         )
 
-    def _active(self, index: Tensor, limit: int, progress: bool) -> Iterator[ActiveTokens]:
+    def _active(self, feature: int, limit: int, progress: bool) -> Iterator[ActiveTokens]:
         for part in self._parts(progress):
-            active = (part.activations(index)[..., 0] != 0) & part.mask
+            active = (part.activations([feature])[..., 0] != 0) & part.mask
             at = active.nonzero(as_tuple=True)
             at = (at[0][:limit], at[1][:limit])
             source = None if part.source is None else part.source[at]
@@ -301,7 +305,7 @@ class FeatureRun:
             yield ActiveTokens(
                 reading.coefficients / part.scale[at],
                 part.output_scale[at],
-                part._preactivations(index)[at][:, 0],
+                part._preactivations([feature])[at][:, 0],
             )
             limit -= len(at[0])
             if limit <= 0:
@@ -328,10 +332,10 @@ class FeatureRun:
     def scatter(self, feature: int, k: int = 2, *, progress: bool = True) -> ActivationScatter:
         """A feature's pre-activation beside its approximation by k eigenvectors, token by token."""
         known = self.features
-        index = known.output_numbers(feature).reshape(1)
-        eigen = known.layer_tensor.interaction(known.directions[int(index)]).eigh(k)
-        found = activation_scatter(int(index), eigen, self._counted(index, progress))
-        return replace(found, output_labels=known.outputs.labels_of(index))
+        feature = known.number(feature)
+        eigen = known.layer_tensor.interaction(known.directions[feature]).eigh(k)
+        found = activation_scatter(feature, eigen, self._counted([feature], progress))
+        return replace(found, output_labels=known.outputs.labels_of([feature]))
 
     # ------------------------------------------------------------------ by intervention
 
@@ -356,13 +360,11 @@ class FeatureRun:
         itself is left out. Random directions of the same length serve as the control.
         """
         known = self.features
-        index = int(known.output_numbers(feature))
+        index = known.number(feature)
         if isinstance(pairs, int):
             pairs = known.top(index, pairs, kind="cross")
         if isinstance(pairs, FeaturePairs | ActiveInteractions):
-            chosen = zip(
-                pairs.first.flatten().tolist(), pairs.second.flatten().tolist(), strict=True
-            )
+            chosen = torch.stack([pairs.first.flatten(), pairs.second.flatten()], 1).tolist()
         else:
             chosen = known.numbers(pairs, "input").reshape(-1, 2).tolist()
         different = [(int(one), int(other)) for one, other in chosen if one != other]
@@ -396,15 +398,15 @@ def run_model(
         for rows in tokens.split(batch_size):
             parts.append(_forward(features, rows))
             bar.update(len(rows))
-    held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    held: Any = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     held.setdefault("x", held["hook_activations"])
     device = held["output"].device
     return FeatureRun(
         features=features,
-        tokens=tokens,
+        tokens=tokens.to(device),
         mask=mask.to(device),
         lengths=lengths,
-        **{"source": None, **held},
+        **{"source": None} | held,
         batch_size=batch_size,
     )
 
@@ -455,10 +457,7 @@ def _default_mask(
     tokenizer = features.model.tokenizer
     special = {getattr(tokenizer, "bos_token_id", None)} - {None}
     for found in (features.inputs, features.outputs):
-        if found.special_tokens is True:
-            special |= set(getattr(tokenizer, "all_special_ids", ()))
-        elif found.special_tokens:
-            special |= set(found.special_tokens)
+        special |= special_tokens(tokenizer, found.special_tokens)
     ids = tokens.cpu()
     mask = ~torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype))
     mask[:, 0] = False

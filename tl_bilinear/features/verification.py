@@ -78,7 +78,9 @@ def check_pairs(
     z = run.activations(side="input")
     Q = features.interaction(feature, basis="activations")
     generator = torch.Generator().manual_seed(seed)
-    predictions, measurements, controls = [], [], []
+    predictions: list[Tensor] = []
+    measurements: list[Tensor] = []
+    controls: list[Tensor] = []
     for one, other in tqdm(pairs, unit="pair", disable=not progress):
         where = ((z[..., one] != 0) & (z[..., other] != 0) & run.mask).nonzero()[:limit]
         if len(where) == 0:
