@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_bilinear import models as models
-from tl_bilinear.features import registration as _sae_registration
+from tl_bilinear.features import saelens as _saelens
 from tl_bilinear.tensor import (
     CP,
     HOSVD,
@@ -116,7 +116,7 @@ _LAZY = {
 _PACKAGES = ("circuits", "demo", "features", "hooks", "models", "plots", "recipes", "tensor")
 
 models.register()
-_sae_registration.register()
+_saelens.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -223,7 +223,7 @@ def _print_language(result: LanguageQuickstart) -> None:
     for name in ("feature", "active on", "promotes", "2 eigenvectors", "strongest pair there"):
         found.add_column(name, justify="right" if name == "2 eigenvectors" else "left")
     for one, correlation in zip(result.found, result.correlation.active, strict=True):
-        b, c = int(one.active.rows[0]), int(one.active.columns[0])
+        b, c = int(one.active.first[0]), int(one.active.second[0])
         pair = [result.labels[b]] if b == c else [result.labels[b], result.labels[c]]
         found.add_row(
             str(one.feature),

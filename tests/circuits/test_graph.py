@@ -157,7 +157,9 @@ def test_top_storage_and_table(circuit, tmp_path):
     graph = circuit.graph(6)
     few = graph.top(3)
     assert few.to_pandas().equals(graph.to_pandas().head(3))
-    assert set(few.labels) == set(few.to_pandas()[["b", "c", "makes"]].to_numpy().flatten())
+    assert set(few.labels) == set(
+        few.to_pandas()[["first", "second", "makes"]].to_numpy().flatten()
+    )
     few.save(tmp_path / "graph")
     assert FeatureGraph.load(tmp_path / "graph").to_pandas().equals(few.to_pandas())
     with pytest.raises(ValueError, match="k must lie between 1 and 18"):

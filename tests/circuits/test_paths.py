@@ -119,7 +119,7 @@ def test_pairs_are_what_the_weights_say():
 def test_a_pair_is_the_second_difference_of_patching():
     built = model(normalization_type="LN", positional_embedding_type="rotary")
     found = paths(built, TOKENS, 2, DIRECTION)
-    top = found.top(len(found.labels))
+    top = found.strongest(len(found.labels))
     pairs = [
         (i, j) for i, j in zip(top.rows.tolist(), top.columns.tolist(), strict=True) if i != j
     ][:6]
@@ -128,6 +128,32 @@ def test_a_pair_is_the_second_difference_of_patching():
         assert float(both - alone - other) == pytest.approx(
             2 * float(found.quadratic[i, j]), rel=1e-8
         )
+
+
+def test_effects_of_single_components():
+    found = paths(model(), TOKENS, 2, DIRECTION)
+    expected = torch.tensor([found.effect([i]) for i in range(len(found.labels))]).double()
+    assert_close(found.effects, expected, rtol=1e-9, atol=1e-9)
+    strongest = check_paths(model(), TOKENS, found, 4).removed
+    assert strongest == [[i] for i in expected.abs().topk(4).indices.tolist()]
+
+
+def test_a_batch_is_refused_before_any_work(monkeypatch):
+    built = model()
+    found = paths(built, TOKENS, 1, DIRECTION)
+
+    def unexpected(*args, **kwargs):
+        raise AssertionError("work was done")
+
+    for name in ("effect", "effects"):
+        monkeypatch.setattr(Paths, name, property(unexpected))
+    monkeypatch.setattr(BilinearTensor, "from_model", unexpected)
+    for ask in (
+        lambda: check_paths(built, TOKENS.expand(2, -1), found),
+        lambda: paths(built, TOKENS.expand(2, -1), 1, DIRECTION),
+    ):
+        with pytest.raises(ValueError, match="paths are of one sequence, got a batch of 2"):
+            ask()
 
 
 def test_patching_knows_another_path():
@@ -148,9 +174,9 @@ def test_shares_top_and_text(tmp_path):
     assert table["contribution"].abs().is_monotonic_decreasing
     assert table["contribution"].sum() == pytest.approx(float(found.quadratic.sum()))
     first = table.iloc[0]
-    entry = float(found.quadratic[first["i"], first["j"]])
+    entry = float(found.quadratic[first["first"], first["second"]])
     assert first["contribution"] == pytest.approx(entry * (1 if first["kind"] == "self" else 2))
-    assert first["label_i"] == found.labels[first["i"]]
+    assert first["label_first"] == found.labels[first["first"]]
     lines = found.text(3).splitlines()
     assert lines[0].startswith("layer 1 at position 2: ")
     assert lines[4] == "by kind:"
@@ -187,7 +213,7 @@ def test_bad_requests(unchecked):
     with pytest.raises(MemoryError, match="sum over sources with by='heads'"):
         paths(built, TOKENS, 2, DIRECTION, max_bytes=100)
     with pytest.raises(ValueError, match="between 1 and"):
-        paths(built, TOKENS, 0, DIRECTION).top(0)
+        paths(built, TOKENS, 0, DIRECTION).strongest(0)
 
 
 def test_a_residual_stream_that_is_no_sum_is_refused():

@@ -43,7 +43,7 @@ def test_token_pairs_of_layer_0(norm):
     table = torch.einsum("a,aij,mi,nj->mn", logit, B, tokens, tokens)
     assert_close(features.interaction(7).dense(), table, rtol=1e-10, atol=1e-10)
     top = features.top(7, 5)
-    assert top.rows.shape == (5,)
+    assert top.first.shape == (5,)
     doubled = table.triu() * (2 - torch.eye(VOCABULARY, dtype=torch.float64))
     assert_close(top.coefficients.abs(), doubled.abs().flatten().topk(5).values)
 
@@ -136,9 +136,9 @@ def test_pairs_of_two_sources(block, monkeypatch, tmp_path):
         built, 0, direct_path(built, 0, tokens, carried), DIRECTION[None]
     )
     table = 2 * features.interaction(0).dense()[:VOCABULARY, VOCABULARY:]
-    assert_close(found.coefficients, table[found.rows, found.columns])
+    assert_close(found.coefficients, table[found.first, found.second])
     assert_close(found.coefficients.abs(), table.abs().flatten().topk(7).values)
-    assert found.to_pandas()["second"][0].endswith(" through 0.1")
+    assert found.to_pandas()["label_second"][0].endswith(" through 0.1")
     found.save(tmp_path / "x")
     assert SourcePairs.load(tmp_path / "x").top(2).to_pandas().equals(found.to_pandas().head(2))
     with pytest.raises(ValueError, match="k must lie between 1 and 529"):
@@ -159,7 +159,7 @@ def test_virtual_weights(tmp_path):
     assert_close((whole.values * (z @ whole.weights).square()).sum(), expected)
     found = virtual_weights(built, written, 2, DIRECTION, k=2)
     assert found.residual == pytest.approx(float(whole.values[2].abs()), rel=1e-6)
-    table = found.top(3, pair=1)
+    table = found.strongest(3, 1)
     best = int(found.weights[:, 1].abs().argmax())
     assert table["index"][0] == best
     assert table["label"][0] == f"{best} {'abcdefghi'[best]}"

@@ -75,6 +75,6 @@ def test_token_pairs_have_names(trained):
     tokenizer = trained.tokenizer
     token = int(trained.to_tokens(TEXT)[0, -1])
     assert features.outputs.label(token) == f"{token} {tokenizer.convert_ids_to_tokens(token)}"
-    table = features.top(token, 5).to_pandas(features.inputs.labels)
-    names = tokenizer.convert_ids_to_tokens(table["i"].tolist())
-    assert table["label_i"].tolist() == names
+    table = features.top(token, 5).to_pandas()
+    names = tokenizer.convert_ids_to_tokens(table["first"].tolist())
+    assert table["label_first"].tolist() == names

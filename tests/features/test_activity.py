@@ -34,9 +34,12 @@ def f(request):
 
 
 def test_low_rank_correlation(f, tokens, tmp_path):
-    counts = f.low_rank_correlation(tokens, 1, skip=2, progress=False).counts
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, :2] = False
+    run = f.run(tokens, mask=mask, batch_size=3, progress=False)
+    counts = run.low_rank_correlation(1, progress=False).counts
     features = counts.topk(2).indices.tolist()
-    found = f.low_rank_correlation(tokens, 3, features, skip=2, batch=3, progress=False)
+    found = run.low_rank_correlation(3, features, progress=False)
     layer = BilinearTensor.from_model(f.model, 1)
     _, cache = f.model.run_with_cache(tokens)
     x = cache[f"{LAYER}.mlp.hook_in"][:, 2:].flatten(0, 1)
@@ -75,13 +78,14 @@ def test_all_eigenvectors_are_the_quadratic_part(f, tokens):
     bare = FeatureInteractions(
         model(bilinear_bias=False), 1, f.inputs, sae(OUTPUT, n=N_OUT, seed=1, dtype="float64")
     )
-    found = bare.low_rank_correlation(tokens, 16, progress=False)
+    found = bare.run(tokens).low_rank_correlation(16, progress=False)
     assert_close(found.everywhere[:, -1], torch.ones(N_OUT, dtype=torch.float64))
 
 
 def test_scatter(f, tokens, tmp_path):
-    found = f.scatter(tokens, 5, k=2)
-    correlation = f.low_rank_correlation(tokens, 2, [5], progress=False)
+    run = f.run(tokens)
+    found = run.scatter(5, k=2)
+    correlation = run.low_rank_correlation(2, [5], progress=False)
     pair = torch.stack([found.measured, found.approximation])
     assert_close(torch.corrcoef(pair)[0, 1], correlation.everywhere[0, 1], rtol=1e-8, atol=1e-8)
     assert int(found.active.sum()) == int(correlation.counts[0])
@@ -91,8 +95,9 @@ def test_scatter(f, tokens, tmp_path):
 
 
 def test_active_interactions_are_the_mean_of_attributions(f, tokens, tmp_path):
-    feature = int(f.low_rank_correlation(tokens, 1, progress=False).counts.argmax())
-    found = f.active_interactions(tokens, feature, batch=3)
+    run = f.run(tokens, batch_size=3)
+    feature = int(run.low_rank_correlation(1, progress=False).counts.argmax())
+    found = run.active_interactions(feature)
     totals, counts, rows = {}, {}, 0
     values = 0.0
     _, cache = f.model.run_with_cache(tokens)
@@ -100,30 +105,30 @@ def test_active_interactions_are_the_mean_of_attributions(f, tokens, tmp_path):
     on[:, 0] = False
     for sequence, position in on.nonzero().tolist():
         rows += 1
-        one = f.attribute(tokens[sequence], feature, position)
+        one = run.attribute(feature, position, sequence)
         values += one.measured
         for row in one.to_pandas().to_dict("records"):
-            key = (row["b"], row["c"])
+            key = (row["first"], row["second"])
             totals[key] = totals.get(key, 0.0) + row["contribution"]
             counts[key] = counts.get(key, 0) + 1
     assert found.tokens == rows > 0
     assert found.preactivation == pytest.approx(values / rows)
-    assert len(found.rows) == len(totals)
+    assert len(found.first) == len(totals)
     for row in found.to_pandas().to_dict("records"):
-        key = (row["b"], row["c"])
+        key = (row["first"], row["second"])
         assert row["mean"] == pytest.approx(totals[key] / rows, abs=1e-10)
         assert row["tokens"] == counts[key]
     assert found.pairs_per_token == pytest.approx(sum(counts.values()) / rows)
     assert found.means.abs().diff().le(1e-12).all()
-    limited = f.active_interactions(tokens, feature, limit=2)
+    limited = run.active_interactions(feature, limit=2)
     assert limited.tokens == 2
     found.top(3).save(tmp_path / "x")
-    assert len(ActiveInteractions.load(tmp_path / "x").rows) == 3
+    assert len(ActiveInteractions.load(tmp_path / "x").first) == 3
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_examples(f, tokens, side, tmp_path):
-    found = f.examples(tokens, 3, k=2, side=side, batch=3)
+    found = f.run(tokens, batch_size=3).examples(3, k=2, side=side)
     _, cache = f.model.run_with_cache(tokens)
     chosen = f.inputs if side == "input" else f.outputs
     z = chosen.sae.encode(cache[chosen.encoder_hook])[..., 3].clone()
@@ -158,26 +163,26 @@ def test_promoted_tokens(f):
 def test_mean_input(f, tokens):
     _, cache = f.model.run_with_cache(tokens)
     where = tokens == 5
-    assert_close(f.mean_input(tokens, where), cache[f.passage.hook][where].mean(0))
-    assert_close(f.mean_input(tokens), cache[f.passage.hook].flatten(0, 1).mean(0))
+    run = f.run(tokens, mask=torch.ones_like(where))
+    assert_close(run.mean_input(where), cache[f.passage.hook][where].mean(0))
+    assert_close(run.mean_input(), cache[f.passage.hook].flatten(0, 1).mean(0))
     with pytest.raises(ValueError, match="no token was chosen"):
-        f.mean_input(tokens, tokens > 99)
+        run.mean_input(tokens > 99)
 
 
 def test_pairs_do_what_the_weights_say(f, tokens, tmp_path):
-    met = f.active_interactions(tokens, 3, limit=50)
-    cross = met.rows != met.columns
-    from tl_bilinear import TopInteractions
-
-    pairs = TopInteractions(met.rows[cross][:5], met.columns[cross][:5], met.means[cross][:5])
-    found = f.verify_pairs(tokens, 3, pairs)
+    run = f.run(tokens)
+    feature = int(run.low_rank_correlation(1, progress=False).counts.argmax())
+    met = run.active_interactions(feature, limit=50)
+    found = run.verify_pairs(feature, met.top(5, kind="cross"))
+    assert len(found.first) == 5
     assert (found.tokens > 0).all()
     assert (found.difference < 1e-10).all()
     assert_close(found.predicted, found.measured, rtol=1e-8, atol=1e-10)
     assert (found.control > 0).all()
     found.save(tmp_path / "x")
     assert torch.equal(PairCheck.load(tmp_path / "x").measured, found.measured)
-    assert len(f.verify_pairs(tokens, 3, 4).to_pandas()) == 4
+    assert len(run.verify_pairs(feature, 4).to_pandas()) == 4
 
 
 @pytest.mark.parametrize("write", ["minimal", "feature"])
@@ -211,11 +216,9 @@ def test_components_that_cannot_be_written(f):
 
 def test_the_check_of_pairs_can_fail(f, tokens, monkeypatch):
     """Weights that are not the model's predict something else."""
-    met = f.active_interactions(tokens, 3, limit=50)
-    cross = met.rows != met.columns
-    from tl_bilinear import TopInteractions
-
-    pairs = TopInteractions(met.rows[cross][:3], met.columns[cross][:3], met.means[cross][:3])
-    wrong = 1.5 * f.tensor
-    monkeypatch.setattr(f, "tensor", wrong)
-    assert (f.verify_pairs(tokens, 3, pairs).difference > 0.01).all()
+    run = f.run(tokens)
+    feature = int(run.low_rank_correlation(1, progress=False).counts.argmax())
+    pairs = run.active_interactions(feature, limit=50).top(3, kind="cross")
+    wrong = 1.5 * f.hook_tensor
+    monkeypatch.setattr(f, "hook_tensor", wrong)
+    assert (run.verify_pairs(feature, pairs).difference > 0.01).all()

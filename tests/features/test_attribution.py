@@ -14,7 +14,7 @@ OUTPUT = f"{LAYER}.hook_mlp_out"
 
 
 def check(f, tolerance, position=4, feature=3):
-    found = f.attribute(TOKENS[1], feature, position)
+    found = f.run(TOKENS[1]).attribute(feature, position)
     _, cache = f.model.run_with_cache(TOKENS[1:])
     output = cache[OUTPUT][0, position]
     before = []
@@ -100,10 +100,11 @@ def test_pairs_are_what_the_weights_say():
     f = FeatureInteractions(
         model(), 1, sae(INPUTS[0], dtype="float64"), sae(OUTPUT, n=N_OUT, seed=1, dtype="float64")
     )
-    found = f.attribute(TOKENS[:1], 7, 2)
+    run = f.run(TOKENS[:1])
+    found = run.attribute(7, 2)
     layer = BilinearTensor.from_model(f.model, 1).dense()
     Q = torch.einsum("i,ijk->jk", f.outputs.encoder[7], layer)
-    z = f.inputs.sae.encode(f.run(TOKENS[:1]).x[0, 2])
+    z = f.inputs.sae.encode(run.x[0, 2])
     assert found.features.tolist() == z.nonzero()[:, 0].tolist()
     d = z[found.features, None] * f.inputs.decoder[found.features]
     assert_close(found.pairs, d @ Q @ d.T, rtol=1e-10, atol=1e-10)
@@ -121,7 +122,7 @@ def test_text_and_storage(tmp_path):
         model(), 1, Dictionary.of(sae(INPUTS[0], dtype="float64"), labels=labels),
         sae(OUTPUT, n=N_OUT, seed=1, dtype="float64"),
     )  # fmt: skip
-    found = f.attribute(TOKENS[0], 7, -1)
+    found = f.run(TOKENS[0]).attribute(7, -1)
     assert found.position == 5
     text = found.text(3)
     assert text.startswith("feature 7 at position 5: ")
@@ -135,15 +136,16 @@ def test_text_and_storage(tmp_path):
 
 def test_bad_requests():
     f = FeatureInteractions(model(), 1, sae(INPUTS[0]), sae(OUTPUT, n=N_OUT))
-    with pytest.raises(ValueError, match="of one sequence, got a batch of 2"):
-        f.attribute(TOKENS, 3)
+    run = f.run(TOKENS)
+    with pytest.raises(IndexError, match="sequence 2 of a run of 2"):
+        run.attribute(3, sequence=2)
     with pytest.raises(IndexError, match="position 9 does not exist: the prompt has 6 tokens"):
-        f.attribute(TOKENS[0], 3, 9)
+        run.attribute(3, 9)
     with pytest.raises(ValueError, match="tokens must be ids"):
         f.run(torch.randn(3, D))
     plain = FeatureInteractions(model(), 1, torch.randn(7, D), torch.randn(3, D))
     with pytest.raises(ValueError, match="has directions but no activations"):
-        plain.attribute(TOKENS[0], 1)
+        plain.run(TOKENS[0]).attribute(1)
 
 
 def test_attached_saes_are_refused():

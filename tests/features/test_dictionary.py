@@ -5,8 +5,10 @@ import torch
 from sae_lens import SAE
 from torch.testing import assert_close
 
-from tests.features.building import ARCHITECTURES, TRANSCODERS, D, sae
-from tl_bilinear import Dictionary
+from tests.features.building import ARCHITECTURES, TOKENS, TRANSCODERS, D, model, sae
+from tl_bilinear import Dictionary, FeatureInteractions
+from tl_bilinear.features import dictionary as registry
+from tl_bilinear.features import register_dictionary
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 NORMALISATIONS = ["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
@@ -152,6 +154,86 @@ def test_a_matrix_with_an_encoder_of_ones_own():
     reading = d.read(x)
     assert_close(reading.rest["error"], torch.zeros_like(x), **EXACT)
     assert_close(d.preactivation(x), reading.coefficients, **EXACT)
+
+
+class Overcomplete:
+    """An SAE of a class that nobody knows, with names of its own."""
+
+    def __init__(self, where, n=20, spoiled=0.0):
+        generator = torch.Generator().manual_seed(n)
+        self.directions = torch.randn(n, D, generator=generator, dtype=torch.float64)
+        self.centre = torch.randn(D, generator=generator, dtype=torch.float64)
+        self.where, self.spoiled = where, spoiled
+
+    def encode(self, x):
+        return ((x - self.centre) @ self.directions.T - 1).relu()
+
+    def decode(self, z):
+        return z @ self.directions + self.centre + self.spoiled * z.square().sum(-1, keepdim=True)
+
+
+def read_overcomplete(mine):
+    return Dictionary(
+        mine.directions,
+        hook=mine.where,
+        encoder=mine.directions,
+        encoder_hook=mine.where,
+        decoder_bias=mine.centre,
+        encoder_bias=-torch.ones(len(mine.directions), dtype=torch.float64),
+        encoder_offset=-mine.directions @ mine.centre,
+        encode=mine.encode,
+        special_tokens=[1],
+        sae=mine,
+    )
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "_readers", dict(registry._readers))
+    register_dictionary(
+        "overcomplete", lambda source: isinstance(source, Overcomplete), read_overcomplete
+    )
+
+
+def test_a_class_of_ones_own_is_read(registered):
+    into = Overcomplete("blocks.1.hook_resid_mid")
+    out = Overcomplete("blocks.1.hook_mlp_out", n=12)
+    f = FeatureInteractions(model(), 1, into, out)
+    assert repr(f.inputs) == f"Dictionary(Overcomplete, n=20, d={D}, hook=blocks.1.hook_resid_mid)"
+    assert f.output == "encoder"
+    run = f.run(TOKENS, progress=False)
+    assert run.mask.tolist() == [[False, False, True, False, True, True], [False] + 5 * [True]]
+    assert_close(run.activations(side="input"), into.encode(run.hook_activations), **EXACT)
+    assert_close(run.activations(), run.preactivations().relu(), **EXACT)
+    for feature in range(3):
+        found = run.attribute(feature, 4)
+        expected = (run.output[0, 4] - out.centre) @ out.directions[feature] - 1
+        assert found.total == pytest.approx(float(expected), abs=1e-10)
+
+
+def test_a_class_of_ones_own_is_checked(registered):
+    with pytest.raises(TypeError, match="Overcomplete: its decode is not W_dec applied to"):
+        Dictionary.of(Overcomplete("h", spoiled=0.3))
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_registry():
+    with pytest.raises(ValueError, match="'overcomplete' is registered already; names taken"):
+        register_dictionary("overcomplete", callable, read_overcomplete)
+    # The last comes first: a reader of one's own for a kind that ships.
+    register_dictionary(
+        "mine",
+        lambda source: hasattr(source, "W_dec"),
+        lambda source: Dictionary(source.W_dec.detach(), hook="mine"),
+    )
+    assert Dictionary.of(sae("h")).hook == "mine"
+
+
+def test_what_no_reader_knows():
+    with pytest.raises(
+        TypeError, match=r"got object; register_dictionary.* \(there are gated sae, sae\)"
+    ):
+        Dictionary.of(object())
 
 
 def test_float32():

@@ -65,10 +65,10 @@ def test_what_lies_between_a_hook_and_the_layer(norm):
     for hook in hooks:
         f = between(hook, built=built)
         run = f.run(TOKENS)
-        x = f.passage.map(run.activations) / run.scale
+        x = f.passage.map(run.hook_activations) / run.scale
         x = x if f.passage.offset is None else x + f.passage.offset
         assert_close(x, run.x, **EXACT)
-        assert_close(f.tensor(run.activations / run.scale), run.output, **EXACT)
+        assert_close(f.hook_tensor(run.hook_activations / run.scale), run.output, **EXACT)
         assert f.passage.needs_scale == (hook == INPUTS[2] and norm is not None)
     if norm is None:
         with pytest.raises(
@@ -81,7 +81,7 @@ def test_parallel_attention_reads_resid_pre():
     built = model(parallel_attn_mlp=True, normalization_type="LN")
     f = between(f"{LAYER}.hook_resid_pre", built=built)
     run = f.run(TOKENS)
-    assert_close(f.tensor(run.activations / run.scale), run.output, **EXACT)
+    assert_close(f.hook_tensor(run.hook_activations / run.scale), run.output, **EXACT)
 
 
 @pytest.mark.parametrize("kind", ["all", "self", "cross"])
@@ -94,7 +94,7 @@ def test_top_pairs(kind):
         weight = weight * (torch.eye(N_IN) if kind == "self" else 1 - torch.eye(N_IN))
     expected = (weight * dense.abs()).flatten().topk(12).values
     assert_close(top.coefficients.abs(), expected, **EXACT)
-    assert_close(dense[top.rows, top.columns], top.values, **EXACT)
+    assert_close(dense[top.first, top.second], top.values, **EXACT)
     assert top.space == f"features at {INPUTS[2]}"
 
 
@@ -103,11 +103,11 @@ def test_top_pairs_of_the_whole_tensor():
     dense = f.feature_tensor.dense()
     weight = 2 * torch.ones(N_IN, N_IN).triu(1) + torch.eye(N_IN)
     expected = (weight * dense.abs()).flatten().topk(25)
-    which, pairs = f.top_overall(25)
+    pairs = f.top_overall(25)
     assert_close(pairs.coefficients.abs(), expected.values, **EXACT)
-    assert set(zip(which.tolist(), pairs.rows.tolist(), pairs.columns.tolist(), strict=True)) == {
-        (i // N_IN**2, i // N_IN % N_IN, i % N_IN) for i in expected.indices.tolist()
-    }
+    assert set(
+        zip(pairs.features.tolist(), pairs.first.tolist(), pairs.second.tolist(), strict=True)
+    ) == {(i // N_IN**2, i // N_IN % N_IN, i % N_IN) for i in expected.indices.tolist()}
 
 
 def test_submatrix(tmp_path):
@@ -116,7 +116,7 @@ def test_submatrix(tmp_path):
     dense = f.interaction(4).dense()
     assert_close(found.matrix, dense[found.features][:, found.features], **EXACT)
     top = f.top(4, k=6)
-    assert set(found.features.tolist()) == set(top.rows.tolist()) | set(top.columns.tolist())
+    assert set(found.features.tolist()) == set(top.first.tolist()) | set(top.second.tolist())
     assert found.to_pandas().shape == (len(found.features),) * 2
     found.save(tmp_path / "x")
     assert torch.equal(Submatrix.load(tmp_path / "x").matrix, found.matrix)
@@ -135,6 +135,12 @@ def test_statistics(tmp_path):
     assert found.outliers == int((z.abs() > 2).sum())
     assert found.expected_outliers == pytest.approx(len(upper) * 0.0455, rel=1e-3)
     assert int(found.counts.sum()) == len(upper)
+    assert int(found.self_counts.sum()) <= N_IN
+    assert_close(
+        found.eigenvalues,
+        torch.linalg.eigvalsh(f.interaction(2, "activations").dense()).flip(0),
+        **EXACT,
+    )
     assert_close(
         found.counts, torch.histogram(upper.float(), found.edges.float())[0], rtol=0, atol=1
     )
@@ -143,7 +149,7 @@ def test_statistics(tmp_path):
 
 
 def test_the_reference_spectrum_is_that_of_random_symmetric_matrices():
-    from tl_bilinear.features.results import semicircle
+    from tl_bilinear.features.statistics import semicircle
 
     d = 400
     noise = torch.randn(d, d, dtype=torch.float64)
@@ -204,7 +210,7 @@ def test_sweep(tmp_path):
         assert row["norm"] == pytest.approx(float(forms[a].norm()))
         cross = dense[a].triu(1).abs()
         b, c = divmod(int(cross.argmax()), N_IN)
-        assert (row["pair_b"], row["pair_c"]) == (b, c)
+        assert (row["first"], row["second"]) == (b, c)
         size = 2 * abs(float(dense[a, b, c]))
         own = abs(float(dense[a, b, b])) + abs(float(dense[a, c, c]))
         assert row["and_gate"] == pytest.approx(size / (size + own))
@@ -304,15 +310,39 @@ def test_a_gated_layer_that_is_not_bilinear_is_read_through_its_approximation():
     inputs = cache[INPUTS[0]].flatten(0, 1)
     with pytest.warns(UserWarning, match="variance"):
         found = BilinearTensor.approximate(gated.blocks[1].mlp, inputs, warn_below=1.0)
-    f = between(INPUTS[2], built=gated, tensor=found.tensor)
+    f = between(INPUTS[2], built=gated, layer_tensor=found.tensor)
     assert f.top(3, k=4).values.shape == (4,)
-    errors = [f.attribute(tokens[:1], 3, position).error for position in range(2, 6)]
+    run = f.run(tokens[:1])
+    errors = [run.attribute(3, position).error for position in range(2, 6)]
     assert max(errors) > 1e-9  # an approximation, and it says so
     measured = f.outputs.preactivation(cache["blocks.1.hook_mlp_out"][0, 4])[3]
-    assert f.attribute(tokens[:1], 3, 4).measured == pytest.approx(float(measured))
+    assert run.attribute(3, 4).measured == pytest.approx(float(measured))
     plain = HookedTransformer.from_config(fields, bilinear=False)  # its MLP has no hook_in
     with pytest.raises(ValueError, match=r"the model has no hook blocks\.1\.mlp\.hook_in"):
-        between(INPUTS[2], built=plain, tensor=found.tensor).run(tokens)
+        between(INPUTS[2], built=plain, layer_tensor=found.tensor).run(tokens)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_features_are_numbers():
+    f = between()
+    for wrong in ("she", None, ["she"], 1.5, torch.tensor([True])):
+        with pytest.raises(TypeError, match="output features are 0 to 29, numbers, got"):
+            f.top(wrong) if wrong is not None else f.numbers(wrong, "output")
+    with pytest.raises(TypeError, match="one output feature is read at a time, got"):
+        f.statistics([1, 2])
+    with pytest.raises(TypeError, match="k must be an int, got 'five'"):
+        f.top(1, "five")
+    with pytest.raises(ValueError, match="k must lie between 1 and 820"):
+        f.top(1, 821)
+    run = f.run(TOKENS)
+    with pytest.raises(TypeError, match="output features are 0 to 29, numbers, got 'she'"):
+        run.attribute("she")
+    with pytest.raises(IndexError, match="input features are 0 to 39, got"):
+        run.examples(40, side="input")
+    with pytest.raises(ValueError, match="side must be 'input' or 'output', got 'in'"):
+        run.labels("in")
+    with pytest.raises(IndexError, match="input features are 0 to 39, got"):
+        run.verify_pairs(3, [(1, 40)])
 
 
 def test_unembedding_directions_reach_the_layer():

@@ -114,7 +114,7 @@ def test_the_planted_features_stand_out(planted, found):
 def test_the_and_gate_is_read_off(planted, found):
     features, key = planted
     row = found[found["feature"] == key.out_and].iloc[0]
-    assert {row["pair_b"], row["pair_c"]} == {key.a, key.b}
+    assert {row["first"], row["second"]} == {key.a, key.b}
     assert row["coefficient"] > 0
     assert row["and_gate"] > 0.8
     # A symmetric product of two directions: one positive and one negative eigenvalue of like size.
@@ -134,7 +134,7 @@ def test_the_negation_pair_is_read_off(planted, found):
         read = {
             frozenset((b, c)): float(value)
             for b, c, value in zip(
-                pairs.rows.tolist(), pairs.columns.tolist(), pairs.coefficients, strict=True
+                pairs.first.tolist(), pairs.second.tolist(), pairs.coefficients, strict=True
             )
         }
         assert set(read) == {
@@ -155,21 +155,22 @@ def test_the_clusters_are_the_roles(planted):
 
 def test_the_strongest_pairs_of_the_whole_tensor_are_the_planted_ones(planted):
     features, key = planted
-    which, pairs = features.top_overall(10, kind="cross")
-    names = {frozenset(p) for p in zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True)}
-    assert set(which.tolist()) <= {key.out_and, key.out_flip, key.out_opposite}
+    pairs = features.top_overall(10, kind="cross")
+    names = {frozenset(p) for p in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)}
+    assert set(pairs.features.tolist()) <= {key.out_and, key.out_flip, key.out_opposite}
     assert frozenset((key.a, key.b)) in names
 
 
 def test_the_story_holds_under_intervention(planted):
     features, key = planted
     tokens = torch.arange(VOCABULARY).view(-1, 8)
-    checked = features.verify_pairs(tokens, key.out_and, 1)
-    assert {int(checked.rows[0]), int(checked.columns[0])} == {key.a, key.b}
+    run = features.run(tokens)
+    checked = run.verify_pairs(key.out_and, 1)
+    assert {int(checked.first[0]), int(checked.second[0])} == {key.a, key.b}
     assert checked.tokens[0] >= 10
     assert checked.difference[0] < 1e-4
     assert checked.measured[0] > 5 * checked.control[0]
-    attributed = features.attribute(tokens[:1], key.out_and, 3)
+    attributed = run.attribute(key.out_and, 3)
     top = attributed.to_pandas(1).iloc[0]
-    assert {top["b"], top["c"]} == {key.a, key.b}
+    assert {top["first"], top["second"]} == {key.a, key.b}
     assert attributed.error < 1e-5

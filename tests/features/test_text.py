@@ -1,5 +1,6 @@
 """Tokens as text, names of features, and one run of the model for several analyses."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.features.building import N_OUT, model, sae
 from tests.recipes.stories import make_stories
-from tl_bilinear import Dictionary, FeatureInteractions, TopInteractions
-from tl_bilinear.features.text import label, pieces
+from tl_bilinear import FeatureInteractions, plots
+from tl_bilinear.features import ActiveInteractions, FeatureSweep
+from tl_bilinear.features.labels import NEVER, label, pieces
 from tl_bilinear.recipes.language import train_tokenizer
 
 LAYER = "blocks.1"
@@ -59,9 +61,9 @@ def test_pieces_joined_are_the_text(kind, request):
 
 
 def test_examples_read_as_text(f, tokens, word_pieces):
-    known = FeatureInteractions(f.model, 1, f.inputs, f.outputs)
-    counts = known.low_rank_correlation(tokens, 1, progress=False).counts
-    found = known.examples(tokens, int(counts.argmax()), k=1)
+    known = FeatureInteractions(f.model, 1, f.inputs, f.outputs).run(tokens)
+    counts = known.low_rank_correlation(1, progress=False).counts
+    found = known.examples(int(counts.argmax()), k=1)
     (text,) = found.to_pandas(word_pieces, window=100)["text"]
     place = int(found.positions[0])
     words = pieces(word_pieces, found.tokens[0].tolist())
@@ -70,17 +72,23 @@ def test_examples_read_as_text(f, tokens, word_pieces):
 
 
 def test_names():
-    assert label(None, [], []) == "never active"
+    assert label(None, [], []) == NEVER == "never active on this text"
+    assert label(None, [7], [1]) == "(1) 7 (seen once)"
+    assert label(None, [7, 8], [1, 1]) == "(1) 7 (seen twice)"
     assert label(None, [7, 7, 3], [1, 2, 3]) == "7"
     assert label(None, [7, 7, 3], [1, 1, 3]) == "(1) 7"
-    assert label(None, [7, 7], [None, None]) == "7"  # where a row begins nothing stands before
+    assert (
+        label(None, [7, 7, 7], [None, None, None]) == "7"
+    )  # where a row begins nothing stands before
     assert label(None, [7, 8, 9, 9, 6], [1, 1, 1, 1, 1]) == "9 | 7 | 8"
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_labels_are_those_of_the_strongest_tokens(f, tokens, side):
     k = 5
-    found = f.labels(tokens, k, side=side, skip=2, batch=3)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, :2] = False
+    found = f.run(tokens, mask=mask, batch_size=3).labels(side, k=k)
     _, cache = f.model.run_with_cache(tokens)
     dictionary = f.inputs if side == "input" else f.outputs
     z = dictionary.sae.encode(cache[dictionary.hook]).detach()
@@ -95,8 +103,12 @@ def test_labels_are_those_of_the_strongest_tokens(f, tokens, side):
         ]
         strongest = sorted(strengths, reverse=True)[:k]
         if not strongest:
-            assert name == "never active"
+            assert name == "never active on this text"
             continue
+        few = {1: " (seen once)", 2: " (seen twice)"}.get(len(strongest), "")
+        assert name.endswith(few)
+        assert few or "seen" not in name
+        name = name.removesuffix(few)
         (most, times), *others = Counter(token for _, token, _ in strongest).most_common()
         if times < len(strongest) / 2:
             assert sorted(name.split(" | ")[:1]) == [str(most)]
@@ -111,29 +123,81 @@ def test_labels_are_those_of_the_strongest_tokens(f, tokens, side):
     assert 0 < alone < len(found)
 
 
-def test_labels_go_into_every_table(f, tokens):
+@pytest.fixture(scope="module")
+def run(f, tokens):
+    return f.run(tokens, batch_size=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def busy(run):
+    """The output feature that is active most often."""
+    return int(run.low_rank_correlation(1, progress=False).counts.argmax())
+
+
+def test_labels_go_into_every_table(f, run, busy, tmp_path):
     names = [f"name {i}" for i in range(f.inputs.n)]
-    named = Dictionary.of(f.inputs, labels=names)
+    made = [f"made {i}" for i in range(f.outputs.n)]
+    known = f.with_labels(input=names, output=made)
     assert f.inputs.labels is None
-    again = FeatureInteractions(f.model, 1, named, f.outputs)
-    feature = int(f.low_rank_correlation(tokens, 1, progress=False).counts.argmax())
-    active = again.active_interactions(tokens, feature)
-    for table in (
-        active.to_pandas(names),
-        again.verify_pairs(tokens, feature, active.top(2, kind="cross")).to_pandas(names),
+    again = known.run(run.tokens)
+    active = again.active_interactions(busy)
+    tables = [
+        known.top([busy, 3], 4).to_pandas(),
+        known.top([busy, 3], 4).top(2).to_pandas(),
+        known.top_overall(5).to_pandas(),
+        known.sweep(k=1, progress=False).to_pandas(),
+        known.sweep(k=1, progress=False).top(3).to_pandas(),
+        active.to_pandas(),
+        active.top(1).to_pandas(),
+        again.verify_pairs(busy, active.top(2, kind="cross")).to_pandas(),
+    ]
+    for table in tables:
+        assert list(table["label_first"]) == [f"name {b}" for b in table["first"]]
+        assert list(table["label_second"]) == [f"name {c}" for c in table["second"]]
+    tables = [*tables[:5], known.statistics(busy).to_pandas()]
+    tables.append(again.low_rank_correlation(1, [busy, 2]).to_pandas())
+    for table in tables:
+        assert list(table["label"]) == [f"made {a}" for a in table["feature"]]
+    assert list(tables[3]["label_opposite"]) == [f"made {a}" for a in tables[3]["opposite"]]
+    for table in (run.active_interactions(busy).to_pandas(), f.top(busy).to_pandas()):
+        assert "label_first" not in table
+    attribution = again.attribute(busy)
+    assert attribution.text().startswith(f"feature {busy} made {busy} at position 11: ")
+    assert set(attribution.input_labels) == set(attribution.features.tolist())
+    for figure in (
+        plots.submatrix_figure(known.submatrix(busy)),
+        plots.statistics_figure(known.statistics(busy)),
+        plots.geometry_figure(known.geometry(busy)),
+        plots.scatter_figure(again.scatter(busy)),
     ):
-        assert list(table["label_b"]) == [f"name {b}" for b in table["b"]]
-        assert list(table["label_c"]) == [f"name {c}" for c in table["c"]]
-    assert "label_b" not in active.to_pandas()
+        assert figure.layout.title.text == f"output feature {busy} made {busy}"
+    active.save(tmp_path / "active")
+    assert ActiveInteractions.load(tmp_path / "active").to_pandas().equals(active.to_pandas())
+    known.sweep(k=1, progress=False).save(tmp_path / "sweep")
+    assert FeatureSweep.load(tmp_path / "sweep").output_labels[busy] == f"made {busy}"
 
 
-def test_pairs_of_a_kind(f, tokens):
-    feature = int(f.low_rank_correlation(tokens, 1, progress=False).counts.argmax())
-    active = f.active_interactions(tokens, feature)
-    own = active.rows == active.columns
+def test_a_run_names_what_has_no_name(f, run, tokens):
+    named = run.labelled(k=5)
+    assert named.features.inputs.labels == run.labels("input", k=5)
+    assert named.features.outputs.labels == run.labels("output", k=5)
+    assert f.inputs.labels is None
+    mine = f.with_labels(output=["mine"] * f.outputs.n).run(tokens).labelled()
+    assert set(mine.features.outputs.labels) == {"mine"}
+    assert named.examples(3).output_name(3) == f"3 {named.features.outputs.labels[3]}"
+    assert named.examples(3, side="input").input_labels == {3: named.features.inputs.labels[3]}
+    rows = FeatureInteractions(f.model, 1, torch.eye(16).double(), torch.eye(16).double())
+    directions = rows.run(tokens).labelled().features
+    assert directions.inputs.labels is None  # directions that nothing is active along
+    assert len(directions.outputs.labels) == 16
+
+
+def test_pairs_of_a_kind(run, busy, unchecked):
+    active = run.active_interactions(busy)
+    own = active.first == active.second
     for kind, chosen in (("self", own), ("cross", ~own), ("all", own | ~own)):
         found = active.top(2, kind=kind)
-        assert torch.equal(found.rows, active.rows[chosen][:2])
+        assert torch.equal(found.first, active.first[chosen][:2])
         assert torch.equal(found.means, active.means[chosen][:2])
         assert (found.tokens, found.preactivation) == (active.tokens, active.preactivation)
     with pytest.raises(ValueError, match="the pairs held"):
@@ -142,78 +206,156 @@ def test_pairs_of_a_kind(f, tokens):
         active.top(1, kind="both")
 
 
-def test_one_run_serves_every_analysis(f, tokens, monkeypatch):
-    feature = int(f.low_rank_correlation(tokens, 1, progress=False).counts.argmax())
-    pairs = f.active_interactions(tokens, feature).top(2, kind="cross")
-    run = f.run(tokens, batch=3)
+def test_one_run_serves_every_analysis(f, tokens, run, busy, monkeypatch):
+    """In whatever batches the model runs, and without running again."""
+    pairs = run.active_interactions(busy).top(2, kind="cross")
     assert len(run) == 7
     assert torch.equal(run.tokens, tokens)
 
-    def all_of(text, one):
+    def all_of(run):
         return {
-            "correlation": f.low_rank_correlation(text, 2, progress=False).active,
-            "scatter": f.scatter(text, feature).approximation,
-            "active": f.active_interactions(text, feature).means,
-            "examples": f.examples(text, feature).strengths,
-            "labels": f.labels(text),
-            "mean": f.mean_input(text),
-            "attribution": f.attribute(one, feature, 5).quadratic,
+            "correlation": run.low_rank_correlation(2, progress=False).active,
+            "scatter": run.scatter(busy).approximation,
+            "active": run.active_interactions(busy).means,
+            "examples": run.examples(busy).strengths,
+            "labels": run.labels(),
+            "mean": run.mean_input(),
+            "attribution": run.attribute(busy, 5, sequence=3).quadratic,
         }
 
-    expected = all_of(tokens, tokens[3])
-    measured = f.verify_pairs(tokens, feature, pairs)
+    whole = f.run(tokens)
+    expected = all_of(whole)
+    measured = whole.verify_pairs(busy, pairs)
 
     def unexpected(*args, **kwargs):
         raise AssertionError("the model ran again")
 
     with monkeypatch.context() as patch:
         patch.setattr(f.model, "run_with_cache", unexpected)
-        found = all_of(run, run[3])
+        found = all_of(run)
     for name, value in found.items():
         assert_close(value, expected[name], rtol=0, atol=1e-12, equal_nan=True, msg=name) if (
             isinstance(value, torch.Tensor)
         ) else None
     assert found["labels"] == expected["labels"]
-    assert_close(f.verify_pairs(run, feature, pairs).measured, measured.measured)
+    assert_close(run.verify_pairs(busy, pairs).measured, measured.measured)
     assert torch.equal(run[-2:].x, run.x[5:])
     assert torch.equal(run[-1].x, run.x[6:])
     assert [len(one) for one in run] == 7 * [1]
     with pytest.raises(IndexError, match="sequence 7 of a run of 7"):
         run[7]
     assert torch.equal(run[torch.tensor([4, 1]), :5].output_scale, run.output_scale[[4, 1], :5])
+    assert run[2, :5].lengths.tolist() == [5]
 
 
-def test_a_run_at_other_hooks_is_refused(f, tokens):
-    run = f.run(tokens)
-    other = FeatureInteractions(f.model, 1, sae(f"{LAYER}.mlp.hook_in", dtype="float64"), f.outputs)
-    with pytest.raises(
-        ValueError, match=r"holds activations at blocks.1.hook_resid_mid.*asked for"
-    ):
-        other.examples(run, 0)
-    normalised = FeatureInteractions(
-        f.model, 1, f.inputs,
-        sae(f"{LAYER}.hook_mlp_out", n=N_OUT, dtype="float64", normalize_activations="layer_norm"),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="layer_norm of"):
-        normalised.low_rank_correlation(run, 1, progress=False)
-
-
-def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, monkeypatch):
-    feature = int(f.low_rank_correlation(tokens, 1, progress=False).counts.argmax())
-    pairs = f.active_interactions(tokens, feature).top(1, kind="cross")
-    run = f.run(tokens)
+def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, busy, monkeypatch):
+    run = f.run(tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
+    pairs = run.active_interactions(busy).top(1, kind="cross")
     seen = []
     forward = f.model.run_with_hooks
     monkeypatch.setattr(
         f.model, "run_with_hooks", lambda t, **given: (seen.append(t), forward(t, **given))[1]
     )
-    z = f.inputs.sae.encode(run.activations)
-    both = (z[..., int(pairs.rows[0])] != 0) & (z[..., int(pairs.columns[0])] != 0)
-    found = f.verify_pairs(run, feature, pairs, limit=1)
+    z = f.inputs.sae.encode(run.hook_activations)
+    both = (z[..., int(pairs.first[0])] != 0) & (z[..., int(pairs.second[0])] != 0)
+    found = run.verify_pairs(busy, pairs, limit=1)
     row, place = both.nonzero()[0].tolist()
     assert len(seen) == 8  # four runs of the pair, four of the control
     assert all(torch.equal(t, tokens[row : row + 1, : place + 1]) for t in seen)
     assert found.tokens.tolist() == [1]
     assert found.difference < 1e-10
-    by_hand = TopInteractions(pairs.rows, pairs.columns, pairs.means)
-    assert_close(f.verify_pairs(run, feature, by_hand, limit=1).predicted, found.predicted)
+    for by_hand in (
+        torch.stack([pairs.first, pairs.second], 1),
+        [(int(pairs.first[0]), int(pairs.second[0]))],
+    ):
+        assert_close(run.verify_pairs(busy, by_hand, limit=1).predicted, found.predicted)
+
+
+# ---------------------------------------------------------------------- which tokens count
+
+
+class Letters:
+    """A tokenizer of letters: [BOS] is 0, [PAD] 1, [EOS] 2."""
+
+    bos_token_id, pad_token_id, padding_side = 0, 1, "right"
+    all_special_ids = (0, 1, 2)
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + i - 3) if i > 2 else "." for i in ids)
+
+
+@pytest.fixture(scope="module")
+def reading(f):
+    def to_tokens(text, prepend_bos=True):
+        ids = [ord(letter) - ord("a") + 3 for letter in text]
+        return torch.tensor([[0] * prepend_bos + ids])
+
+    built = copy.copy(f.model)
+    built.tokenizer, built.to_tokens = Letters(), to_tokens
+    return FeatureInteractions(built, 1, f.inputs, f.outputs)
+
+
+def test_padding_is_not_read(f, reading):
+    both = reading.run(["abc", "hello"])
+    assert both.tokens.tolist() == [[0, 3, 4, 5, 1, 1], [0, 10, 7, 14, 14, 17]]
+    assert both.mask.sum(1).tolist() == [3, 5]
+    assert both.lengths.tolist() == [4, 6]
+    short = reading.run("abc")
+    assert_close(both.attribute(3).quadratic, short.attribute(3).quadratic)
+    assert both.attribute(3).position == 3
+    with pytest.raises(IndexError, match="position 4 does not exist: the prompt has 4 tokens"):
+        both.attribute(3, 4)
+    strengths = both.activations([3], side="input")[..., 0]
+    best = (strengths * both.mask).amax(1).sort(descending=True).values
+    assert_close(both.examples(3, side="input").values, best[best > 0])
+    ids = reading.run(both.tokens)  # padded by somebody else
+    assert torch.equal(ids.mask, both.mask)
+
+
+def test_special_tokens_are_not_read(f, reading):
+    packed = torch.tensor([[0, 5, 6, 2, 0, 7, 8, 9], [3, 0, 5, 2, 6, 1, 1, 1]])
+    assert reading.run(packed).mask.int().tolist() == [
+        [0, 1, 1, 1, 0, 1, 1, 1],
+        [0, 0, 1, 1, 1, 0, 0, 0],
+    ]
+    left_out = sae(f"{LAYER}.hook_resid_mid", dtype="float64")
+    for given, skipped in (([0, 2], {0, 2}), (True, {0, 1, 2}), (False, {0})):
+        left_out.cfg.metadata.exclude_special_tokens = given
+        known = FeatureInteractions(reading.model, 1, left_out, f.outputs)
+        expected = [[place > 0 and t not in skipped for place, t in enumerate(packed[0].tolist())]]
+        assert known.run(packed[:1]).mask.tolist() == expected
+    without = FeatureInteractions(f.model, 1, f.inputs, f.outputs)  # no tokenizer to ask
+    assert without.run(packed).mask[:, 1:].all()
+
+
+def test_a_mask_of_ones_own_is_kept(f, busy, tokens, unchecked):
+    mask = tokens == 5
+    chosen = f.run(tokens, mask=mask)
+    assert len(chosen.scatter(busy).measured) == int(mask.sum())
+    assert chosen.low_rank_correlation(1).tokens == int(mask.sum())
+    z = f.outputs.sae.encode(chosen.output)[..., busy] * mask
+    assert_close(
+        chosen.examples(busy, k=7).strengths.amax(1),
+        z.amax(1).sort(descending=True)[0][: (z.amax(1) > 0).sum()],
+    )
+    assert set(chosen.labels("output")) <= {NEVER} | {
+        name + few
+        for few in ("", " (seen once)", " (seen twice)")
+        for name in ["5", *(f"({before}) 5" for before in range(23))]
+    }
+    for wrong in (mask[:, :4], mask.long()):
+        with pytest.raises(
+            ValueError, match=r"mask must be boolean and of the tokens' shape \[7, 12\]"
+        ):
+            f.run(tokens, mask=wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_text(f, reading):
+    for wrong in (7, ["a", 3], [], None):
+        with pytest.raises(TypeError, match="text is a string, several strings, or token ids"):
+            reading.run(wrong)
+    with pytest.raises(ValueError, match="there are no tokens"):
+        f.run(torch.empty(0, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="batch_size must lie between 1 and"):
+        f.run(torch.zeros(1, 4, dtype=torch.long), batch_size=0)

@@ -84,7 +84,8 @@ def saes(model, tokens, tmp_path_factory):
 def test_the_whole_analysis(model, saes, tokens, point):
     features = FeatureInteractions(model, 0, saes[point], saes[POINTS[2]])
     some = tokens[:200]
-    correlation = features.low_rank_correlation(some, k=8, progress=False)
+    run = features.run(some)
+    correlation = run.low_rank_correlation(k=8, progress=False)
     assert correlation.share_above(0.75, rank=8, min_active=50) > 0.5
     rising = correlation.mean_active(50)
     assert rising[-1] > rising[0]
@@ -93,24 +94,19 @@ def test_the_whole_analysis(model, saes, tokens, point):
     table = features.sweep(k=2, progress=False).to_pandas()
     used = set(correlation.features[correlation.counts >= 50].tolist())
     feature = int(next(f for f in table["feature"] if f in used))
-    examples = features.examples(some, feature, k=5)
+    examples = run.examples(feature, k=5)
     assert len(examples.sequences) == 5
 
     for row in range(3):  # exact where it is strongest
-        found = features.attribute(examples.tokens[row], feature, int(examples.positions[row]))
+        place = int(examples.positions[row])
+        found = run.attribute(feature, place, int(examples.sequences[row]))
         assert found.error < 1e-5
         assert found.measured == pytest.approx(float(examples.values[row]), rel=1e-3)
 
     # What the active pairs do is what the weights say, and more than chance.
-    active = features.active_interactions(some, feature)
+    active = run.active_interactions(feature)
     assert active.pairs_per_token <= 8 * 9 / 2
-    from tl_bilinear import TopInteractions
-
-    cross = active.rows != active.columns
-    pairs = TopInteractions(
-        active.rows[cross][:5], active.columns[cross][:5], active.means[cross][:5]
-    )
-    checked = features.verify_pairs(some[:100], feature, pairs)
+    checked = run[:100].verify_pairs(feature, active.top(5, kind="cross"))
     assert (checked.difference[checked.tokens > 0] < 1e-3).all()
     assert checked.measured.abs().nanmean() > checked.control.nanmean()
 

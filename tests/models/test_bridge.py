@@ -647,13 +647,14 @@ def test_features(any_bridge, hook):
     )  # fmt: skip
     for _ in range(2):
         f = FeatureInteractions(bridge, 1, inputs, directions(8, seed=1))
-        found = f.attribute(TOKENS[1], 3, 4)
+        run = f.run(TOKENS)
+        found = run.attribute(3, 4, sequence=1)
         _, output = layer_in_a_run(bridge, 1, TOKENS[1:])
         measured = float(output[0, 4] @ directions(8, seed=1)[3])
         scale = float(found.quadratic.abs().max())
         assert abs(found.total - measured) <= 1e-5 * scale
         assert abs(found.measured - measured) <= 1e-5 * scale
-        check = f.verify_pairs(TOKENS, 3, 2)
+        check = run.verify_pairs(3, 2)
         assert check.tokens.sum() > 0
         assert float(check.difference.nan_to_num().max()) < 1e-3
         assert torch.isfinite(f.unembedding(7)).all()
@@ -686,8 +687,9 @@ def test_sae_lens_bridge(native, tmp_path):
     acts = next(value for name, value in cache.items() if name.endswith("hook_sae_acts_post"))
     assert_close(acts, sae.encode(output), rtol=1e-4, atol=1e-4)
     f = FeatureInteractions(bridge, 1, sae_in, sae)
-    assert f.attribute(TOKENS[1], 3, 4).error < 1e-4
-    assert float(f.verify_pairs(TOKENS, 3, 10).difference.nan_to_num().max()) < 1e-3
+    run = f.run(TOKENS)
+    assert run.attribute(3, 4, sequence=1).error < 1e-4
+    assert float(run.verify_pairs(3, 10).difference.nan_to_num().max()) < 1e-3
     bridge.add_sae(sae)
     with pytest.raises(ValueError, match=f"SAEs are attached to the model at {hook}"):
         f.run(TOKENS)

@@ -95,10 +95,11 @@ def test_saes_attach_as_saelens_attaches_them(model, saes, tokens):
 
 def test_features_of_the_demo(model, saes, tokens):
     features = FeatureInteractions(model, LAYER, saes["resid_mid"], saes["mlp_out"])
-    found = features.low_rank_correlation(tokens[:32], k=2, progress=False)
+    run = features.run(tokens[:32], progress=False)
+    found = run.low_rank_correlation(k=2, progress=False)
     feature = int(found.features[found.counts.argmax()])
-    examples = features.examples(tokens[:32], feature, k=1)
-    attribution = features.attribute(examples.tokens[0], feature, int(examples.positions[0]))
+    examples = run.examples(feature, k=1)
+    attribution = run.attribute(feature, int(examples.positions[0]), int(examples.sequences[0]))
     assert attribution.error < 1e-5
     assert attribution.measured == pytest.approx(float(examples.values[0]), rel=1e-3)
 

@@ -32,7 +32,6 @@ from tl_bilinear.recipes.images.runs import Runs
 from tl_bilinear.recipes.images.similarity import SeedsAndSizes, interval
 from tl_bilinear.recipes.images.sweep import (
     Sweep,
-    effective_count,
     noise_and_decay,
     pixel_spectra,
     rare_pixels,
@@ -40,6 +39,7 @@ from tl_bilinear.recipes.images.sweep import (
 )
 from tl_bilinear.recipes.images.target import HiddenTarget, default_target, target_data
 from tl_bilinear.recipes.images.toy import GATES, FittedToy, read_toy
+from tl_bilinear.tensor.eigen import participation
 
 QUIET = Runs(progress=False)
 BASE = TrainingConfig(size=10, noise=0.1, weight_decay=0.1, epochs=10, batch=50, learning_rate=0.01)
@@ -111,8 +111,8 @@ def test_the_papers_settings():
 def test_effective_count_of_equal_entries_is_their_number(count):
     vector = torch.zeros(60, dtype=torch.float64)
     vector[:count] = -0.3
-    assert float(effective_count(vector)) == pytest.approx(count)
-    assert float(effective_count(torch.zeros(4))) == 0
+    assert float(participation(vector)) == pytest.approx(count)
+    assert float(participation(torch.zeros(4))) == 0
 
 
 def test_pixel_spectra_are_all_of_them(trained):

@@ -178,7 +178,7 @@ def test_the_attribution_is_the_preactivation_pair_by_pair(result, halves):
         z = sae_in.encode(read)
         Q = torch.einsum("a,aij->ij", e, layer)
         for entry in found.to_pandas(5).to_dict("records"):
-            b, c = entry["b"], entry["c"]
+            b, c = entry["first"], entry["second"]
             once = z[b] * z[c] * (sae_in.W_dec[b] @ Q @ sae_in.W_dec[c]) / s**2
             expected = float(once) * (1 if b == c else 2)
             assert entry["contribution"] == pytest.approx(expected, abs=1e-10)
@@ -195,7 +195,7 @@ def test_the_strongest_pairs_are_those_of_the_whole_matrix(result):
         coefficients = whole_matrix[b, c] * torch.where(b == c, 1, 2)
         order = coefficients.abs().argsort(descending=True)[:8]
         assert_close(one.strongest.coefficients, coefficients[order], rtol=1e-9, atol=1e-12)
-        assert one.strongest.rows.tolist() == b[order].tolist()
+        assert one.strongest.first.tolist() == b[order].tolist()
 
 
 def test_interventions_agree_and_could_have_failed(result):
@@ -280,7 +280,7 @@ def test_too_little_text_is_refused(model, saes, tokens):
 def test_too_few_features_that_differ_are_refused(result, tokens):
     run = result.features.run(tokens[:30])
     with pytest.raises(ValueError, match=r"output features, not 41, .*differ in what they promote"):
-        choose_features(result.features, result.choice, run, 41)
+        choose_features(result.choice, run, 41)
 
 
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--quiet"]

@@ -98,9 +98,9 @@ def test_it_learns(run):
 def test_the_saes_fit_the_rest_of_the_package(run, model, story_data):
     features = FeatureInteractions(model, 1, run.sae(1, "resid_mid"), run.sae(1, "mlp_out"))
     rows = story_data.validation.with_format("torch")[:4]["input_ids"].long()
-    output = features.run(rows).output
-    feature = int(features.outputs_of(output).flatten(0, 1).mean(0).argmax())
-    assert features.attribute(rows[0], feature).error < 1e-5
+    read = features.run(rows)
+    feature = int(read.preactivations().flatten(0, 1).mean(0).argmax())
+    assert read.attribute(feature).error < 1e-5
     with pytest.raises(KeyError, match=r"no SAE 0-mlp_in in .*there are 1-mlp_in, 1-resid_mid"):
         run.sae(0, "mlp_in")
 

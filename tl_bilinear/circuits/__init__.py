@@ -16,9 +16,9 @@ from tl_bilinear.circuits.residual import (
     positions,
     source_pairs,
     through_head,
-    unembedding,
     virtual_weights,
 )
+from tl_bilinear.features.unembedding import unembedding
 
 __all__ = [
     "FeatureCircuit",

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.features.passage import input_passages
+from tl_bilinear.features.passage import residual_passage, residual_tensor
 from tl_bilinear.tensor import BilinearTensor, QuarticForm, with_residual
 
 
@@ -61,7 +61,6 @@ def composed(
 
 def _before_norm(model: Any, layer: int, scale: float) -> BilinearTensor:
     """The layer as a function of the residual stream, at a scale of its norm."""
-    passage = list(input_passages(model, layer).values())[-1]
-    tensor = BilinearTensor.from_model(model, layer)
+    tensor = residual_tensor(model, layer)
     shrunk = torch.eye(tensor.d_in, dtype=tensor.dtype, device=tensor.device) / scale
-    return passage.fold(tensor).fold(shrunk, space=passage.hook)
+    return tensor.fold(shrunk, space=residual_passage(model, layer).hook)

@@ -32,9 +32,9 @@ from tl_bilinear.circuits.residual import EMBED, direct_path, reaches
 from tl_bilinear.circuits.upstream import as_tokens
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
-from tl_bilinear.features.passage import input_passages
-from tl_bilinear.features.running import refuse_attached
-from tl_bilinear.tensor import TopInteractions, _checks
+from tl_bilinear.features.pairs import FeaturePairs
+from tl_bilinear.features.passage import refuse_attached, residual_passage
+from tl_bilinear.tensor import _checks
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ class FeatureGraph(Storable):
         )
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a pair: b, c and what they make, with labels, kind, coefficient, contribution."""
+        """One row a pair: first, second and what they make (labels), kind, coefficient, contribution."""
         import pandas as pd
 
         columns: dict[str, list[Any]] = {}
-        for name, index in zip(("b", "c", "makes"), self.pairs.T.tolist(), strict=True):
+        for name, index in zip(("first", "second", "makes"), self.pairs.T.tolist(), strict=True):
             columns[name] = [self.labels[i] for i in index]
         columns["kind"] = ["self" if b == c else "cross" for b, c, _ in self.pairs.tolist()]
         columns["coefficient"] = self.coefficients.tolist()
@@ -264,13 +264,10 @@ class FeatureCircuit:
                 )
             wanted[layer] = dict.fromkeys(int(f) for f in features)
         for layer in sorted(self.interactions, reverse=True):
-            made, pairs = self._strongest(
-                layer, k, None if targets is None else wanted.get(layer, {})
-            )
-            values.append(pairs.coefficients.detach().cpu())
-            for b, c, a in zip(
-                pairs.rows.tolist(), pairs.columns.tolist(), made.tolist(), strict=True
-            ):
+            pairs = self._strongest(layer, k, None if targets is None else wanted.get(layer, {}))
+            values.append(pairs.coefficients.detach().flatten().cpu())
+            numbers = (pairs.first, pairs.second, pairs.features)
+            for b, c, a in zip(*(each.flatten().tolist() for each in numbers), strict=True):
                 inputs = [self._place(layer, i) for i in (b, c)]
                 rows.append((node(*inputs[0]), node(*inputs[1]), node(layer_name(layer), a)))
                 for name, feature in inputs:
@@ -285,20 +282,14 @@ class FeatureCircuit:
             torch.cat(values),
         )._choose(torch.arange(len(rows)))
 
-    def _strongest(
-        self, layer: int, k: int, features: dict[int, None] | None
-    ) -> tuple[Tensor, TopInteractions]:
-        """(output features [m], pairs [m]) of a layer: of chosen features, or over all."""
+    def _strongest(self, layer: int, k: int, features: dict[int, None] | None) -> FeaturePairs:
+        """The k strongest pairs of a layer: of each chosen feature [m, k], or over all [k]."""
         found = self.interactions[layer]
         n = found.inputs.n
         most = n * (n + 1) // 2
         if features is None:
             return found.top_overall(min(k, most * found.outputs.n))
-        chosen = torch.tensor(list(features), dtype=torch.long)
-        pairs = found.top(chosen, min(k, most))
-        made = chosen[:, None].expand_as(pairs.rows).flatten()
-        rows, columns, values = (t.flatten() for t in (pairs.rows, pairs.columns, pairs.values))
-        return made, TopInteractions(rows, columns, values, pairs.space)
+        return found.top(torch.tensor(list(features), dtype=torch.long), min(k, most))
 
     def _place(self, layer: int, index: int) -> tuple[str, int]:
         """Which (dictionary, feature) an input of a layer's interactions is."""
@@ -331,8 +322,7 @@ class FeatureCircuit:
         if not -length <= position < length:
             raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
         scales = {
-            layer: list(input_passages(self.model, layer).values())[-1].scale_hook
-            for layer in self.interactions
+            layer: residual_passage(self.model, layer).scale_hook for layer in self.interactions
         }
         hooks = {hook for hook in scales.values() if hook is not None}
         for found in self._written.values():

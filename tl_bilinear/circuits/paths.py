@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from tl_bilinear.circuits.upstream import By, Upstream
-from tl_bilinear.features.attribution import relative_error
+from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
+from tl_bilinear.features.attribution import contributions, relative_error
+from tl_bilinear.features.labels import kinds
 from tl_bilinear.tensor import BilinearTensor, TopInteractions, _checks
 from tl_bilinear.tensor.storage import Storable
 
@@ -91,11 +93,16 @@ class Paths(Storable):
         parts = self.quadratic[kept][:, kept].sum() + self.linear[kept].sum()
         return float(parts) + sum(self.constants.values())
 
+    @property
+    def effects(self) -> Float[Tensor, " n"]:
+        """[n], `effect` of each component by itself."""
+        return self.quadratic.diagonal() - 2 * self.quadratic.sum(1) - self.linear
+
     def effect(self, components: Sequence[int]) -> float:
         """``without(components) - total``: the change when these are taken out together."""
         return self.without(components) - self.total
 
-    def top(self, k: int) -> TopInteractions:
+    def strongest(self, k: int) -> TopInteractions:
         """The k pairs of largest contribution; numbers index `labels`."""
         n = len(self.labels)
         _checks.require_count("k", k, n * (n + 1) // 2, f"the pairs of {n} components")
@@ -120,14 +127,23 @@ class Paths(Storable):
         return found | self.constants
 
     def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
-        """The k pairs (all) of largest contribution: i, j, kind, labels, contribution, share."""
+        """The k pairs (all) of largest contribution: numbers, kind, labels, contribution, share."""
+        import pandas as pd
+
         n = len(self.labels)
-        table = self.top(n * (n + 1) // 2 if k is None else k).to_pandas(self.labels)
-        table = table.drop(columns=["matrix", "value"]).rename(
-            columns={"coefficient": "contribution"}
+        pairs = self.strongest(n * (n + 1) // 2 if k is None else k)
+        first, second = pairs.rows.tolist(), pairs.columns.tolist()
+        return pd.DataFrame(
+            {
+                "first": first,
+                "second": second,
+                "kind": kinds(pairs.rows, pairs.columns),
+                "label_first": [self.labels[i] for i in first],
+                "label_second": [self.labels[i] for i in second],
+                "contribution": pairs.coefficients.tolist(),
+                "share": (pairs.coefficients / (self.total or float("nan"))).tolist(),
+            }
         )
-        table["share"] = table["contribution"] / (self.total or float("nan"))
-        return table
 
     def text(self, k: int = 10) -> str:
         """The k strongest pairs and the sums over kinds, line by line."""
@@ -136,7 +152,7 @@ class Paths(Storable):
             f"(contributions sum to {self.total:+.4f})"
         ]
         n = len(self.labels)
-        pairs = self.top(min(k, n * (n + 1) // 2))
+        pairs = self.strongest(min(k, n * (n + 1) // 2))
         for i, j, value in zip(
             pairs.rows.tolist(), pairs.columns.tolist(), pairs.coefficients.tolist(), strict=True
         ):
@@ -181,6 +197,7 @@ def paths(
     does not exist; ValueError for several sequences, a direction of another width, a layer that is not
     bilinear, and a model whose residual stream is not a plain sum; MemoryError above `max_bytes`.
     """
+    tokens = as_tokens(model, tokens)  # refuses a batch before any work
     tensor = BilinearTensor.from_model(model, layer)
     tensor = tensor.to(_checks.gram_dtype(tensor.left))
     direction = _checks.require_rows("direction", direction, tensor.d_out, "d_model", tensor.out)
@@ -198,11 +215,10 @@ def paths(
         max_bytes,
         "sum over sources with by='heads', or over heads with by='layers'",
     )
-    whole = tensor.project(direction[None])
-    parts = run.passage.fold(whole).parts()
-    rows = found.vectors / run.scale
-    b_out = 0.0 if whole.bias_out is None else float(whole.bias_out[0])
-    constants = {"layer constant": float(parts.constant[0]) - b_out, "b_out": b_out}
+    whole = run.passage.fold(tensor.project(direction[None]))
+    quadratic, linear, constants = contributions(
+        whole, found.vectors / run.scale, max_bytes=max_bytes
+    )
     return Paths(
         layer=run.layer,
         position=run.position,
@@ -212,8 +228,8 @@ def paths(
         kinds=found.kinds,
         where=found.where,
         vectors=found.vectors,
-        quadratic=parts.interaction.interaction()[0].fold(rows).dense(max_bytes),
-        linear=rows @ parts.linear[0],
+        quadratic=quadratic,
+        linear=linear,
         constants={name: value for name, value in constants.items() if value},
         scale=run.scale,
         measured=float(run.at(run.output_hook) @ direction),
@@ -262,6 +278,8 @@ def check_paths(
     tokens: Tensor | str,
     found: Paths,
     removed: Sequence[Sequence[int]] | int = 10,
+    *,
+    progress: bool = True,
 ) -> PathCheck:
     """Take components out of the model along their direct path, and compare with `Paths.effect`.
 
@@ -274,16 +292,15 @@ def check_paths(
     A component is removed where it is written (``hook_embed``, ``attn.hook_z``, ``hook_mlp_out``, ...),
     with attention patterns, values, the other MLPs' outputs and the norm's scale held at the clean run.
     """
-    if isinstance(removed, int):
-        effects = torch.tensor([found.effect([i]) for i in range(len(found.labels))])
-        count = min(removed, len(effects))
-        removed = [[i] for i in effects.abs().topk(count).indices.tolist()]
     run = Upstream(model, tokens, found.layer, found.position)
+    if isinstance(removed, int):
+        count = min(removed, len(found.labels))
+        removed = [[i] for i in found.effects.abs().topk(count).indices.tolist()]
     clean = run.output_without([], [])
     places = found.where.tolist()
     direction = found.direction.to(clean)
     measured = []
-    for chosen in removed:
+    for chosen in tqdm(removed, unit="run", disable=not progress):
         output = run.output_without([found.kinds[i] for i in chosen], [places[i] for i in chosen])
         measured.append(float((output - clean) @ direction))
     return PathCheck(

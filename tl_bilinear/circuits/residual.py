@@ -30,9 +30,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_bilinear.features.dictionary import Dictionary
-from tl_bilinear.features.interactions import FeatureInteractions
-from tl_bilinear.features.passage import input_passages, norm_matrix
-from tl_bilinear.tensor import Eigendecomposition, _checks
+from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
+from tl_bilinear.features.unembedding import token_names
+from tl_bilinear.tensor import InteractionMatrix, _checks
 from tl_bilinear.tensor._top import BLOCK_ELEMENTS
 from tl_bilinear.tensor.storage import Storable
 
@@ -57,7 +57,7 @@ def embedding(model: Any) -> Dictionary:
             "what a token writes: give Dictionary(rows, hook='hook_embed') with the rows you mean"
         )
     rows = model.W_E.detach()
-    return Dictionary(rows, hook=EMBED, labels=_words(model, len(rows)))
+    return Dictionary(rows, hook=EMBED, labels=token_names(model, len(rows)))
 
 
 def positions(model: Any) -> Dictionary:
@@ -73,19 +73,6 @@ def positions(model: Any) -> Dictionary:
     rows = model.W_pos.detach()
     labels = [f"position {i}" for i in range(len(rows))]
     return Dictionary(rows, hook="hook_pos_embed", labels=labels)
-
-
-def unembedding(model: Any) -> Dictionary:
-    """The directions that raise tokens' logits, [d_vocab_out, d_model], through the last norm's weight.
-
-    ``logit_t = u_t . r / s + constant`` for the final residual stream r. As output directions of a
-    layer: what it writes for each token directly.
-    """
-    rows = model.W_U.detach().T
-    norm = getattr(model, "ln_final", None)
-    matrix = None if norm is None else norm_matrix(model.cfg, norm, rows)
-    rows = rows if matrix is None else rows @ matrix.T
-    return Dictionary(rows, labels=_words(model, len(rows)))
 
 
 def through_head(model: Any, source: Any, layer: int, head: int) -> Dictionary:
@@ -131,8 +118,7 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
             label for each in found for label in (each.labels or [str(i) for i in range(each.n)])
         ]
     rows = torch.cat([each.decoder.to(model.W_E) for each in found])
-    hook = list(input_passages(model, layer))[-1]
-    return Dictionary(rows, hook=hook, labels=labels)
+    return Dictionary(rows, hook=residual_passage(model, layer).hook, labels=labels)
 
 
 def _existing(index: int, count: int, what: str) -> int:
@@ -179,14 +165,6 @@ def _upstream(
     return found
 
 
-def _words(model: Any, count: int) -> list[str] | None:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        return None
-    known = tokenizer.convert_ids_to_tokens(list(range(min(count, len(tokenizer)))))
-    return [str(word) for word in known] + [""] * (count - len(known))
-
-
 # ---------------------------------------------------------------------- pairs of two sources
 
 
@@ -197,37 +175,39 @@ class SourcePairs(Storable):
     Attributes
     ----------
     layer: whose MLP reads both
-    rows, columns: [k], indices in the first and the second source, by falling absolute coefficient
-    coefficients: [k], ``2 d_row^T Q d_column``, what stands before the product of their activations
-    row_labels, column_labels: [k] names
+    first, second: [k], numbers in the first and the second source, by falling absolute coefficient
+    coefficients: [k], ``2 d_first^T Q d_second``, what stands before the product of their activations
+    label_first, label_second: [k] names
     """
 
     layer: int
-    rows: Int[Tensor, " k"]
-    columns: Int[Tensor, " k"]
+    first: Int[Tensor, " k"]
+    second: Int[Tensor, " k"]
     coefficients: Float[Tensor, " k"]
-    row_labels: list[str]
-    column_labels: list[str]
+    label_first: list[str]
+    label_second: list[str]
 
     def top(self, k: int) -> SourcePairs:
         """The first k of them."""
-        _checks.require_count("k", k, len(self.rows), "the pairs held")
+        _checks.require_count("k", k, len(self.first), "the pairs held")
         return SourcePairs(self.layer, *(getattr(self, name)[:k] for name in _PAIR_COLUMNS))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a pair: first, second, coefficient."""
+        """One row a pair: first, second, their labels, coefficient."""
         import pandas as pd
 
         return pd.DataFrame(
             {
-                "first": self.row_labels,
-                "second": self.column_labels,
+                "first": self.first.tolist(),
+                "second": self.second.tolist(),
+                "label_first": self.label_first,
+                "label_second": self.label_second,
                 "coefficient": self.coefficients.tolist(),
             }
         )
 
 
-_PAIR_COLUMNS = ("rows", "columns", "coefficients", "row_labels", "column_labels")
+_PAIR_COLUMNS = ("first", "second", "coefficients", "label_first", "label_second")
 
 
 def source_pairs(
@@ -248,9 +228,7 @@ def source_pairs(
     Up to positive factors (see the module). Errors as `direct_path`.
     """
     one, other = (direct_path(model, layer, each) for each in (first, second))
-    Q = FeatureInteractions(model, layer, one, _one_row(direction)).interaction(
-        0, basis="activations"
-    )
+    Q = _interaction(model, layer, direction)
     _checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
     columns = 2 * (Q @ other.decoder.to(Q.left).T)
     values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
@@ -264,18 +242,19 @@ def source_pairs(
     rows, columns_met = places // other.n, places % other.n
     return SourcePairs(
         layer=range(len(model.blocks))[layer],
-        rows=rows,
-        columns=columns_met,
+        first=rows,
+        second=columns_met,
         coefficients=values,
-        row_labels=[one.label(i) for i in rows.tolist()],
-        column_labels=[other.label(i) for i in columns_met.tolist()],
+        label_first=[one.label(i) for i in rows.tolist()],
+        label_second=[other.label(i) for i in columns_met.tolist()],
     )
 
 
-def _one_row(direction: Tensor) -> Tensor:
+def _interaction(model: Any, layer: int, direction: Tensor) -> InteractionMatrix:
+    """What a layer's MLP makes of pairs of directions of the residual stream before it."""
     if direction.ndim != 1:
         raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
-    return direction[None]
+    return residual_tensor(model, layer).interaction(direction)
 
 
 # ---------------------------------------------------------------------- virtual weights
@@ -303,22 +282,22 @@ class VirtualWeights(Storable):
     residual: float
     labels: list[str]
 
-    def top(self, k: int, pair: int = 0) -> pandas.DataFrame:
-        """The k directions that eigenvector `pair` reads most: index, label, weight, contribution.
+    def strongest(self, k: int, eigenvector: int = 0) -> pandas.DataFrame:
+        """The k directions that an eigenvector reads most: index, label, weight, contribution.
 
         `contribution` is ``value * weight^2``, what the direction alone makes at unit activation.
         """
         import pandas as pd
 
         _checks.require_count("k", k, len(self.weights), "the directions")
-        column = self.weights[:, pair]
+        column = self.weights[:, eigenvector]
         chosen = column.abs().topk(k).indices
         return pd.DataFrame(
             {
                 "index": chosen.tolist(),
                 "label": [self.labels[i] for i in chosen.tolist()],
                 "weight": column[chosen].tolist(),
-                "contribution": (self.values[pair] * column[chosen].square()).tolist(),
+                "contribution": (self.values[eigenvector] * column[chosen].square()).tolist(),
             }
         )
 
@@ -345,12 +324,11 @@ def virtual_weights(
     From weights alone, along the direct path, up to the norm's scale. Errors as `direct_path`.
     """
     inputs = direct_path(model, layer, source)
-    features = FeatureInteractions(model, layer, inputs, _one_row(direction))
-    spectrum: Eigendecomposition = features.interaction(0, basis="activations").eigh(k)
+    eigen = _interaction(model, layer, direction).eigh(k)
     return VirtualWeights(
-        layer=features.layer,
-        values=spectrum.values,
-        weights=features.input_directions @ spectrum.vectors.T,
-        residual=float(spectrum.bound),
+        layer=range(len(model.blocks))[layer],
+        values=eigen.values,
+        weights=inputs.decoder.to(eigen.vectors) @ eigen.vectors.T,
+        residual=float(eigen.bound),
         labels=[inputs.label(i) for i in range(inputs.n)],
     )

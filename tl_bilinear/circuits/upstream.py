@@ -18,8 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.features.passage import Passage, input_passages
-from tl_bilinear.features.running import refuse_attached
+from tl_bilinear.features.passage import Passage, refuse_attached, residual_passage
 from tl_bilinear.tensor import _checks
 
 By = Literal["sources", "heads", "layers"]
@@ -36,7 +35,7 @@ _NOWHERE = -1
 
 
 @dataclass(frozen=True, eq=False)
-class Components:
+class UpstreamComponents:
     """The residual stream at one token as labelled vectors that sum to it.
 
     Attributes
@@ -49,7 +48,7 @@ class Components:
     kinds: list[str]
     where: Int[Tensor, "n 3"]
 
-    def group(self, by: By) -> Components:
+    def group(self, by: By) -> UpstreamComponents:
         """Heads summed over their sources ("heads"), or over heads as well ("layers")."""
         if by not in _KEPT:
             raise ValueError(f"by must be one of {', '.join(map(repr, _KEPT))}, got {by!r}")
@@ -60,7 +59,7 @@ class Components:
         index = [order.setdefault((kind, *place), len(order)) for kind, place in keys]
         vectors = self.vectors.new_zeros(len(order), self.vectors.shape[1])
         vectors.index_add_(0, torch.tensor(index, device=vectors.device), self.vectors)
-        return Components(
+        return UpstreamComponents(
             vectors,
             [key[0] for key in order],
             torch.tensor([key[1:] for key in order], dtype=torch.long),
@@ -108,7 +107,7 @@ class Upstream:
         if not -length <= position < length:
             raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
         self.position = position % length
-        self.passage: Passage = list(input_passages(model, self.layer).values())[-1]
+        self.passage: Passage = residual_passage(model, self.layer)
         # With parallel attention the MLP does not see the attention of its own layer.
         self.attention_layers = range(self.layer + (not cfg.parallel_attn_mlp))
         self.output_hook = f"blocks.{self.layer}.mlp.hook_out"
@@ -174,7 +173,7 @@ class Upstream:
     def mlp_bias(self, layer: int) -> Float[Tensor, " d"]:
         return self.model.blocks[layer].mlp.b_out.detach().to(self.dtype)
 
-    def components(self) -> Components:
+    def components(self) -> UpstreamComponents:
         """Every component that is not zero, in the order in which they are written.
 
         Raises ValueError where they do not sum to the residual stream that the model has: something
@@ -209,7 +208,7 @@ class Upstream:
                 bias = self.mlp_bias(layer)
                 add(self.at(f"blocks.{layer}.hook_mlp_out") - bias, MLP, layer)
                 add(bias, MLP_BIAS, layer)
-        found = Components(torch.stack(vectors), kinds, torch.tensor(where))
+        found = UpstreamComponents(torch.stack(vectors), kinds, torch.tensor(where))
         self._require_complete(found.vectors)
         return found
 

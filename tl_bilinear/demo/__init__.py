@@ -3,7 +3,7 @@
 >>> model = load_demo_model()                  # a HookedTransformer that writes TinyStories
 >>> saes = load_demo_saes(demo_layers()[-1])   # {"mlp_in": SAE, "resid_mid": SAE, "mlp_out": SAE}
 >>> features = FeatureInteractions(model, 3, saes["resid_mid"], saes["mlp_out"])
->>> features.low_rank_correlation(load_demo_tokens())
+>>> features.run(load_demo_tokens()).low_rank_correlation()
 
 Trained by this package's recipes (`tl-bilinear tokenizer`, `data`, `train lm`, `train saes`) and packed
 by `python -m tl_bilinear.demo.pack`. ``files/MODEL_CARD.md`` has data, settings, losses, limits

@@ -1,7 +1,7 @@
 """A bilinear layer seen through dictionaries: SAELens SAEs and transcoders, or plain matrices.
 
-Nothing here imports SAELens: an SAE is an object that somebody loaded with it. Only `published`, which
-gives SAELens the SAEs that the paper's authors published, does; it runs once SAELens is imported.
+Nothing here imports SAELens: an SAE is an object that somebody loaded with it. Only `published_saes`
+does, which gives SAELens the SAEs of the paper's authors; it runs once SAELens is imported.
 """
 
 from __future__ import annotations
@@ -9,29 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tl_bilinear.features.activity import (
-    ActivationScatter,
-    ActiveInteractions,
-    Examples,
-    LowRankCorrelation,
-    PromotedTokens,
-)
+from tl_bilinear.features import architectures as _architectures  # noqa: F401  registers SAELens's
 from tl_bilinear.features.attribution import Attribution
-from tl_bilinear.features.dictionary import Dictionary, Reading
+from tl_bilinear.features.correlation import ActivationScatter, LowRankCorrelation
+from tl_bilinear.features.dictionary import Dictionary, Reading, register_dictionary
 from tl_bilinear.features.evaluation import SAEEvaluation, evaluate_saes
+from tl_bilinear.features.examples import Examples
+from tl_bilinear.features.feature_sweep import FeatureSweep
+from tl_bilinear.features.geometry import EigenGeometry, Submatrix
 from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.pairs import ActiveInteractions, FeaturePairs
 from tl_bilinear.features.passage import Passage
-from tl_bilinear.features.results import (
-    EigenGeometry,
-    FeatureSweep,
-    InteractionStatistics,
-    Submatrix,
-)
-from tl_bilinear.features.running import Run
+from tl_bilinear.features.promoted import PromotedTokens
+from tl_bilinear.features.run import FeatureRun
+from tl_bilinear.features.statistics import InteractionStatistics
 from tl_bilinear.features.verification import PairCheck
 
 if TYPE_CHECKING:
-    from tl_bilinear.features.published import (
+    from tl_bilinear.features.published_saes import (
         SignedTopKSAE,
         SignedTopKSAEConfig,
         TopSequences,
@@ -48,6 +43,8 @@ __all__ = [
     "EigenGeometry",
     "Examples",
     "FeatureInteractions",
+    "FeaturePairs",
+    "FeatureRun",
     "FeatureSweep",
     "InteractionStatistics",
     "LowRankCorrelation",
@@ -55,7 +52,6 @@ __all__ = [
     "Passage",
     "PromotedTokens",
     "Reading",
-    "Run",
     "SAEEvaluation",
     "SignedTopKSAE",
     "SignedTopKSAEConfig",
@@ -65,10 +61,11 @@ __all__ = [
     "published_disk_loader",
     "published_huggingface_loader",
     "read_top_sequences",
+    "register_dictionary",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # all that is not imported above lives there
-        return getattr(importlib.import_module("tl_bilinear.features.published"), name)
+        return getattr(importlib.import_module("tl_bilinear.features.published_saes"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

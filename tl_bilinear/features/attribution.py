@@ -7,29 +7,27 @@ feature times its decoder row, b_dec, error, ...), and ``x = (r A) / s + b`` the
 
 Q and l the interaction and linear parts of ``e . layer`` after the norm (biases, where there are any,
 enter l and the constant). The output dictionary adds its own constants: ``- e . b_dec`` and ``b_enc``.
-Contributions sum to the pre-activation that the model has, to rounding; nothing is left over or
-approximated.
+Contributions sum to the model's own pre-activation, to rounding; nothing is left over or approximated.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.features.labels import Named, kinds
+from tl_bilinear.tensor import BilinearTensor, _checks
 
 if TYPE_CHECKING:
     import pandas
 
-    from tl_bilinear.features.interactions import FeatureInteractions
-
 
 @dataclass(frozen=True, eq=False)
-class Attribution(Storable):
+class Attribution(Named):
     """What made an output feature's pre-activation at one token.
 
     Attributes
@@ -90,7 +88,7 @@ class Attribution(Storable):
         return found | self.constants
 
     def to_pandas(self, k: int | None = None) -> pandas.DataFrame:
-        """The k pairs (all) of largest contribution: b, c, kind, labels, value."""
+        """The k pairs (all) of largest contribution: first, second, kind, labels, value, share."""
         import pandas as pd
 
         m = len(self.features)
@@ -100,11 +98,11 @@ class Attribution(Storable):
         rows, columns, values = rows[order], columns[order], values[order]
         return pd.DataFrame(
             {
-                "b": self.features[rows].tolist(),
-                "c": self.features[columns].tolist(),
-                "kind": ["self" if i == j else "cross" for i, j in zip(rows, columns, strict=True)],
-                "label_b": [self.labels[i] for i in rows.tolist()],
-                "label_c": [self.labels[i] for i in columns.tolist()],
+                "first": self.features[rows].tolist(),
+                "second": self.features[columns].tolist(),
+                "kind": kinds(rows, columns),
+                "label_first": [self.labels[i] for i in rows.tolist()],
+                "label_second": [self.labels[i] for i in columns.tolist()],
                 "contribution": values.tolist(),
                 "share": (values / self.total).tolist() if self.total else [0.0] * len(values),
             }
@@ -112,13 +110,14 @@ class Attribution(Storable):
 
     def text(self, k: int = 10) -> str:
         """The k strongest pairs and the rest, line by line."""
+        name = self.output_name(self.feature)
         lines = [
-            f"feature {self.feature} at position {self.position}: {self.measured:+.4f} "
+            f"feature {name} at position {self.position}: {self.measured:+.4f} "
             f"(contributions sum to {self.total:+.4f})"
         ]
         for row in self.to_pandas(k).to_dict("records"):
             names = " x ".join(
-                [row["label_b"], row["label_c"]][: 1 if row["kind"] == "self" else 2]
+                [row["label_first"], row["label_second"]][: 1 if row["kind"] == "self" else 2]
             )
             lines.append(f"  {row['contribution']:+.4f}  {names}")
         lines += [f"  {value:+.4f}  {name}" for name, value in self.terms().items() if value]
@@ -134,48 +133,16 @@ def relative_error(
     return abs(total - measured) / size if size else 0.0
 
 
-@torch.no_grad()
-def attribute(self: FeatureInteractions, text: Any, feature: int, position: int) -> Attribution:
-    """See :meth:`FeatureInteractions.attribute`."""
-    index = int(self._features(feature))
-    run = self.run(text)
-    length = run.x.shape[1]
-    if run.x.shape[0] != 1:
-        raise ValueError(f"an attribution is of one sequence, got a batch of {run.x.shape[0]}")
-    if not -length <= position < length:
-        raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
-    position %= length
-    at = (0, position)
-    reading = self.inputs.read(run.activations[at], None if run.source is None else run.source[at])
-    active = reading.coefficients.nonzero()[:, 0]
-    z = reading.coefficients[active]
-    rows = torch.cat(
-        [z[:, None] * self.input_directions[active].to(z), torch.stack(list(reading.rest.values()))]
-    )
-    rows = rows / run.scale[at]
-    parts = self.tensor.project(self.directions[index][None]).parts()
-    gain = run.output_scale[at].to(rows)
-    Q = parts.interaction.interaction()[0]
-    quadratic = gain * Q.fold(rows.to(Q.dtype)).dense()
-    linear = gain * (rows.to(Q.dtype) @ parts.linear[0])
-    bias_out = self.tensor.bias_out
-    at_output = 0.0 if bias_out is None else float(gain * (self.directions[index] @ bias_out))
-    constants = {"layer constant": float(gain * parts.constant[0]) - at_output, "b_out": at_output}
-    if self.output == "encoder":
-        for name, values in (
-            ("- e . b_dec", self.outputs.encoder_offset),
-            ("b_enc", self.outputs.encoder_bias),
-        ):
-            constants[name] = 0.0 if values is None else float(values[index])
-    return Attribution(
-        feature=index,
-        position=position,
-        features=active,
-        activations=z,
-        labels=[self.inputs.label(int(i)) for i in active],
-        rest_names=list(reading.rest),
-        quadratic=quadratic,
-        linear=linear,
-        constants={name: value for name, value in constants.items() if value},
-        measured=float(self.outputs_of(run.output[at], torch.tensor([index]))[0]),
-    )
+def contributions(
+    layer: BilinearTensor,
+    rows: Float[Tensor, "rows d"],
+    gain: float = 1.0,
+    max_bytes: int = _checks.MAX_DENSE_BYTES,
+) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, " rows"], dict[str, float]]:
+    """(quadratic, linear, constants) of ``gain * layer(sum of rows)``, for a layer of one output."""
+    parts = layer.parts()
+    rows = rows.to(layer.left.dtype)
+    b_out = 0.0 if layer.bias_out is None else gain * float(layer.bias_out[0])
+    constants = {"layer constant": gain * float(parts.constant[0]) - b_out, "b_out": b_out}
+    quadratic = gain * parts.interaction.interaction()[0].fold(rows).dense(max_bytes)
+    return quadratic, gain * (rows @ parts.linear[0]), constants

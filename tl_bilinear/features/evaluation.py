@@ -10,7 +10,7 @@ counted, nor are those special tokens as targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.features.running import fires_as, refuse_attached
+from tl_bilinear.features.labels import special_tokens
+from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.hooks.effects import LossAdded, next_token_loss, require_tokens
 from tl_bilinear.tensor.storage import Storable
 
@@ -124,7 +125,7 @@ def evaluate_saes(
     saes: Mapping[str, Any],
     tokens: Int[Tensor, "n pos"],
     *,
-    exclude: Sequence[int] | None = None,
+    exclude: Iterable[int] | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> SAEEvaluation:
@@ -149,8 +150,11 @@ def evaluate_saes(
         raise ValueError("no SAE to evaluate: give them by name, {'mlp_out': sae}")
     hooks = {name: _hook_of(model, name, sae) for name, sae in saes.items()}
     if exclude is None:
-        exclude = sorted({token for sae in saes.values() for token in _excluded(sae)})
-    skipped = torch.tensor(list(exclude), dtype=torch.long)
+        left_out = (
+            getattr(sae.cfg.metadata, "exclude_special_tokens", None) for sae in saes.values()
+        )
+        exclude = set().union(*(special_tokens(model.tokenizer, each) for each in left_out))
+    skipped = torch.tensor(sorted(exclude), dtype=torch.long)
     sums = {name: _Sums() for name in saes}
     clean: list[Tensor] = []
     patched: dict[str, list[Tensor]] = {name: [] for name in saes}
@@ -198,11 +202,6 @@ def _with(
 
     logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=[(hook, replace)], return_type="logits")
     return logits
-
-
-def _excluded(sae: Any) -> Sequence[int]:
-    given = getattr(sae.cfg.metadata, "exclude_special_tokens", None)
-    return given if isinstance(given, list) else []
 
 
 def _hook_of(model: Any, name: str, sae: Any) -> str:

@@ -1,6 +1,6 @@
 """What lies between a hook and a bilinear layer.
 
-A layer reads ``x = mlp.hook_in``. An SAE may sit before that:
+A layer reads ``x = mlp.hook_in``. An SAE may sit before it:
 
 | hook | the layer's input |
 | --- | --- |
@@ -8,10 +8,10 @@ A layer reads ``x = mlp.hook_in``. An SAE may sit before that:
 | ``blocks.L.ln2.hook_normalized`` | ``x = n * w + b``: norm weight and (LayerNorm) bias |
 | ``blocks.L.hook_resid_mid`` | ``x = ((r C) * w) / s + b``: C centres (LayerNorm), s the norm's scale |
 
-All but s is linear and enters the weights. s > 0 is a number of the token: what is said of a feature's
-interactions from weights alone holds up to the factor 1/s^2 (1/s for terms linear in x), which changes
-no sign, no ratio and no order of interactions; activations and exact attributions take it from the
-run. With parallel attention the MLP reads ``hook_resid_pre``, which stands in for hook_resid_mid.
+All but s is linear and enters the weights. s > 0 is a number of the token. From weights alone, a
+feature's interactions are therefore known up to the factor 1/s^2 (1/s for terms linear in x), which
+changes no sign, no ratio and no order; activations and exact attributions take s from the run. With
+parallel attention the MLP reads ``hook_resid_pre``, which takes the place of hook_resid_mid.
 """
 
 from __future__ import annotations
@@ -81,6 +81,16 @@ def input_passages(model: Any, layer: int) -> dict[str, Passage]:
     return found
 
 
+def residual_passage(model: Any, layer: int) -> Passage:
+    """The passage from the residual stream before a layer's MLP, which every model has."""
+    return list(input_passages(model, layer).values())[-1]
+
+
+def residual_tensor(model: Any, layer: int) -> BilinearTensor:
+    """A layer as a function of the residual stream before its MLP, over the norm's scale."""
+    return residual_passage(model, layer).fold(BilinearTensor.from_model(model, layer))
+
+
 def norm_matrix(cfg: Any, norm: Any, like: Tensor) -> Float[Tensor, "d d"] | None:
     """The linear part of a norm: rows r leave it as ``(r @ matrix) / s + b``; None for the identity."""
     scaling = _weight_of(norm)
@@ -100,3 +110,22 @@ def output_hooks(model: Any, layer: int) -> list[str]:
     hooks = [f"blocks.{layer}.mlp.hook_out", f"blocks.{layer}.hook_mlp_out"]
     # Another norm follows the MLP: what hook_mlp_out holds is no longer the layer's output.
     return hooks[:1] if getattr(model.cfg, "use_normalization_before_and_after", False) else hooks
+
+
+def fires_as(model: Any, name: str) -> str:
+    """The name by which a model runs a hook.
+
+    A TransformerBridge takes HookedTransformer's names for its own, "hook_mlp_out" for "mlp.hook_out".
+    SAELens's bridge takes them where SAEs are attached, but not where hooks and caches are asked for.
+    """
+    resolve = getattr(model, "_resolve_hook_name", None)
+    return name if resolve is None else str(resolve(name))
+
+
+def refuse_attached(model: Any) -> None:
+    """Raise ValueError for a model that runs with SAEs in place of its own activations."""
+    if attached := list(getattr(model, "acts_to_saes", {})):
+        raise ValueError(
+            f"SAEs are attached to the model at {', '.join(attached)}, so its activations are no longer "
+            f"its own: call model.reset_saes() first"
+        )

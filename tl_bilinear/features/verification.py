@@ -12,35 +12,35 @@ the same tokens, say how large such an effect is by chance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from tl_bilinear.features.text import with_labels
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.features.labels import Named
+from tl_bilinear.features.passage import fires_as
 
 if TYPE_CHECKING:
     import pandas
 
-    from tl_bilinear.features.activity import ActiveInteractions
-    from tl_bilinear.features.interactions import FeatureInteractions
-    from tl_bilinear.features.running import Run
-    from tl_bilinear.tensor import TopInteractions
+    from tl_bilinear.features.run import FeatureRun
 
 
 @dataclass(frozen=True, eq=False)
-class PairCheck(Storable):
+class PairCheck(Named):
     """Predicted and measured effects of pairs of input features on an output feature.
 
     Attributes
     ----------
     feature: the output feature
-    rows, columns: [m], pairs of different input features
-    tokens: [m], on how many tokens both were active; 0 leaves the rest of the row NaN
+    first, second: [m], pairs of different input features
+    tokens: [m], on how many tokens both were active; where it is 0, the rest of the row is NaN
     predicted, measured: [m], mean effect of the pair on those tokens
     difference: [m], largest ``|predicted - measured|`` on one token, over the largest absolute
         prediction on any token of any pair
@@ -48,87 +48,77 @@ class PairCheck(Storable):
     """
 
     feature: int
-    rows: Int[Tensor, " m"]
-    columns: Int[Tensor, " m"]
+    first: Int[Tensor, " m"]
+    second: Int[Tensor, " m"]
     tokens: Int[Tensor, " m"]
     predicted: Float[Tensor, " m"]
     measured: Float[Tensor, " m"]
     difference: Float[Tensor, " m"]
     control: Float[Tensor, " m"]
 
-    def to_pandas(self, labels: Sequence[str] | None = None) -> pandas.DataFrame:
-        """One row a pair; `labels`, a name for each input feature, adds label_b and label_c."""
-        import pandas as pd
-
-        names = ("rows", "columns", "tokens", "predicted", "measured", "difference", "control")
-        found = {name: getattr(self, name).cpu().numpy() for name in names}
-        table = pd.DataFrame(found).rename(columns={"rows": "b", "columns": "c"})
-        return with_labels(table, labels)
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair."""
+        names = ("first", "second", "tokens", "predicted", "measured", "difference", "control")
+        return self.table({name: getattr(self, name) for name in names})
 
 
 @torch.no_grad()
-def verify_pairs(
-    self: FeatureInteractions,
-    text: Any,
+def check_pairs(
+    run: FeatureRun,
     feature: int,
-    pairs: TopInteractions | ActiveInteractions,
-    skip: int,
+    pairs: Iterable[tuple[int, int]],
+    *,
     limit: int,
     seed: int,
+    progress: bool,
 ) -> PairCheck:
-    """See :meth:`FeatureInteractions.verify_pairs`."""
-    feature = int(self._features(feature))
-    run = self.run(text)
-    z = self.inputs.read(run.activations, run.source).coefficients
-    different = pairs.rows != pairs.columns
-    b, c = pairs.rows[different], pairs.columns[different]
-    form = self.interaction(feature, basis="activations")
+    """Predict and measure each pair on at most `limit` tokens of a run where both are active."""
+    features = run.features
+    pairs = list(pairs)
+    z = run.activations(side="input")
+    Q = features.interaction(feature, basis="activations")
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for one, other in zip(b.tolist(), c.tolist(), strict=True):
-        both = (z[..., one] != 0) & (z[..., other] != 0)
-        both[:, :skip] = False
-        where = both.nonzero()[:limit]
+    predictions: list[Tensor] = []
+    measurements: list[Tensor] = []
+    controls: list[Tensor] = []
+    for one, other in tqdm(pairs, unit="pair", disable=not progress):
+        where = ((z[..., one] != 0) & (z[..., other] != 0) & run.mask).nonzero()[:limit]
         if len(where) == 0:
-            found.append((0, [torch.nan] * 2, z.new_zeros(0), z.new_zeros(0), torch.nan))
+            for held in (predictions, measurements, controls):
+                held.append(z.new_zeros(0))
             continue
         # Only the sequences met run again, as far as they matter.
         used, place = where[:, 0].unique(return_inverse=True)
         part, at = run[used, : int(where[:, 1].max()) + 1], (place, where[:, 1])
-        active = z[used][at]
-        first = active[:, one, None] * self.input_directions[one].to(z)
-        second = active[:, other, None] * self.input_directions[other].to(z)
+        rows = [
+            z[used][at][:, each, None] * features.input_directions[each].to(z)
+            for each in (one, other)
+        ]
         factor = part.output_scale[at] / part.scale[at][:, 0].square()
-        predicted = 2 * factor * (first * form.apply(second.to(form.dtype))).sum(-1)
-        measured = _measured(self, part, feature, at, first, second)
-        random = [_of_length(part, generator) for part in (first, second)]
-        control = _measured(self, part, feature, at, random[0], random[1])
-        found.append(
-            (
-                len(where),
-                [float(predicted.mean()), float(measured.mean())],
-                predicted,
-                measured,
-                float(control.abs().mean()),
-            )
-        )
-    every = [predicted.abs().max() for _, _, predicted, _, _ in found if len(predicted)]
-    largest = float(torch.stack(every).max()) if every else 1.0
-    differences = [
-        float((predicted - measured).abs().max()) / (largest or 1.0)
-        if len(predicted)
-        else torch.nan
-        for _, _, predicted, measured, _ in found
-    ]
+        across = (rows[0] * Q.apply(rows[1].to(Q.dtype))).sum(-1)
+        predictions.append(2 * factor * across)
+        measurements.append(_measured(part, feature, at, *rows))
+        controls.append(_measured(part, feature, at, *(_of_length(r, generator) for r in rows)))
+    largest = max((float(p.abs().max()) for p in predictions if len(p)), default=1.0) or 1.0
+
+    def column(values: Iterable[Tensor]) -> Tensor:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+    gaps = zip(predictions, measurements, strict=True)
+    met = [one for pair in pairs for one in pair]
     return PairCheck(
         feature=feature,
-        rows=b,
-        columns=c,
-        tokens=torch.tensor([entry[0] for entry in found], dtype=torch.long),
-        predicted=torch.tensor([entry[1][0] for entry in found], dtype=torch.float64),
-        measured=torch.tensor([entry[1][1] for entry in found], dtype=torch.float64),
-        difference=torch.tensor(differences, dtype=torch.float64),
-        control=torch.tensor([entry[4] for entry in found], dtype=torch.float64),
+        first=torch.tensor(met[::2], dtype=torch.long),
+        second=torch.tensor(met[1::2], dtype=torch.long),
+        tokens=torch.tensor([len(p) for p in predictions], dtype=torch.long),
+        predicted=column(p.mean() for p in predictions),
+        measured=column(m.mean() for m in measurements),
+        difference=column(
+            (p - m).abs().max() / largest if len(p) else torch.tensor(torch.nan) for p, m in gaps
+        ),
+        control=column(c.abs().mean() for c in controls),
+        input_labels=features.inputs.labels_of(met),
+        output_labels=features.outputs.labels_of([feature]),
     )
 
 
@@ -138,18 +128,43 @@ def _of_length(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _measured(
-    self: FeatureInteractions,
-    run: Run,
-    feature: int,
-    at: tuple[Tensor, Tensor],
-    first: Tensor,
-    second: Tensor,
+    run: FeatureRun, feature: int, at: tuple[Tensor, Tensor], first: Tensor, second: Tensor
 ) -> Tensor:
     """The second difference of the pre-activation, from four runs of the model [tokens]."""
+    direction = run.features.directions[feature]
     total = first.new_zeros(len(first))
     for sign, removed in ((1, None), (-1, first), (-1, second), (1, first + second)):
-        output = self.output_without(run, at, removed)
+        along = _output_without(run, at, removed)[at].to(direction) @ direction
         # The output dictionary's own normalisation is held as well.
-        along = output[at].to(self.directions) @ self.directions[feature]
         total = total + sign * run.output_scale[at] * along
     return total
+
+
+def _output_without(
+    run: FeatureRun, at: tuple[Tensor, Tensor], removed: Tensor | None
+) -> Float[Tensor, "batch pos d"]:
+    """The layer's output in a run with vectors [n, d] taken from the activations at n tokens.
+
+    `at` is (sequences [n], positions [n]); every token's norm scale is held at that of `run`.
+    """
+    features = run.features
+    passage, model = features.passage, features.model
+
+    def take(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[at] = value[at] - (0 if removed is None else removed.to(value))
+        return value
+
+    hooks: list[Any] = [(passage.hook, take)]
+    if passage.scale_hook is not None:
+        hooks.append((passage.scale_hook, lambda value, hook: run.scale.to(value)))
+    held: list[Tensor] = []
+    hooks.append((features.output_hook, lambda value, hook: held.append(value)))
+    model.run_with_hooks(
+        run.tokens,
+        # Predicates find what names do not: a hook of SAELens's bridge that once held an SAE.
+        fwd_hooks=[(partial(operator.eq, fires_as(model, name)), hook) for name, hook in hooks],
+        return_type=None,
+        stop_at_layer=features.layer + 1,
+    )
+    return held[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
-import torch
 from plotly.subplots import make_subplots
 
 from tl_bilinear.plots.style import DIVERGING, LAYOUT, NEGATIVE, NEUTRAL, POSITIVE
@@ -42,7 +41,7 @@ def submatrix_figure(result: Submatrix) -> go.Figure:
     side = 200 + 26 * len(labels)
     return figure.update_layout(
         **LAYOUT | {"margin": {"l": 10, "r": 10, "t": 45, "b": 10}},
-        title=f"output feature {result.feature}",
+        title=f"output feature {result.output_name(result.feature)}",
         xaxis={"type": "category", "constrain": "domain", "automargin": True},
         yaxis={"type": "category", "scaleanchor": "x", "constrain": "domain", "automargin": True},
         width=side + 120,
@@ -56,10 +55,9 @@ def statistics_figure(result: InteractionStatistics) -> go.Figure:
         cols=2, rows=1, horizontal_spacing=0.12, subplot_titles=["interactions", "eigenvalues"]
     )
     centres = (result.edges[1:] + result.edges[:-1]) / 2
-    own = torch.histogram(result.self_values.cpu().float(), result.edges.cpu().float()).hist
     for name, counts, color in (
         ("cross", result.counts, POSITIVE),
-        ("self", own, "#e08214"),
+        ("self", result.self_counts, "#e08214"),
     ):
         share = counts / counts.sum().clamp_min(1)
         figure.add_trace(
@@ -101,7 +99,7 @@ def statistics_figure(result: InteractionStatistics) -> go.Figure:
     figure.update_xaxes(title="rank", row=1, col=2)
     return figure.update_layout(
         **LAYOUT | {"margin": {"l": 60, "r": 15, "t": 70, "b": 45}},
-        title=f"output feature {result.feature}",
+        title=f"output feature {result.output_name(result.feature)}",
         width=900,
         height=380,
         legend={"orientation": "h", "y": -0.2},
@@ -138,7 +136,7 @@ def geometry_figure(result: EigenGeometry, axes: tuple[int, int] = (0, 1)) -> go
 
     return figure.update_layout(
         **LAYOUT,
-        title=f"output feature {result.feature}",
+        title=f"output feature {result.output_name(result.feature)}",
         xaxis_title=title(first),
         yaxis_title=title(second),
         width=620,
@@ -215,7 +213,7 @@ def scatter_figure(result: ActivationScatter) -> go.Figure:
         )
     return figure.update_layout(
         **LAYOUT,
-        title=f"output feature {result.feature}",
+        title=f"output feature {result.output_name(result.feature)}",
         xaxis_title=f"approximation by {result.k} eigenvectors",
         yaxis_title="pre-activation",
         width=520,

@@ -21,6 +21,7 @@ from tl_bilinear.recipes.images.model import PIXEL_SPACE, ImageClassifier
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
 from tl_bilinear.recipes.images.training import TrainingConfig
 from tl_bilinear.tensor import Eigendecomposition
+from tl_bilinear.tensor.eigen import participation
 from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def sweep(
             (
                 result.accuracy,
                 float(spectra.effective_rank().mean()),
-                float(effective_count(top).mean()),
+                float(participation(top).mean()),
                 float(spectra.vectors[:, 0, rarely].square().sum(-1).mean()),
             )
         )
@@ -167,9 +168,3 @@ def pixel_spectra(model: ImageClassifier) -> Eigendecomposition:
 def rare_pixels(data: ImageData, share: float = 0.01) -> Tensor:
     """[pixels], true where fewer than `share` of the training images are not black."""
     return (data.train_images > 0).float().mean(0) < share
-
-
-def effective_count(vectors: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    """``(L1 / L2)^2`` of a vector's entries: how many count (appendix D); 0 for a zero vector."""
-    squares = vectors.square().sum(-1)
-    return vectors.abs().sum(-1).square() / squares.clamp_min(torch.finfo(squares.dtype).tiny)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,18 +20,17 @@ from tqdm.auto import tqdm
 from tl_bilinear.features import (
     ActiveInteractions,
     Attribution,
-    Dictionary,
     Examples,
     FeatureInteractions,
+    FeaturePairs,
+    FeatureRun,
     InteractionStatistics,
     LowRankCorrelation,
     PairCheck,
     PromotedTokens,
-    Run,
     Submatrix,
 )
 from tl_bilinear.hooks import LossAdded, Verification, loss_added, verify
-from tl_bilinear.tensor import TopInteractions
 
 POINT = "mlp_in"
 LEAST_ACTIVE = 100  # tokens of the first half: with few, a correlation is high by chance
@@ -62,7 +62,7 @@ class OutputFeature:
     name: str
     promoted: PromotedTokens
     examples: Examples
-    strongest: TopInteractions
+    strongest: FeaturePairs
     submatrix: Submatrix
     statistics: InteractionStatistics
     active: ActiveInteractions
@@ -138,10 +138,10 @@ class LanguageQuickstart:
             "eigenvalues": one.statistics.eigenvalues[[0, -1]].tolist(),
             "effective_rank": one.statistics.effective_rank,
             "strongest_pairs": [
-                {"b": b, "c": c, "names": [labels[b], labels[c]], "coefficient": value}
+                {"first": b, "second": c, "names": [labels[b], labels[c]], "coefficient": value}
                 for b, c, value in zip(
-                    one.strongest.rows.tolist(),
-                    one.strongest.columns.tolist(),
+                    one.strongest.first.tolist(),
+                    one.strongest.second.tolist(),
                     one.strongest.coefficients.tolist(),
                     strict=True,
                 )
@@ -153,7 +153,7 @@ class LanguageQuickstart:
                 "error": one.attribution.error,
                 "terms": one.attribution.terms(),
             },
-            "pair_checks": one.pairs.to_pandas(labels).to_dict("records"),
+            "pair_checks": one.pairs.to_pandas().to_dict("records"),
             "eigenvector_checks": one.eigenvectors.to_pandas().to_dict("records"),
             "downstream": one.downstream.to_pandas().to_dict("records"),
             "loss_without_both": one.loss.to_pandas().to_dict("records")[0],
@@ -191,20 +191,22 @@ def language_quickstart(
     start = time.monotonic()
     with tqdm(total=3 + count, unit="step", desc="language", disable=not progress) as bar:
         unnamed = FeatureInteractions(model, layer, saes[point], saes["mlp_out"])
-        text = unnamed.run(tokens[:ROWS].to(model.W_U.device))
+        rows = tokens[:ROWS].to(model.W_U.device)
+        mask = torch.ones_like(rows, dtype=torch.bool)
+        mask[:, 0] = False  # special tokens are read: `choose_features` leaves their features out
+        text = unnamed.run(rows, mask=mask, progress=False)
+        bar.update()
+        text = text.labelled(progress=False)
+        features = text.features
         first, second = text[: len(text) // 2], text[len(text) // 2 :]
         bar.update()
-        named = Dictionary.of(unnamed.inputs, labels=unnamed.labels(text))
-        features = FeatureInteractions(model, layer, named, unnamed.outputs)
-        names = features.labels(text, side="output")
-        bar.update()
-        choice = features.low_rank_correlation(first, COMPONENTS, progress=False)
-        chosen = choose_features(features, choice, first, count)
-        correlation = features.low_rank_correlation(second, RANKS[-1], chosen, progress=False)
+        choice = first.low_rank_correlation(COMPONENTS, progress=False)
+        chosen = choose_features(choice, first, count)
+        correlation = second.low_rank_correlation(RANKS[-1], chosen, progress=False)
         bar.update()
         found = []
         for feature in chosen:
-            found.append(read_feature(features, feature, names[feature], second))
+            found.append(read_feature(feature, second))
             bar.update()
     return LanguageQuickstart(
         features=features,
@@ -260,9 +262,7 @@ def _facts(card: Mapping[str, Any], layer: int) -> dict[str, str]:
     return found
 
 
-def choose_features(
-    features: FeatureInteractions, choice: LowRankCorrelation, text: Run, count: int
-) -> list[int]:
+def choose_features(choice: LowRankCorrelation, text: FeatureRun, count: int) -> list[int]:
     """The features that two eigenvectors predict best, told apart by what they promote.
 
     Of those active on at least `LEAST_ACTIVE` tokens, by falling active-only correlation. Left out are
@@ -271,6 +271,7 @@ def choose_features(
 
     Raises ValueError where there are fewer than `count`.
     """
+    features = text.features
     special = set(features.model.tokenizer.all_special_ids)
     kept = choice.enough(LEAST_ACTIVE).nonzero()[:, 0]
     order = choice.active[kept, COMPONENTS - 1].argsort(descending=True, stable=True)
@@ -279,7 +280,7 @@ def choose_features(
         promoted = set(features.promoted(feature).promoted.tolist())
         if any(len(promoted & other) >= SHARED_TOKENS for other in chosen.values()):
             continue
-        best = features.examples(text, feature, k=1)
+        best = text.examples(feature, k=1, progress=False)
         if int(best.tokens[0, best.positions[0]]) in special:
             continue
         chosen[feature] = promoted
@@ -291,21 +292,20 @@ def choose_features(
     )
 
 
-def read_feature(
-    features: FeatureInteractions, feature: int, name: str, text: Run
-) -> OutputFeature:
+def read_feature(feature: int, text: FeatureRun) -> OutputFeature:
     """What there is to say of one output feature, from weights, on text and by intervention.
 
     Raises ValueError for a feature that is active nowhere in the text.
     """
-    examples = features.examples(text, feature, k=_SEQUENCES)
+    features = text.features
+    examples = text.examples(feature, k=_SEQUENCES, progress=False)
     if not len(examples.sequences):
         raise ValueError(f"output feature {feature} is active nowhere in this text: give more")
     promoted = features.promoted(feature)
-    active = features.active_interactions(text, feature, limit=300)
+    active = text.active_interactions(feature, limit=300, progress=False)
     strongest = text[examples.sequences[:_FEWER]]
-    there = features.active_interactions(strongest, feature)
-    cross = int((there.rows != there.columns).sum())
+    there = strongest.active_interactions(feature, progress=False)
+    cross = int((there.first != there.second).sum())
     tokens, on = examples.tokens, examples.strengths > 0
     written = features.components(feature, COMPONENTS, write="feature")
 
@@ -315,18 +315,16 @@ def read_feature(
 
     return OutputFeature(
         feature=feature,
-        name=name,
+        name=(examples.output_labels or {})[feature],
         promoted=promoted,
         examples=examples,
         strongest=features.top(feature, 8),
         submatrix=features.submatrix(feature, 8),
-        statistics=features.statistics(feature),
+        statistics=features.statistics(feature, progress=False),
         active=active,
-        attribution=features.attribute(
-            text[int(examples.sequences[0])], feature, position=int(examples.positions[0])
-        ),
-        pairs=features.verify_pairs(
-            strongest, feature, there.top(min(3, cross), kind="cross"), skip=1, limit=5
+        attribution=text.attribute(feature, int(examples.positions[0]), int(examples.sequences[0])),
+        pairs=strongest.verify_pairs(
+            feature, there.top(min(3, cross), kind="cross"), limit=5, progress=False
         ),
         eigenvectors=verify(
             features.model,

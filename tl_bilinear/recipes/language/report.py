@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tl_bilinear.features.text import pieces
+from tl_bilinear.features.labels import pieces
 from tl_bilinear.recipes.language.quickstart import (
     LEAST_ACTIVE,
     RANKS,
@@ -166,12 +166,12 @@ def _pairs(result: LanguageQuickstart, one: OutputFeature) -> str:
     from tl_bilinear.plots import submatrix_figure
 
     weights = [
-        [_pair(result, row["i"], row["j"]), f"{row['coefficient']:+.4f}"]
+        [_pair(result, row["first"], row["second"]), f"{row['coefficient']:+.4f}"]
         for row in one.strongest.to_pandas().head(_PAIRS).to_dict("records")
     ]
     met = [
         [
-            _pair(result, row["b"], row["c"]),
+            _pair(result, row["first"], row["second"]),
             f"{row['tokens']:,} of {one.active.tokens:,}",
             f"{row['mean']:+.3f}",
         ]
@@ -225,7 +225,7 @@ def _attribution(result: LanguageQuickstart, one: OutputFeature) -> str:
     only = [float(place == found.position) for place in range(len(tokens))]
     largest = found.to_pandas(_PAIRS)
     pairs = [
-        [_pair(result, row["b"], row["c"]), f"{row['contribution']:+.4f}"]
+        [_pair(result, row["first"], row["second"]), f"{row['contribution']:+.4f}"]
         for row in largest.to_dict("records")
     ]
     m = len(found.features)
@@ -260,7 +260,7 @@ def _checks(result: LanguageQuickstart, one: OutputFeature) -> str:
     both = {"predicted": "+.4f", "measured": "+.4f"}
     pairs = numbers(
         one.pairs.to_pandas(),
-        lambda row: _pair(result, row["b"], row["c"]),
+        lambda row: _pair(result, row["first"], row["second"]),
         tokens=",",
         **both,
         control=".4f",

@@ -236,7 +236,7 @@ def load_hooked(model: Any, device: str | None = None) -> Any:
 
 def hook_of(layer: int, point: str) -> str:
     """TransformerLens's name of a point, such as ``blocks.4.hook_resid_mid``."""
-    from tl_bilinear.features.published import HOOKS
+    from tl_bilinear.features.published_saes import HOOKS
 
     return HOOKS[point.replace("_", "-")].format(layer)
 

@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Int
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.loading import pretrained_sae_loaders, pretrained_saes_directory
+from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -105,6 +106,7 @@ class SignedTopKSAEConfig(TopKSAEConfig):
     there are.
     """
 
+    metadata: Any = field(default_factory=SAEMetadata)  # SAELens gives it a dict and converts that
     passthrough: list[int] = field(default_factory=list)
 
     @classmethod

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from tests.models import published_format as models
 from tl_bilinear.features import FeatureInteractions
-from tl_bilinear.features.published import (
+from tl_bilinear.features.published_saes import (
     HOOKS,
     SignedTopKSAE,
     SignedTopKSAEConfig,
@@ -351,7 +351,7 @@ def test_exact_attribution_between_published_saes(spliced, point, fields):
     _, cache = model.run_with_cache(models.TOKENS[:1])
     z = f.outputs.encode(cache["blocks.1.hook_mlp_out"])[0, -1].detach()
     feature = int(z.abs().argmax())
-    found = f.attribute(models.TOKENS[0], feature)
+    found = f.run(models.TOKENS[0]).attribute(feature)
     assert found.total == pytest.approx(float(z[feature]), rel=1e-5)
     assert found.measured == pytest.approx(float(z[feature]), rel=1e-5)
     assert ("skip" in found.rest_names) is bool(fields)
@@ -449,7 +449,7 @@ def run(program, *folders):
     [
         "import sae_lens, tl_bilinear",
         "import tl_bilinear, sae_lens",
-        "import tl_bilinear.features.published",
+        "import tl_bilinear.features.published_saes",
     ],
 )
 def test_registered_whichever_is_imported_first(tmp_path, imports):

@@ -24,7 +24,7 @@ def register() -> None:
 
 def _attach(module: ModuleType) -> None:
     try:
-        importlib.import_module("tl_bilinear.features.published")  # registers itself
+        importlib.import_module("tl_bilinear.features.published_saes")  # registers itself
     except (ImportError, AttributeError, TypeError) as error:
         # `import sae_lens` has to work whatever a version of it has renamed.
         warnings.warn(

@@ -1,0 +1,499 @@
+"""One run of the model on a text, and everything that is asked of it.
+
+The model runs once; the run holds the activations around the layer and answers from them:
+
+>>> run = features.run(tokens).labelled()                  # features named by what they are active on
+>>> run.examples(749).to_pandas(model.tokenizer)
+>>> run.low_rank_correlation().to_pandas()
+>>> run.attribute(749, position=7, sequence=3).to_pandas()
+
+**Which tokens count.** `mask` [batch, pos] says so, and every statistic keeps to it. Unless the caller
+gives one, it leaves out the first token of a row (as the paper does), [BOS], the special tokens that
+the SAEs were not trained on, and the padding of texts of unequal length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_bilinear.features.attribution import Attribution, contributions
+from tl_bilinear.features.correlation import (
+    ActivationScatter,
+    LayerTokens,
+    LowRankCorrelation,
+    activation_scatter,
+    low_rank_correlation,
+)
+from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.examples import Examples, Side
+from tl_bilinear.features.labels import name_features, special_tokens
+from tl_bilinear.features.pairs import (
+    ActiveInteractions,
+    ActiveTokens,
+    FeaturePairs,
+    active_interactions,
+)
+from tl_bilinear.features.passage import fires_as, refuse_attached
+from tl_bilinear.features.verification import PairCheck, check_pairs
+from tl_bilinear.tensor import _checks
+
+if TYPE_CHECKING:
+    from tl_bilinear.features.interactions import FeatureInteractions
+
+_PER_TOKEN = ("hook_activations", "source", "x", "scale", "output", "output_scale")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureRun:
+    """Activations [batch, pos, ...] of a text around a layer between two dictionaries.
+
+    Made by `FeatureInteractions.run`. It holds two to four vectors [d] a token in memory (`nbytes`).
+
+    Attributes
+    ----------
+    features: the layer and its dictionaries
+    tokens: [batch, pos]
+    mask: [batch, pos], which tokens count
+    lengths: [batch], tokens of each row before its padding
+    hook_activations: at the input dictionary's hook
+    source: at the hook that the input dictionary encodes from, where that is another
+    x: the layer's input, ``mlp.hook_in``
+    scale: [batch, pos, 1], the token's norm scale between the two (1 where there is none)
+    output: the layer's output
+    output_scale: [batch, pos], what the output dictionary's normalisation multiplies it by
+    batch_size: how many sequences are worked on at a time
+    """
+
+    features: FeatureInteractions
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    lengths: Int[Tensor, " batch"]
+    hook_activations: Float[Tensor, "batch pos d"]
+    source: Float[Tensor, "batch pos e"] | None
+    x: Float[Tensor, "batch pos d"]
+    scale: Float[Tensor, "batch pos 1"]
+    output: Float[Tensor, "batch pos d"]
+    output_scale: Float[Tensor, "batch pos"]
+    batch_size: int = field(default=16)
+
+    def __repr__(self) -> str:
+        batch, length = self.tokens.shape
+        return (
+            f"FeatureRun({batch} x {length} tokens, {int(self.mask.sum()):,} of which count, "
+            f"{self.nbytes / 2**20:.0f} MB, of {self.features!r})"
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the activations held."""
+        held = {id(t): t.nbytes for t in map(self.__getattribute__, _PER_TOKEN) if t is not None}
+        return sum(held.values())
+
+    def __getitem__(self, rows: Any) -> FeatureRun:
+        """Some of the sequences: one, a slice, or their numbers; ``run[rows, :stop]`` cuts them."""
+        rows, stop = rows if isinstance(rows, tuple) else (rows, slice(None))
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"sequence {rows} of a run of {len(self)}")
+            rows = slice(rows, rows + 1 or None)
+        names = ("tokens", "mask", *_PER_TOKEN)
+        held = {name: getattr(self, name) for name in names}
+        chosen: Any = {name: None if v is None else v[rows][:, stop] for name, v in held.items()}
+        lengths = self.lengths[rows].clamp_max(chosen["tokens"].shape[1])
+        return replace(self, lengths=lengths, **chosen)
+
+    def _parts(self, progress: bool) -> Iterator[FeatureRun]:
+        """`batch_size` sequences at a time."""
+        with tqdm(total=len(self), unit="sequence", disable=not progress) as bar:
+            for start in range(0, len(self), self.batch_size):
+                part = self[start : start + self.batch_size]
+                yield part
+                bar.update(len(part))
+
+    # ------------------------------------------------------------------ activations
+
+    @torch.no_grad()
+    def preactivations(
+        self, features: Int[Tensor, " m"] | Sequence[int] | None = None
+    ) -> Float[Tensor, "batch pos m"]:
+        """Pre-activations of output features (all), of every token.
+
+        With ``output="decoder"`` the products with the decoder's rows, without any constant.
+        """
+        return self._preactivations(
+            slice(None) if features is None else self.features.output_numbers(features)
+        )
+
+    def _preactivations(self, index: Any, output: Tensor | None = None) -> Tensor:
+        known, output = self.features, self.output if output is None else output
+        if known.output == "encoder":
+            return known.outputs.preactivation(output, index)
+        return output @ known.directions[index].to(output).T
+
+    @torch.no_grad()
+    def activations(
+        self,
+        features: Int[Tensor, " m"] | Sequence[int] | None = None,
+        *,
+        side: Side = "output",
+    ) -> Float[Tensor, "batch pos m"]:
+        """Activations of features (all) of a side, of every token.
+
+        Input features in units of their decoder rows. An output feature that has no activation of its
+        own (a row of a matrix, say) counts as active where its pre-activation is positive.
+        """
+        known = self.features
+        index = slice(None) if features is None else known.numbers(features, side)
+        if side == "input":
+            return known.inputs.read(self.hook_activations, self.source).coefficients[..., index]
+        known.side(side)
+        if known.output == "encoder" and known.outputs.encode is not None:
+            return known.outputs.encode(self.output)[..., index]
+        return self._preactivations(index).clamp_min(0)
+
+    def _counted(self, index: Any, progress: bool) -> Iterator[LayerTokens]:
+        """The tokens that count, some sequences at a time, for some output features."""
+        for part in self._parts(progress):
+            yield LayerTokens(
+                part.x[part.mask],
+                part._preactivations(index)[part.mask],
+                part.activations(index)[part.mask] != 0,
+                part.output_scale[part.mask],
+            )
+
+    def mean_input(self, mask: Bool[Tensor, "batch pos"] | None = None) -> Float[Tensor, " d"]:
+        """Mean activation at the input dictionary's hook over the tokens that count, or of `mask`.
+
+        Raises ValueError where there is no such token.
+        """
+        chosen = self.hook_activations[self.mask if mask is None else mask]
+        if len(chosen) == 0:
+            raise ValueError("no token was chosen")
+        return chosen.mean(0)
+
+    # ------------------------------------------------------------------ names and examples
+
+    def examples(
+        self, feature: int, k: int = 10, *, side: Side = "output", progress: bool = True
+    ) -> Examples:
+        """The sequences on which a feature is most active, with its strength on every token (App. M)."""
+        feature = self.features.number(feature, side)
+        strengths = [
+            part.activations([feature], side=side)[..., 0].masked_fill(~part.mask, 0)
+            for part in self._parts(progress)
+        ]
+        found = Examples.of(feature, side, self.tokens, torch.cat(strengths), k)
+        labels = self.features.side(side).labels_of([feature])
+        return (
+            replace(found, input_labels=labels)
+            if side == "input"
+            else replace(found, output_labels=labels)
+        )
+
+    def labels(self, side: Side = "input", *, k: int = 20, progress: bool = True) -> list[str]:
+        """A name for every feature of a side: the token that its k strongest activations are on.
+
+        ``happy``; ``(not) happy`` where the same token stands before; else the three most common,
+        ``happy | glad | proud``. Features that are active on no token, one or two say so. A name says
+        where a feature is active, not what it does. `labelled` sets them.
+        """
+        activations = (
+            part.activations(side=side).masked_fill(~part.mask[..., None], 0)
+            for part in self._parts(progress)
+        )
+        return name_features(self.features.model.tokenizer, self.tokens, activations, k)
+
+    def labelled(self, *, k: int = 20, progress: bool = True) -> FeatureRun:
+        """This run with `labels` of both sides set, to be shown by every table and figure from here on.
+
+        Labels that a dictionary has already are kept; input features that have no activations get none.
+        """
+        known = self.features
+        missing: list[Side] = []
+        if known.inputs.labels is None and known.inputs.encode is not None:
+            missing.append("input")
+        if known.outputs.labels is None:
+            missing.append("output")
+        found = {side: self.labels(side, k=k, progress=progress) for side in missing}
+        return replace(self, features=known.with_labels(**found))
+
+    # ------------------------------------------------------------------ what made a feature
+
+    @torch.no_grad()
+    def attribute(self, feature: int, position: int = -1, sequence: int = 0) -> Attribution:
+        """An output feature's pre-activation at one token as a sum over pairs of input features.
+
+        Exact: the pairs, the named rest (b_dec, SAE error, biases) and the constants sum to what the
+        model computes (`Attribution.error` says how nearly). A negative position counts from the end of
+        the sequence, before its padding.
+
+        Raises IndexError for a feature, position or sequence that does not exist.
+        """
+        known = self.features
+        index = known.number(feature)
+        one = self[sequence]
+        length = int(one.lengths[0])
+        if not -length <= position < length:
+            raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
+        position %= length
+        at = (0, position)
+        source = None if one.source is None else one.source[at]
+        reading = known.inputs.read(one.hook_activations[at], source)
+        active = reading.coefficients.nonzero()[:, 0]
+        z = reading.coefficients[active]
+        written = z[:, None] * known.input_directions[active].to(z)
+        rows = torch.cat([written, torch.stack(list(reading.rest.values()))]) / one.scale[at]
+        layer = known.hook_tensor.project(known.directions[index][None])
+        quadratic, linear, constants = contributions(layer, rows, float(one.output_scale[at]))
+        if known.output == "encoder":
+            for name, values in (
+                ("- e . b_dec", known.outputs.encoder_offset),
+                ("b_enc", known.outputs.encoder_bias),
+            ):
+                constants[name] = 0.0 if values is None else float(values[index])
+        return Attribution(
+            feature=index,
+            position=position,
+            features=active,
+            activations=z,
+            labels=[known.inputs.label(int(i)) for i in active],
+            rest_names=list(reading.rest),
+            quadratic=quadratic,
+            linear=linear,
+            constants={name: value for name, value in constants.items() if value},
+            measured=float(one._preactivations([index], one.output[at])[0]),
+            input_labels=known.inputs.labels_of(active),
+            output_labels=known.outputs.labels_of([index]),
+        )
+
+    @torch.no_grad()
+    def active_interactions(
+        self, feature: int, *, limit: int = 2000, progress: bool = True
+    ) -> ActiveInteractions:
+        """The pairs that made an output feature on the tokens where it is active (section 3.1).
+
+        At most `limit` such tokens are looked at.
+        """
+        known = self.features
+        feature = known.number(feature)
+        form = known.interaction(feature, basis="activations").dense()
+        tokens = self._active(feature, limit, progress)
+        found = active_interactions(feature, form, known.input_directions, tokens)
+        return replace(
+            found,
+            input_labels=known.inputs.labels_of(torch.cat([found.first, found.second])),
+            output_labels=known.outputs.labels_of([feature]),
+        )
+
+    def _active(self, feature: int, limit: int, progress: bool) -> Iterator[ActiveTokens]:
+        for part in self._parts(progress):
+            active = (part.activations([feature])[..., 0] != 0) & part.mask
+            at = active.nonzero(as_tuple=True)
+            at = (at[0][:limit], at[1][:limit])
+            source = None if part.source is None else part.source[at]
+            reading = self.features.inputs.read(part.hook_activations[at], source)
+            yield ActiveTokens(
+                reading.coefficients / part.scale[at],
+                part.output_scale[at],
+                part._preactivations([feature])[at][:, 0],
+            )
+            limit -= len(at[0])
+            if limit <= 0:
+                return
+
+    def low_rank_correlation(
+        self,
+        k: int = 10,
+        features: Int[Tensor, " m"] | Sequence[int] | None = None,
+        *,
+        progress: bool = True,
+    ) -> LowRankCorrelation:
+        """How well 1 to k eigenvectors predict pre-activations, on all and on active tokens (Fig. 9).
+
+        Eigenvectors are those of the layer at ``mlp.hook_in``, after the norm. About ``2 k m d`` flops a
+        token for m features.
+        """
+        known = self.features
+        index = known.output_numbers(features).reshape(-1)
+        eigen = known.layer_tensor.interaction(known.directions[index]).eigh(k)
+        found = low_rank_correlation(index, eigen, self._counted(index, progress))
+        return replace(found, output_labels=known.outputs.labels_of(index))
+
+    def scatter(self, feature: int, k: int = 2, *, progress: bool = True) -> ActivationScatter:
+        """A feature's pre-activation beside its approximation by k eigenvectors, token by token."""
+        known = self.features
+        feature = known.number(feature)
+        eigen = known.layer_tensor.interaction(known.directions[feature]).eigh(k)
+        found = activation_scatter(feature, eigen, self._counted([feature], progress))
+        return replace(found, output_labels=known.outputs.labels_of([feature]))
+
+    # ------------------------------------------------------------------ by intervention
+
+    def verify_pairs(
+        self,
+        feature: int,
+        pairs: FeaturePairs
+        | ActiveInteractions
+        | Int[Tensor, "m 2"]
+        | Sequence[tuple[int, int]]
+        | int = 10,
+        *,
+        limit: int = 64,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> PairCheck:
+        """Check pairs of input features causally: effect predicted from weights against measured.
+
+        Each pair's features are removed from the model's activations one at a time and together, on at
+        most `limit` tokens where both are active, with the norm scale held (see `verification`). `pairs`
+        may be a number: that many of the strongest cross-interactions of the weights. A feature with
+        itself is left out. Random directions of the same length serve as the control.
+        """
+        known = self.features
+        index = known.number(feature)
+        if isinstance(pairs, int):
+            pairs = known.top(index, pairs, kind="cross")
+        if isinstance(pairs, FeaturePairs | ActiveInteractions):
+            chosen = torch.stack([pairs.first.flatten(), pairs.second.flatten()], 1).tolist()
+        else:
+            chosen = known.numbers(pairs, "input").reshape(-1, 2).tolist()
+        different = [(int(one), int(other)) for one, other in chosen if one != other]
+        return check_pairs(self, index, different, limit=limit, seed=seed, progress=progress)
+
+
+# ---------------------------------------------------------------------- running the model
+
+
+def run_model(
+    features: FeatureInteractions,
+    text: Any,
+    *,
+    mask: Tensor | None,
+    batch_size: int,
+    progress: bool,
+) -> FeatureRun:
+    """See `FeatureInteractions.run`."""
+    _checks.require_count("batch_size", batch_size, 2**31, "sequences of a forward")
+    refuse_attached(features.model)
+    tokens, lengths = tokenise(features.model, text, (features.inputs, features.outputs))
+    if mask is None:
+        mask = _default_mask(features, tokens, lengths)
+    elif mask.shape != tokens.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be boolean and of the tokens' shape {list(tokens.shape)}, got "
+            f"{mask.dtype} {list(mask.shape)}"
+        )
+    parts: list[dict[str, Tensor]] = []
+    with tqdm(total=len(tokens), unit="sequence", desc="model", disable=not progress) as bar:
+        for rows in tokens.split(batch_size):
+            parts.append(_forward(features, rows))
+            bar.update(len(rows))
+    held: Any = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    held.setdefault("x", held["hook_activations"])
+    device = held["output"].device
+    return FeatureRun(
+        features=features,
+        tokens=tokens.to(device),
+        mask=mask.to(device),
+        lengths=lengths,
+        **{"source": None} | held,
+        batch_size=batch_size,
+    )
+
+
+def tokenise(
+    model: Any, text: Any, dictionaries: Iterable[Dictionary]
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
+    """Token ids [batch, pos] of text, and how many of each row are not padding.
+
+    With [BOS] in front as the dictionaries were trained. Shorter texts are padded behind. Token ids are
+    taken as they are.
+
+    Raises TypeError for what is neither, ValueError where the dictionaries disagree about [BOS].
+    """
+    if isinstance(text, Tensor):
+        if text.ndim not in (1, 2) or text.dtype.is_floating_point or text.dtype == torch.bool:
+            raise ValueError(
+                f"tokens must be ids [batch, pos] or [pos], got {list(text.shape)} {text.dtype}"
+            )
+        tokens = text if text.ndim == 2 else text[None]
+        if not tokens.numel():
+            raise ValueError(f"there are no tokens in a text of shape {list(text.shape)}")
+        return tokens, torch.full((len(tokens),), tokens.shape[1])
+    texts = (
+        [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else [text]
+    )
+    if not texts or not all(isinstance(each, str) for each in texts):
+        raise TypeError(
+            f"text is a string, several strings, or token ids [batch, pos], got {text!r:.80}"
+        )
+    wanted = {d.prepend_bos for d in dictionaries} - {None}
+    if len(wanted) > 1:
+        raise ValueError(
+            "one dictionary was trained with [BOS] in front and one without: give token ids"
+        )
+    given = {} if not wanted else {"prepend_bos": wanted.pop()}
+    rows = [model.to_tokens(each, **given)[0] for each in texts]
+    lengths = torch.tensor([len(row) for row in rows])
+    if not bool(lengths.all()):
+        raise ValueError(f"text {int(lengths.argmin())} has no tokens")
+    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad), lengths
+
+
+def _default_mask(
+    features: FeatureInteractions, tokens: Tensor, lengths: Tensor
+) -> Bool[Tensor, "batch pos"]:
+    tokenizer = features.model.tokenizer
+    special = {getattr(tokenizer, "bos_token_id", None)} - {None}
+    for found in (features.inputs, features.outputs):
+        special |= special_tokens(tokenizer, found.special_tokens)
+    ids = tokens.cpu()
+    mask = ~torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype))
+    mask[:, 0] = False
+    mask &= torch.arange(ids.shape[1]) < lengths[:, None]
+    if (padding := getattr(tokenizer, "pad_token_id", None)) is not None:  # of ids padded elsewhere
+        mask &= (ids == padding).flip(1).cumprod(1).flip(1) == 0
+    return mask
+
+
+@torch.no_grad()
+def _forward(features: FeatureInteractions, tokens: Tensor) -> dict[str, Tensor]:
+    """The activations of some sequences, by name."""
+    model, passage, inputs = features.model, features.passage, features.inputs
+    encodes = inputs.encoder_hook if inputs.encode is not None else None
+    hooks = {"hook_activations": passage.hook, "output": features.output_hook}
+    if encodes not in (None, passage.hook):
+        hooks["source"] = encodes
+    if passage.layer_hook != passage.hook:
+        hooks["x"] = passage.layer_hook
+    if passage.scale_hook is not None:
+        hooks["scale"] = passage.scale_hook
+    fired = {name: fires_as(model, hook) for name, hook in hooks.items()}
+    if missing := sorted(set(fired.values()) - model.hook_dict.keys()):
+        raise ValueError(
+            f"the model has no hook {', '.join(missing)}; a HookedTransformer whose MLPs are "
+            f"TransformerLens's own has none at the MLP's input: load it as HookedSAETransformer"
+        )
+    _, cache = model.run_with_cache(
+        tokens,
+        names_filter=lambda name: name in fired.values(),
+        return_type=None,
+        stop_at_layer=features.layer + 1,
+    )
+    found = {name: cache[hook] for name, hook in fired.items()}
+    output = found["output"]
+    found.setdefault("scale", torch.ones_like(found["hook_activations"][..., :1]))
+    reads = features.output == "encoder"
+    gain = features.outputs.scale_of(output) if reads else torch.ones_like(output[..., :1])
+    return found | {"output_scale": gain[..., 0]}
