@@ -199,6 +199,9 @@ def test_a_folder_is_replaced_whole_and_only_by_its_kind(tmp_path):
     ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt, and writing replaces"):
+        io.require_writable(out, "gallery")
 
 
 @pytest.mark.parametrize("marker", ["", "[]", '{"kind": 3}', "\x00", '{"kind": "model"'])

@@ -47,7 +47,7 @@ u = model.W_U[:, 4]
 assert_type(u, torch.Tensor)
 eigen = BilinearTensor.from_model(model, 0).interaction(u).eigh(k=2)
 assert_type(eigen, Eigendecomposition)
-parts = EigenComponents(eigen, u, layer=0)
+parts = EigenComponents(eigen, layer=0)
 added = loss_added(model, tokens, {"first": parts.ablate(0)}, progress=False)
 assert_type(added, LossAdded)
 assert_type(verify(model, tokens, parts, progress=False), Verification)

@@ -2,8 +2,8 @@
 
 **Files and folders.** `whole_file` and `whole_directory` give a temporary place to write to, which takes
 its final name only when everything is there: an error, an interrupt or a power cut leaves what stood
-there before. A folder of ours holds a small file, ``tl_bilinear.json``, that says of which kind it is.
-Only a folder of the same kind is ever replaced.
+there before. A folder of ours holds a small file, ``tl_bilinear.json``, that says of which kind it is
+and what we wrote into it. Only a folder of the same kind, to which nobody has added a thing, is replaced.
 
 **Results.** A :class:`Storable` is a frozen dataclass whose fields are tensors, JSON values, and lists,
 dictionaries and other Storables of these. It is one safetensors file: tensors under the path of their
@@ -95,17 +95,22 @@ def whole_directory(target: str | os.PathLike[str], kind: str) -> Iterator[Path]
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Say in the folder that it is ours and of which kind."""
-    (folder / MARKER).write_text(json.dumps({"kind": kind}) + "\n")
+    """Say in the folder that it is ours, of which kind, and what is in it."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    (folder / MARKER).write_text(json.dumps({"kind": kind, "holds": names}) + "\n")
 
 
 def is_ours(folder: Path, kind: str) -> bool:
     """Whether a folder bears our marker of this kind."""
+    return _marker(folder).get("kind") == kind
+
+
+def _marker(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == kind
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def refuse_foreign(target: Path, kind: str) -> None:
@@ -114,11 +119,15 @@ def refuse_foreign(target: Path, kind: str) -> None:
         return
     if not target.is_dir():
         raise NotADirectoryError(f"cannot write the folder {target}: it is a file")
-    names = sorted(entry.name for entry in target.iterdir())
-    if names and not is_ours(target, kind):
+    names = {entry.name for entry in target.iterdir()}
+    if is_ours(target, kind):
+        ours = _marker(target).get("holds")
+        names -= {MARKER, *(ours if isinstance(ours, list) else ())}
+    if names:
+        shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
         raise FileExistsError(
-            f"{target} holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}, and writing "
-            f"replaces the whole folder: choose a new or an empty one"
+            f"{target} holds {shown}, and writing replaces the whole folder: choose a new or an empty "
+            f"one"
         )
 
 

@@ -121,7 +121,7 @@ def test_a_pair_is_the_second_difference_of_patching():
     found = paths(built, TOKENS, 2, DIRECTION)
     top = found.strongest(len(found.labels))
     pairs = [
-        (i, j) for i, j in zip(top.rows.tolist(), top.columns.tolist(), strict=True) if i != j
+        (i, j) for i, j in zip(top.first.tolist(), top.second.tolist(), strict=True) if i != j
     ][:6]
     for i, j in pairs:
         alone, other, both = check_paths(built, TOKENS, found, [[i], [j], [i, j]]).measured

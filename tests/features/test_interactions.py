@@ -15,6 +15,7 @@ from tl_bilinear.features import (
     InteractionStatistics,
     Submatrix,
 )
+from tl_bilinear.tensor import approximate
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LAYER = "blocks.1"
@@ -309,7 +310,7 @@ def test_a_gated_layer_that_is_not_bilinear_is_read_through_its_approximation():
     _, cache = gated.run_with_cache(tokens)
     inputs = cache[INPUTS[0]].flatten(0, 1)
     with pytest.warns(UserWarning, match="variance"):
-        found = BilinearTensor.approximate(gated.blocks[1].mlp, inputs, warn_below=1.0)
+        found = approximate(gated.blocks[1].mlp, inputs, warn_below=1.0)
     f = between(INPUTS[2], built=gated, layer_tensor=found.tensor)
     assert f.top(3, k=4).values.shape == (4,)
     run = f.run(tokens[:1])

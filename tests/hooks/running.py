@@ -48,7 +48,7 @@ def eigen(model, n=3, k=None, seed=0, **options):
     tensor = BilinearTensor.from_model(model, LAYER)
     u = directions(n or 1, seed, dtype=tensor.dtype)
     u = u if n else u[0]
-    return EigenComponents(tensor.interaction(u).eigh(k), u, layer=LAYER, **options)
+    return EigenComponents(tensor.interaction(u).eigh(k), layer=LAYER, **options)
 
 
 def activation(parts, x, direction, pair):

@@ -30,7 +30,7 @@ def parts():
     factors = (torch.randn(shape, generator=generator) / 4 for shape in ((9, 16), (9, 16), (16, 9)))
     u = directions(2, dtype=torch.float32)
     spectrum = BilinearTensor(*factors).interaction(u).eigh(3)
-    return EigenComponents(spectrum, u, layer=1, write="dual")
+    return EigenComponents(spectrum, layer=1, write="dual")
 
 
 def run(model, edit):

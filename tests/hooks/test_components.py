@@ -1,5 +1,7 @@
 """Eigencomponents and HOSVD components: what each intervention writes, against slow references."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from tests.hooks.running import EXACT, LAYER, TOKENS, directions, edited, eigen,
 from tests.hooks.running import activation as one_activation
 from tl_bilinear import BilinearTensor
 from tl_bilinear.hooks import EigenComponents, HOSVDComponents, ReplaceLayer
+from tl_bilinear.tensor import hosvd
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +106,8 @@ def test_ablating_all_pairs_of_a_direction_leaves_nothing_of_it(model, clean):
     parts = eigen(model, None)
     assert parts.shape == (16,)
     _, out, _ = through(model, parts.ablate())
-    assert (out @ parts.directions).abs().max() < 1e-12
-    assert (clean[1] @ parts.directions).abs().max() > 0.01
+    assert (out @ parts.eigen.directions).abs().max() < 1e-12
+    assert (clean[1] @ parts.eigen.directions).abs().max() > 0.01
 
 
 def test_keeping_is_ablating_the_others(model):
@@ -155,9 +158,9 @@ def test_with_biases_the_form_is_the_interaction_part(biased):
     x, _, _ = through(biased)
     tensor = BilinearTensor.from_model(biased, LAYER)
     parts = eigen(biased, None)
-    rest = through(biased, parts.ablate())[1] @ parts.directions
+    rest = through(biased, parts.ablate())[1] @ parts.eigen.directions
     split = tensor.parts()
-    expected = (x @ split.linear.T + split.constant) @ parts.directions
+    expected = (x @ split.linear.T + split.constant) @ parts.eigen.directions
     assert_close(rest, expected, **EXACT)
     assert expected.abs().max() > 0.01
 
@@ -167,7 +170,7 @@ def test_augmented_spectra_hold_the_biases(biased):
     tensor = BilinearTensor.from_model(biased, LAYER)
     u = directions(2)
     spectrum = tensor.augmented().interaction(u).eigh()
-    parts = EigenComponents(spectrum, u, layer=LAYER, write="dual")
+    parts = EigenComponents(spectrum, layer=LAYER, write="dual")
     assert parts.augmented
     assert_close(parts.activations(x).sum(-1), out @ u.T, **EXACT)
     assert (through(biased, parts.ablate())[1] @ u.T).abs().max() < 1e-10
@@ -182,7 +185,7 @@ def test_augmented_spectra_hold_the_biases(biased):
 
 def test_hosvd_components_are_forms_and_directions(model, clean):
     x, out, _ = clean
-    parts = HOSVDComponents(BilinearTensor.from_model(model, LAYER).hosvd(5), layer=LAYER)
+    parts = HOSVDComponents(hosvd(BilinearTensor.from_model(model, LAYER), 5), layer=LAYER)
     u = parts.hosvd.vectors
     assert_close(parts.activations(x), out @ u.T, **EXACT)
     expected = edited(x, out, lambda _, out: [(u[i], -float(out @ u[i])) for i in (0, 3)])
@@ -197,18 +200,18 @@ def test_hosvd_components_are_forms_and_directions(model, clean):
         (out @ u[1:3].T) @ u[1:3],
         **EXACT,
     )
-    whole = HOSVDComponents(BilinearTensor.from_model(model, LAYER).hosvd(), layer=LAYER)
+    whole = HOSVDComponents(hosvd(BilinearTensor.from_model(model, LAYER)), layer=LAYER)
     assert_close(through(model, whole.keep(outside="drop"))[2], clean[2], **EXACT)
 
 
 def test_hosvd_with_biases(biased):
     x, out, _ = through(biased)
     tensor = BilinearTensor.from_model(biased, LAYER)
-    parts = HOSVDComponents(tensor.augmented().hosvd(4), layer=LAYER)
+    parts = HOSVDComponents(hosvd(tensor.augmented(), 4), layer=LAYER)
     assert parts.augmented
     u = parts.hosvd.vectors
     assert_close(parts.activations(x), out @ u.T, **EXACT)
-    bare = HOSVDComponents(tensor.hosvd(4), layer=LAYER)
+    bare = HOSVDComponents(hosvd(tensor, 4), layer=LAYER)
     assert_close(bare.activations(x), tensor.parts().interaction(x) @ bare.reads.T, **EXACT)
     assert (through(biased, bare.ablate())[1] @ bare.reads.T).abs().max() < 1e-12
 
@@ -237,7 +240,7 @@ def test_to_moves_all_of_them(model):
     for parts in (
         eigen(model, 2, write="dual"),
         eigen(model, 2, write=directions(2, 7)),
-        HOSVDComponents(tensor.hosvd(3), layer=LAYER),
+        HOSVDComponents(hosvd(tensor, 3), layer=LAYER),
     ):
         moved = parts.to(torch.float32)
         assert moved.reads.dtype == moved.writes.dtype == torch.float32
@@ -304,49 +307,58 @@ def test_a_choice_outside_the_grid_is_an_error(model):
         parts.low_rank(4)
 
 
-def test_directions_that_do_not_fit_their_spectrum(model):
-    spectrum = eigen(model, 2).eigen
-    with pytest.raises(ValueError, match=r"\(batch shape \[2\]\), got \[3, 16\]"):
-        EigenComponents(spectrum, directions(3), layer=LAYER)
+def test_directions_that_nothing_can_be_written_along(model):
+    eigenpairs = eigen(model, 2).eigen
+
+    def parts(u, **options):
+        return EigenComponents(
+            dataclasses.replace(eigenpairs, directions=u), layer=LAYER, **options
+        )
+
+    with pytest.raises(ValueError, match="do not say which output direction they belong to"):
+        parts(None)
     u = directions(2)
     u[1] = 0
     with pytest.raises(ValueError, match=r"output directions \[1\] are zero"):
-        EigenComponents(spectrum, u, layer=LAYER)
+        parts(u)
     with pytest.raises(ValueError, match="these 2 have rank 1"):
-        EigenComponents(spectrum, directions(1).repeat(2, 1), layer=LAYER, write="dual")
+        parts(directions(1).repeat(2, 1), write="dual")
     u = torch.eye(16, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"write directions \[0, 1\] are orthogonal"):
-        EigenComponents(spectrum, u[:2], layer=LAYER, write=u[2:4])
+        parts(u[:2], write=u[2:4])
+    grid = BilinearTensor.from_model(model, LAYER).interaction(directions(4).reshape(2, 2, 16))
+    with pytest.raises(ValueError, match=r"a batch of shape \[2, 2\]: flatten the directions"):
+        EigenComponents(grid.eigh(1), layer=LAYER)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_options_of_another_kind(model):
     with pytest.raises(ValueError, match="outside must be 'keep' or 'drop', got 'lose'"):
         eigen(model, 2).keep(0, outside="lose")
-    spectrum = eigen(model, 2).eigen
+    eigenpairs = eigen(model, 2).eigen
     with pytest.raises(ValueError, match="write must be 'minimal', 'dual' or a tensor, got 'u'"):
-        EigenComponents(spectrum, directions(2), layer=LAYER, write="u")
+        EigenComponents(eigenpairs, layer=LAYER, write="u")
     with pytest.raises(TypeError, match="float"):
         eigen(model, 2).scale([1.0, 2.0], [0, 1])
     with pytest.raises(ValueError, match=r"write must have shape \[\.\.\., 16\]"):
-        EigenComponents(spectrum, directions(2), layer=LAYER, write=torch.ones(2, 5))
+        EigenComponents(eigenpairs, layer=LAYER, write=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"one direction for each of 2, got \[16\]"):
-        EigenComponents(spectrum, directions(2), layer=LAYER, write=torch.ones(16))
+        EigenComponents(eigenpairs, layer=LAYER, write=torch.ones(16))
 
 
 def test_an_hosvd_of_input_directions_is_refused(model):
     tensor = BilinearTensor.from_model(model, LAYER)
     with pytest.raises(ValueError, match="this HOSVD is of mode 'input'"):
-        HOSVDComponents(tensor.hosvd(3, mode="input"), layer=LAYER)
+        HOSVDComponents(hosvd(tensor, 3, mode="input"), layer=LAYER)
 
 
 def test_a_loaded_hosvd_is_intervened_on_but_has_no_forms(model, clean, tmp_path):
     from tl_bilinear import HOSVD
 
     tensor = BilinearTensor.from_model(model, LAYER)
-    tensor.hosvd(3).save(tmp_path / "h.safetensors")
+    hosvd(tensor, 3).save(tmp_path / "h.safetensors")
     parts = HOSVDComponents(HOSVD.load(tmp_path / "h.safetensors"), layer=LAYER)
-    whole = HOSVDComponents(tensor.hosvd(3), layer=LAYER)
+    whole = HOSVDComponents(hosvd(tensor, 3), layer=LAYER)
     assert torch.equal(through(model, parts.ablate(1))[1], through(model, whole.ablate(1))[1])
     with pytest.raises(ValueError, match="holds no quadratic forms"):
         parts.activations(clean[0])

@@ -20,6 +20,7 @@ from tl_bilinear.hooks import (
     next_token_loss,
     token_losses,
 )
+from tl_bilinear.tensor import hosvd
 
 MANY = torch.randint(0, 23, (7, 9), generator=torch.Generator().manual_seed(3))
 
@@ -36,7 +37,7 @@ def edits(model):
         "one": eigen(model, 2).ablate((0, 0)),
         "rank 2": eigen(model, 3).low_rank(2, outside="drop"),
         "both": Chain(
-            eigen(model, 2).ablate((0, 0)), HOSVDComponents(tensor.hosvd(2), layer=LAYER).ablate()
+            eigen(model, 2).ablate((0, 0)), HOSVDComponents(hosvd(tensor, 2), layer=LAYER).ablate()
         ),
     }
 

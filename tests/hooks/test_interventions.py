@@ -36,6 +36,7 @@ from tl_bilinear.hooks import (
     ProjectInput,
     ReplaceLayer,
 )
+from tl_bilinear.tensor import cp, hosvd, tucker
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ class Add(OutputEdit):
 def test_they_compose_in_the_order_given(model):
     _, out, _ = through(model)
     tensor = BilinearTensor.from_model(model, LAYER)
-    parts = HOSVDComponents(tensor.hosvd(2), layer=LAYER)
+    parts = HOSVDComponents(hosvd(tensor, 2), layer=LAYER)
     add, ablate = Add(layer=LAYER), parts.ablate()
     u = parts.reads
 
@@ -100,7 +101,7 @@ def test_dependent_and_zero_directions_of_the_input(model):
 def test_layers_of_their_own_and_from_the_end(model):
     u = directions(1)[0]
     first = EigenComponents(
-        BilinearTensor.from_model(model, 0).interaction(u).eigh(), u, layer=0
+        BilinearTensor.from_model(model, 0).interaction(u).eigh(), layer=0
     ).ablate()
     last = dataclasses.replace(eigen(model, None), layer=-1).ablate()
     chain = Chain(first, last).fwd_hooks(model)
@@ -329,11 +330,13 @@ def test_processed_models_have_spectra_of_their_own(model):
     processed = copy.deepcopy(model)
     processed.process_weights_()
     parts = eigen(processed, None)
-    assert (through(processed, parts.ablate())[1] @ parts.directions).std() > 0  # the biases
+    assert (through(processed, parts.ablate())[1] @ parts.eigen.directions).std() > 0  # the biases
     bare = BilinearTensor.from_model(processed, LAYER).parts()
     x, out, _ = through(processed, parts.ablate())
     assert_close(
-        out @ parts.directions, (x @ bare.linear.T + bare.constant) @ parts.directions, **EXACT
+        out @ parts.eigen.directions,
+        (x @ bare.linear.T + bare.constant) @ parts.eigen.directions,
+        **EXACT,
     )
     before = eigen(model, None).ablate()
     with pytest.raises(ValueError, match="the eigendecomposition does not fit") as error:
@@ -359,17 +362,19 @@ def test_another_layer_width_or_basis_is_refused(model):
     ):
         dataclasses.replace(here, layer=0).ablate().fwd_hooks(model)
     folded = tensor.fold(directions(9, 1))
-    parts = EigenComponents(folded.interaction(u).eigh(), u, layer=LAYER)
+    parts = EigenComponents(folded.interaction(u).eigh(), layer=LAYER)
     with pytest.raises(ValueError, match=r"width 9 in 'directions in blocks.1.mlp.hook_in"):
         parts.keep(0).fwd_hooks(model)
     augmented = EigenComponents(
-        tensor.augmented().interaction(u).eigh(), u, layer=LAYER, augmented=False
+        tensor.augmented().interaction(u).eigh(), layer=LAYER, augmented=False
     )
     with pytest.raises(
         ValueError, match=r"width 17 in '\[blocks.1.mlp.hook_in .*, 1\]', the layer"
     ):
         augmented.ablate().fwd_hooks(model)
-    narrow = dataclasses.replace(here, directions=directions(2, d=5))
+    narrow = dataclasses.replace(
+        here, eigen=dataclasses.replace(here.eigen, directions=directions(2, d=5))
+    )
     with pytest.raises(
         ValueError, match=r"the output direction does not fit.*width 5.*writes width 16"
     ):
@@ -379,9 +384,9 @@ def test_another_layer_width_or_basis_is_refused(model):
         ValueError, match=r"the tensor does not fit.*'directions in blocks.1.hook_mlp_o"
     ):
         projected.fwd_hooks(model)
-    hosvd = HOSVDComponents(BilinearTensor.from_model(model, 0).hosvd(2), layer=LAYER)
+    components = HOSVDComponents(hosvd(BilinearTensor.from_model(model, 0), 2), layer=LAYER)
     with pytest.raises(ValueError, match=r"the HOSVD does not fit.*'blocks.0.hook_mlp_out'"):
-        hosvd.ablate().fwd_hooks(model)
+        components.ablate().fwd_hooks(model)
     with pytest.raises(ValueError, match=r"the direction does not fit.*width 3"):
         ProjectInput(directions=torch.ones(3), layer=LAYER).fwd_hooks(model)
 
@@ -391,7 +396,7 @@ def test_approximations_of_a_layer_take_its_place(model):
     x, _, logits = through(model)
     whole = ReplaceLayer(tensor, layer=LAYER)
     assert_close(through(model, whole)[2], logits, **EXACT)
-    for layer in (tensor.tucker(6, 8).expand(), tensor.cp(4, restarts=1, steps=3).tensor):
+    for layer in (tucker(tensor, 6, 8).tensor, cp(tensor, 4, restarts=1, steps=3).tensor):
         replaced = through(model, ReplaceLayer(layer, layer=LAYER))
         assert_close(replaced[1], layer(x), **EXACT)
         assert not torch.allclose(replaced[2], logits)
@@ -424,7 +429,7 @@ def test_a_model_of_another_kind_needs_hook_names_only():
             }
 
     u = directions(1)[0]
-    parts = EigenComponents(tensor.interaction(u).eigh(), u, layer=LAYER)
+    parts = EigenComponents(tensor.interaction(u).eigh(), layer=LAYER)
     assert len(parts.ablate().fwd_hooks(Foreign())) == 2
     with pytest.raises(
         ValueError, match=r"the eigendecomposition does not fit blocks.0.mlp.*'blocks.0.mlp.hook_"

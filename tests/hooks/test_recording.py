@@ -19,6 +19,7 @@ from tests.hooks.running import (
 )
 from tl_bilinear import BilinearTensor
 from tl_bilinear.hooks import EigenComponents, HOSVDComponents, ProjectInput, recording
+from tl_bilinear.tensor import hosvd
 
 EIGEN, HOSVD = f"blocks.{LAYER}.mlp.hook_eigen", f"blocks.{LAYER}.mlp.hook_hosvd"
 
@@ -35,14 +36,14 @@ def parts(model):
 
 def test_caches_hold_the_activations(model, parts):
     x, out, logits = through(model)
-    hosvd = HOSVDComponents(BilinearTensor.from_model(model, LAYER).hosvd(4), layer=LAYER)
-    with recording(model, parts, hosvd) as names:
+    components = HOSVDComponents(hosvd(BilinearTensor.from_model(model, LAYER), 4), layer=LAYER)
+    with recording(model, parts, components) as names:
         assert names == [EIGEN, HOSVD]
         again, cache = model.run_with_cache(TOKENS)
         assert torch.equal(again, logits)
         assert cache[EIGEN].shape == (3, 6, 6)
         assert_close(cache[EIGEN].reshape(3, 6, 2, 3), parts.activations(x), **EXACT)
-        assert_close(cache[HOSVD], out @ hosvd.reads.T, **EXACT)
+        assert_close(cache[HOSVD], out @ components.reads.T, **EXACT)
         _, only = model.run_with_cache(TOKENS, names_filter=names, pos_slice=-1)
         assert set(only) == {EIGEN, HOSVD}
         assert_close(only[EIGEN], cache[EIGEN][:, -1:])
@@ -55,7 +56,7 @@ def test_caches_hold_the_activations(model, parts):
 
 
 def test_two_of_a_layer_under_names_of_their_own(model, parts):
-    single = EigenComponents(parts.eigen[0], parts.directions[0], layer=LAYER)
+    single = EigenComponents(parts.eigen[0], layer=LAYER)
     with recording(model, parts), recording(model, single, name="hook_one") as (name,):
         _, cache = model.run_with_cache(TOKENS)
         assert name == f"blocks.{LAYER}.mlp.hook_one"

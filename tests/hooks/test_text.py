@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer
 from tl_bilinear.hooks import EigenComponents, HOSVDComponents, ReplaceLayer, loss_added, verify
+from tl_bilinear.tensor import hosvd, tucker
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
 
@@ -43,13 +44,13 @@ def test_predicted_is_measured_and_components_matter(text, model):
     held_out = tokens[-100:]
     tensor = BilinearTensor.from_model(model, 1)
     u = model.W_U.detach()[:, [names.index(c) for c in "e ."]].T
-    parts = EigenComponents(tensor.interaction(u).eigh(8), u, layer=1, write="dual")
-    hosvd = HOSVDComponents(tensor.hosvd(3), layer=1)
+    parts = EigenComponents(tensor.interaction(u).eigh(8), layer=1, write="dual")
+    components = HOSVDComponents(hosvd(tensor, 3), layer=1)
     few, options = (slice(None), slice(2)), {"controls": 2, "progress": False}
     for found in (
         verify(model, held_out, parts, few, at="output", **options),
         verify(model, held_out, parts, few, **options),
-        verify(model, held_out, hosvd, **options),
+        verify(model, held_out, components, **options),
     ):
         assert found.error.max() < 1e-5
         # What the weights name does more to the loss than as large a change of another direction.
@@ -62,7 +63,7 @@ def test_loss_added_by_approximations_of_the_layer(text, model):
     tensor = BilinearTensor.from_model(model, 1)
     layers = {
         "nothing": ReplaceLayer(tensor * 0.0, layer=1),
-        **{f"tucker {k}": ReplaceLayer(tensor.tucker(k, k).expand(), layer=1) for k in (8, 24, 64)},
+        **{f"tucker {k}": ReplaceLayer(tucker(tensor, k, k).tensor, layer=1) for k in (8, 24, 64)},
     }
     found = loss_added(model, held_out, layers, progress=False)
     added = dict(zip(found.names, found.difference.tolist(), strict=True))

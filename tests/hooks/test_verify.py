@@ -19,6 +19,7 @@ from tl_bilinear.hooks import (
     verify,
     verify_trials,
 )
+from tl_bilinear.tensor import hosvd
 
 FEW = (slice(None), slice(2))
 
@@ -86,7 +87,7 @@ def test_a_spectrum_of_another_layer_fails_at_the_input_only(model):
     """At the output any component is subtracted as predicted; the weights tell the difference."""
     u = directions(2)
     other = BilinearTensor.from_model(model, 0).interaction(u).eigh()
-    parts = EigenComponents(dataclasses.replace(other, space=None), u, layer=LAYER)
+    parts = EigenComponents(dataclasses.replace(other, space=None, output_space=None), layer=LAYER)
     assert check(model, parts, at="output").error.max() < 1e-10
     assert check(model, parts, at="input").error.min() > 0.01
     assert check(model, parts).error.min() > 0.01
@@ -94,13 +95,11 @@ def test_a_spectrum_of_another_layer_fails_at_the_input_only(model):
 
 def test_the_default_is_the_check_that_can_fail(model):
     parts, tensor = eigen(model, 2), BilinearTensor.from_model(model, LAYER)
-    augmented = EigenComponents(
-        tensor.augmented().interaction(directions(2)).eigh(), directions(2), layer=LAYER
-    )
+    augmented = EigenComponents(tensor.augmented().interaction(directions(2)).eigh(), layer=LAYER)
     assert check(model, parts).at == "input"
     assert check(model, parts, read=directions(1)).at == "output"
     assert check(model, augmented).at == "output"
-    assert check(model, HOSVDComponents(tensor.hosvd(2), layer=LAYER), None).at == "output"
+    assert check(model, HOSVDComponents(hosvd(tensor, 2), layer=LAYER), None).at == "output"
 
 
 def test_controls_at_the_input_fail_and_are_seeded(model):
@@ -131,13 +130,13 @@ def test_input_biases(model):
     biased = model64(bilinear_bias=True)
     tensor = BilinearTensor.from_model(biased, LAYER)
     u = directions(2)
-    parts = EigenComponents(tensor.interaction(u).eigh(), u, layer=LAYER)
+    parts = EigenComponents(tensor.interaction(u).eigh(), layer=LAYER)
     assert check(biased, parts, at="output").error.max() < 1e-10
     linear = tensor.project(u).parts().linear
     assert check(biased, parts, at="input", linear=0 * linear).error.min() > 1e-3
     assert check(biased, parts, at="input").error.max() < 1e-10  # read from the model
     assert check(biased, parts, at="input", linear=linear).error.max() < 1e-10
-    augmented = EigenComponents(tensor.augmented().interaction(u).eigh(), u, layer=LAYER)
+    augmented = EigenComponents(tensor.augmented().interaction(u).eigh(), layer=LAYER)
     assert check(biased, augmented).error.max() < 1e-10
 
 
@@ -145,12 +144,12 @@ def test_input_biases(model):
 def test_hosvd_components(bias):
     model = model64(bilinear_bias=bias)
     tensor = BilinearTensor.from_model(model, LAYER)
-    hosvd = (tensor.augmented() if bias else tensor).hosvd(4)
-    found = check(model, HOSVDComponents(hosvd, layer=LAYER), None)
+    components = hosvd(tensor.augmented() if bias else tensor, 4)
+    found = check(model, HOSVDComponents(components, layer=LAYER), None)
     assert found.error.max() < 1e-10
     assert found.labels == {"direction": [0, 1, 2, 3], "component": [0, 0, 0, 0]}
     if bias:  # without the biases in its form, the form does not predict the model's output
-        bare = HOSVDComponents(tensor.hosvd(4), layer=LAYER)
+        bare = HOSVDComponents(hosvd(tensor, 4), layer=LAYER)
         assert check(model, bare, None).error.max() > 1e-3
 
 
@@ -205,7 +204,7 @@ def test_directions_that_are_parameters(model):
     """As ``model.W_U[:, token]`` is: results are plain numbers all the same."""
     tensor, u = BilinearTensor.from_model(model, LAYER), model.W_U[:, 4]
     assert u.requires_grad
-    parts = EigenComponents(tensor.interaction(u).eigh(), u, layer=LAYER)
+    parts = EigenComponents(tensor.interaction(u).eigh(), layer=LAYER)
     for at in ("output", "input"):
         found = check(model, parts, [0, 1], at=at)
         assert found.error.max() < 1e-10
@@ -226,11 +225,11 @@ def test_the_model_is_as_before(model):
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_refused(model):
     parts = eigen(model, 2)
-    hosvd = HOSVDComponents(BilinearTensor.from_model(model, LAYER).hosvd(2), layer=LAYER)
+    components = HOSVDComponents(hosvd(BilinearTensor.from_model(model, LAYER), 2), layer=LAYER)
     with pytest.raises(ValueError, match="at must be 'output' or 'input', got 'both'"):
         check(model, parts, at="both")
     with pytest.raises(ValueError, match="are not directions of it: use at='output'"):
-        check(model, hosvd, None, at="input")
+        check(model, components, None, at="input")
     with pytest.raises(ValueError, match="leave read out"):
         check(model, parts, at="input", read=directions(1))
     with pytest.raises(ValueError, match="linear belongs to at='input'"):

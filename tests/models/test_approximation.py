@@ -26,7 +26,8 @@ from tl_bilinear.models.approximation import (
     mlp_inputs,
     to_bilinear_llama,
 )
-from tl_bilinear.tensor.readers import read_gated
+from tl_bilinear.tensor import approximate
+from tl_bilinear.tensor.registry import read_gated
 
 SIZES = {
     "vocab_size": 50,
@@ -84,7 +85,7 @@ def test_gated_layers_of_hugging_face(config_class, options):
     assert_close(read_gated(mlp)(x), mlp(x), rtol=1e-5, atol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = BilinearTensor.approximate(mlp, torch.randn(3000, 16))
+        found = approximate(mlp, torch.randn(3000, 16))
     assert found.variance_explained > 0.5
     if options.get("hidden_act") == "linear":
         assert found.variance_explained > 1 - 1e-9
@@ -126,15 +127,15 @@ class WithNorm(nn.Module):
 
 def test_modules_that_are_something_else(monkeypatch):
     with pytest.raises(ValueError, match="WithNorm has the names of a gated MLP, but its forward"):
-        BilinearTensor.approximate(WithNorm(), torch.randn(50, 4))
+        approximate(WithNorm(), torch.randn(50, 4))
     nameless = WithNorm()
     del nameless.act_fn
     with pytest.raises(ValueError, match="no activation under act_fn, act"):
-        BilinearTensor.approximate(nameless, torch.randn(50, 4))
+        approximate(nameless, torch.randn(50, 4))
     with pytest.raises(
         TypeError, match=r"no reader recognises this gated MLP: .*Linear.*GatedLayer"
     ):
-        BilinearTensor.approximate(nn.Linear(4, 4), torch.randn(50, 4))
+        approximate(nn.Linear(4, 4), torch.randn(50, 4))
     with pytest.raises(ValueError, match="'transformer-lens' is registered already"):
         register_gated_reader("transformer-lens", lambda module: None)
 
@@ -241,7 +242,7 @@ def test_a_real_model(shared_data):
         assert 0.5 < neuron < refit < 0.95
     inputs = mlp_inputs(model, rows[:-16], [0])[0]
     moments = (inputs.mean(0), torch.cov(inputs.T))
-    gaussian = BilinearTensor.approximate(model.model.layers[0].mlp, moments, warn_below=-1e9)
+    gaussian = approximate(model.model.layers[0].mlp, moments, warn_below=-1e9)
     with torch.no_grad():
         want = model.model.layers[0].mlp(inputs)
         errors = [

@@ -26,6 +26,7 @@ from tests.models.slow_transformer import SIZES, TOKENS, log_probs, random_state
 from tl_bilinear import BilinearTensor, FeatureInteractions
 from tl_bilinear.features import Dictionary
 from tl_bilinear.hooks import EigenComponents, recording, verify
+from tl_bilinear.io import read_json
 from tl_bilinear.models import (
     BilinearMLPBridge,
     conversion,
@@ -493,7 +494,7 @@ def test_checkpoints_there_and_back(fields, tmp_path):
             hooked.process_weights_()
             assert_close(tl_log_probs(TransformerBridge.boot_bilinear(hooked)), expected, **CLOSE)
     for folder in ("back", "processed"):
-        cfg = folders.read_fields(tmp_path, files.read_json(tmp_path / folder / "config.json"))
+        cfg = folders.read_fields(tmp_path, read_json(tmp_path / folder / "config.json"))
         state = files.read_tensors(tmp_path / folder / "model.safetensors")
         assert_close(log_probs(state, cfg).float(), expected, **CLOSE)
 
@@ -616,7 +617,7 @@ def test_interventions_and_recording(any_bridge, processed):
         bridge.enable_compatibility_mode(disable_warnings=True)
     u = directions(2)
     spectrum = BilinearTensor.from_model(bridge, 1).interaction(u).eigh(3)
-    parts = EigenComponents(spectrum, u, layer=1, write="dual")
+    parts = EigenComponents(spectrum, layer=1, write="dual")
     x, output = layer_in_a_run(bridge, 1)
     with torch.no_grad(), bridge.hooks(fwd_hooks=parts.ablate((0, 1)).fwd_hooks(bridge)):
         _, edited = layer_in_a_run(bridge, 1)
@@ -633,7 +634,7 @@ def test_components_of_an_unprocessed_layer_are_refused_after_processing(any_bri
     spectrum = BilinearTensor.from_model(any_bridge, 1).interaction(u).eigh(3)
     any_bridge.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(ValueError, match=r"does not fit blocks\.1\.mlp.*without"):
-        EigenComponents(spectrum, u, layer=1).ablate().fwd_hooks(any_bridge)
+        EigenComponents(spectrum, layer=1).ablate().fwd_hooks(any_bridge)
 
 
 @pytest.mark.parametrize("hook", ["mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid"])

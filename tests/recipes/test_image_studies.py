@@ -39,7 +39,7 @@ from tl_bilinear.recipes.images.sweep import (
 )
 from tl_bilinear.recipes.images.target import HiddenTarget, default_target, target_data
 from tl_bilinear.recipes.images.toy import GATES, FittedToy, read_toy
-from tl_bilinear.tensor.eigen import participation
+from tl_bilinear.tensor.eigendecomposition import participation
 
 QUIET = Runs(progress=False)
 BASE = TrainingConfig(size=10, noise=0.1, weight_decay=0.1, epochs=10, batch=50, learning_rate=0.01)

@@ -217,7 +217,7 @@ def test_truncation(trained, striped):
         found = truncation_accuracy(trained.model, spectra.of(space), *args, (1, 3, all_pairs))
         assert found[all_pairs] == pytest.approx(trained.accuracy, abs=0.011)
     # By hand, for one k: the forms rebuilt from their k largest pairs.
-    forms = spectra.pixel.truncate(3).dense()
+    forms = spectra.pixel.top(3).dense()
     _, linear, constant = trained.model.tensor().parts()(args[0])
     logits = torch.einsum("ni,aij,nj->na", args[0], forms, args[0]) + linear + constant
     by_hand = float((logits.argmax(-1) == args[1]).float().mean())

@@ -514,14 +514,14 @@ def test_activations_compared(data, tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, steps=6)
     options = {"folder": tmp_path / "c", "activations": ("bilinear", "swiglu"), **OPTIONS}
     with monkeypatch.context() as patch:  # a machine on which swiglu takes exactly twice as long
-        original = train.write_table
+        original = train.write_json
 
         def write(path, content):
             if path.name == "result.json":
                 content = {**content, "seconds": 2.0 if path.parent.name == "swiglu" else 1.0}
             original(path, content)
 
-        patch.setattr(train, "write_table", write)
+        patch.setattr(train, "write_json", write)
         compared = compare_activations(data, config, **options)
     table = compared.to_pandas()
     assert list(table.index) == ["bilinear", "swiglu"]

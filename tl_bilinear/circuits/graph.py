@@ -28,14 +28,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.circuits.residual import EMBED, direct_path, reaches
 from tl_bilinear.circuits.upstream import as_tokens
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
 from tl_bilinear.features.pairs import FeaturePairs
 from tl_bilinear.features.passage import refuse_attached, residual_passage
-from tl_bilinear.tensor import _checks
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import networkx
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureGraph(Storable):
+class FeatureGraph(Result):
     """Features of several dictionaries and the pairs between them, strongest pair first.
 
     Attributes
@@ -74,7 +74,7 @@ class FeatureGraph(Storable):
 
     def top(self, k: int) -> FeatureGraph:
         """The k strongest pairs and the features that they join."""
-        _checks.require_count("k", k, max(1, len(self.pairs)), "the pairs of the graph")
+        checks.require_count("k", k, max(1, len(self.pairs)), "the pairs of the graph")
         return self._choose(torch.arange(len(self.pairs))[:k])
 
     def _choose(self, kept: Tensor) -> FeatureGraph:

@@ -27,18 +27,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
 from tl_bilinear.features.attribution import contributions, relative_error
 from tl_bilinear.features.labels import kinds
-from tl_bilinear.tensor import BilinearTensor, TopInteractions, _checks
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import BilinearTensor, TopInteractions
 
 if TYPE_CHECKING:
     import pandas
 
 
 @dataclass(frozen=True, eq=False)
-class Paths(Storable):
+class Paths(Result):
     """What pairs of upstream components contribute to ``u . f(x)`` at one token.
 
     Attributes
@@ -105,7 +106,7 @@ class Paths(Storable):
     def strongest(self, k: int) -> TopInteractions:
         """The k pairs of largest contribution; numbers index `labels`."""
         n = len(self.labels)
-        _checks.require_count("k", k, n * (n + 1) // 2, f"the pairs of {n} components")
+        checks.require_count("k", k, n * (n + 1) // 2, f"the pairs of {n} components")
         doubled = (2 * self.quadratic).triu_(1) + self.quadratic.diagonal().diag()
         chosen = doubled.abs().flatten().topk(k).indices
         rows, columns = chosen // n, chosen % n
@@ -132,12 +133,12 @@ class Paths(Storable):
 
         n = len(self.labels)
         pairs = self.strongest(n * (n + 1) // 2 if k is None else k)
-        first, second = pairs.rows.tolist(), pairs.columns.tolist()
+        first, second = pairs.first.tolist(), pairs.second.tolist()
         return pd.DataFrame(
             {
                 "first": first,
                 "second": second,
-                "kind": kinds(pairs.rows, pairs.columns),
+                "kind": kinds(pairs.first, pairs.second),
                 "label_first": [self.labels[i] for i in first],
                 "label_second": [self.labels[i] for i in second],
                 "contribution": pairs.coefficients.tolist(),
@@ -154,7 +155,7 @@ class Paths(Storable):
         n = len(self.labels)
         pairs = self.strongest(min(k, n * (n + 1) // 2))
         for i, j, value in zip(
-            pairs.rows.tolist(), pairs.columns.tolist(), pairs.coefficients.tolist(), strict=True
+            pairs.first.tolist(), pairs.second.tolist(), pairs.coefficients.tolist(), strict=True
         ):
             names = self.labels[i] if i == j else f"{self.labels[i]} x {self.labels[j]}"
             lines.append(f"  {value:+.4f}  {names}")
@@ -173,7 +174,7 @@ def paths(
     *,
     by: By = "sources",
     words: Sequence[str] | None = None,
-    max_bytes: int = _checks.MAX_DENSE_BYTES,
+    max_bytes: int = checks.MAX_DENSE_BYTES,
 ) -> Paths:
     """Split a layer's output along a direction over pairs of upstream components.
 
@@ -199,16 +200,16 @@ def paths(
     """
     tokens = as_tokens(model, tokens)  # refuses a batch before any work
     tensor = BilinearTensor.from_model(model, layer)
-    tensor = tensor.to(_checks.gram_dtype(tensor.left))
-    direction = _checks.require_rows("direction", direction, tensor.d_out, "d_model", tensor.out)
+    tensor = tensor.to(checks.gram_dtype(tensor.left))
+    direction = checks.require_rows("direction", direction, tensor.d_out, "d_model", tensor.out)
     if direction.ndim != 1:
-        raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
+        raise ValueError(f"direction must be one vector, got {checks.shape(direction)}")
     run = Upstream(model, tokens, layer, position)
     if words is not None and len(words) != run.tokens.shape[1]:
         raise ValueError(f"{len(words)} words for {run.tokens.shape[1]} tokens")
     found = run.components().group(by)
     n = len(found.kinds)
-    _checks.require_affordable(
+    checks.require_affordable(
         f"the pairs of {n} components",
         n * n,
         run.dtype,
@@ -240,7 +241,7 @@ def paths(
 
 
 @dataclass(frozen=True, eq=False)
-class PathCheck(Storable):
+class PathCheck(Result):
     """Effects of taking components out, predicted from `Paths` and measured by path patching.
 
     Attributes

@@ -29,12 +29,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
 from tl_bilinear.features.unembedding import token_names
-from tl_bilinear.tensor import InteractionMatrix, _checks
-from tl_bilinear.tensor._top import BLOCK_ELEMENTS
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import InteractionMatrix
+from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import pandas
@@ -169,7 +170,7 @@ def _upstream(
 
 
 @dataclass(frozen=True, eq=False)
-class SourcePairs(Storable):
+class SourcePairs(Result):
     """The strongest pairs of a direction of one source with a direction of another.
 
     Attributes
@@ -189,7 +190,7 @@ class SourcePairs(Storable):
 
     def top(self, k: int) -> SourcePairs:
         """The first k of them."""
-        _checks.require_count("k", k, len(self.first), "the pairs held")
+        checks.require_count("k", k, len(self.first), "the pairs held")
         return SourcePairs(self.layer, *(getattr(self, name)[:k] for name in _PAIR_COLUMNS))
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -229,7 +230,7 @@ def source_pairs(
     """
     one, other = (direct_path(model, layer, each) for each in (first, second))
     Q = _interaction(model, layer, direction)
-    _checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
+    checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
     columns = 2 * (Q @ other.decoder.to(Q.left).T)
     values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
     step = max(1, BLOCK_ELEMENTS // other.n)
@@ -253,7 +254,7 @@ def source_pairs(
 def _interaction(model: Any, layer: int, direction: Tensor) -> InteractionMatrix:
     """What a layer's MLP makes of pairs of directions of the residual stream before it."""
     if direction.ndim != 1:
-        raise ValueError(f"direction must be one vector, got {_checks.shape(direction)}")
+        raise ValueError(f"direction must be one vector, got {checks.shape(direction)}")
     return residual_tensor(model, layer).interaction(direction)
 
 
@@ -261,7 +262,7 @@ def _interaction(model: Any, layer: int, direction: Tensor) -> InteractionMatrix
 
 
 @dataclass(frozen=True, eq=False)
-class VirtualWeights(Storable):
+class VirtualWeights(Result):
     """How directions written upstream are read by the eigenvectors of a later layer.
 
     For a residual stream ``sum_b z_b d_b``, up to the linear part of biases,
@@ -289,7 +290,7 @@ class VirtualWeights(Storable):
         """
         import pandas as pd
 
-        _checks.require_count("k", k, len(self.weights), "the directions")
+        checks.require_count("k", k, len(self.weights), "the directions")
         column = self.weights[:, eigenvector]
         chosen = column.abs().topk(k).indices
         return pd.DataFrame(

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.passage import Passage, refuse_attached, residual_passage
-from tl_bilinear.tensor import _checks
 
 By = Literal["sources", "heads", "layers"]
 _KEPT = {"sources": 3, "heads": 2, "layers": 1}
@@ -123,7 +123,7 @@ class Upstream:
             return_type=None,
             stop_at_layer=self.layer + 1,
         )
-        self.dtype = _checks.gram_dtype(self.cache[self.passage.hook])
+        self.dtype = checks.gram_dtype(self.cache[self.passage.hook])
 
     def at(self, hook: str) -> Float[Tensor, " d"]:
         """An activation at the position, in float64."""

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_bilinear import models
-from tl_bilinear.models.files import read_table
+from tl_bilinear.io import read_table
 
 if TYPE_CHECKING:
     import sae_lens

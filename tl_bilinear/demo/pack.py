@@ -14,9 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from tl_bilinear.demo import CARD, MODEL, NAME, SAES, SEPARATOR, STORIES
-from tl_bilinear.models.files import write_table
+from tl_bilinear.io import whole_directory, write_json
 from tl_bilinear.models.huggingface import save_llama
-from tl_bilinear.tensor.storage import whole_directory
 
 MODEL_CARD = "MODEL_CARD.md"
 LM_OPTIONS = (
@@ -107,7 +106,7 @@ def pack(
             },
             "stories": len(written),
         }
-        write_table(folder / CARD, card)
+        write_json(folder / CARD, card)
         (folder / MODEL_CARD).write_text(_model_card(card))
     typer.echo(evaluation)
     size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import Named, kinds
-from tl_bilinear.tensor import BilinearTensor, _checks
+from tl_bilinear.tensor import BilinearTensor
 
 if TYPE_CHECKING:
     import pandas
@@ -137,7 +138,7 @@ def contributions(
     layer: BilinearTensor,
     rows: Float[Tensor, "rows d"],
     gain: float = 1.0,
-    max_bytes: int = _checks.MAX_DENSE_BYTES,
+    max_bytes: int = checks.MAX_DENSE_BYTES,
 ) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, " rows"], dict[str, float]]:
     """(quadratic, linear, constants) of ``gain * layer(sum of rows)``, for a layer of one output."""
     parts = layer.parts()

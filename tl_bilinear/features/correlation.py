@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import Named
-from tl_bilinear.tensor import Eigendecomposition, _checks
-from tl_bilinear.tensor._top import BLOCK_ELEMENTS
+from tl_bilinear.tensor import Eigendecomposition
+from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import pandas
@@ -50,7 +51,7 @@ class LowRankCorrelation(Named):
 
         It depends strongly on `min_active`: with few samples correlations are noisy. Report both.
         """
-        _checks.require_count("rank", rank, self.active.shape[1], "the ranks held")
+        checks.require_count("rank", rank, self.active.shape[1], "the ranks held")
         chosen = self.active[self.enough(min_active), rank - 1]
         return float((chosen > threshold).double().mean()) if len(chosen) else float("nan")
 

@@ -40,7 +40,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.tensor import _checks
+from tl_bilinear import checks
 
 _TOLERANCE = 1e-3  # of the comparison with the source's own forward, which may run in float32
 
@@ -97,10 +97,10 @@ class Dictionary:
     sae: Any = None
 
     def __post_init__(self) -> None:
-        _checks.require_tensor("decoder", self.decoder)
+        checks.require_tensor("decoder", self.decoder)
         if self.decoder.ndim != 2:
             raise ValueError(
-                f"a dictionary is a matrix [n, d], one feature a row, got {_checks.shape(self.decoder)}"
+                f"a dictionary is a matrix [n, d], one feature a row, got {checks.shape(self.decoder)}"
             )
         n, d = self.decoder.shape
         for name, given, expected in (
@@ -112,7 +112,7 @@ class Dictionary:
             if given is not None and not _fits(given, expected):
                 raise ValueError(
                     f"{name} must have shape {[n if e is None else e for e in expected]} for a decoder "
-                    f"of shape {[n, d]}, got {_checks.shape(given)}"
+                    f"of shape {[n, d]}, got {checks.shape(given)}"
                 )
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"{len(self.labels)} labels for {n} features")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from tl_bilinear.features.labels import special_tokens
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.hooks.effects import LossAdded, next_token_loss, require_tokens
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -31,7 +31,7 @@ __all__ = ["SAEEvaluation", "evaluate_saes"]
 
 
 @dataclass(frozen=True, eq=False)
-class SAEEvaluation(Storable):
+class SAEEvaluation(Result):
     """How well m SAEs reconstruct, and what the model loses by it.
 
     Attributes

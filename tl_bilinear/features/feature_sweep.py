@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.geometry import unit
 from tl_bilinear.features.labels import Named
-from tl_bilinear.tensor import BilinearTensor, _checks
-from tl_bilinear.tensor._sweeps import Rows, sweep
-from tl_bilinear.tensor._top import BLOCK_ELEMENTS
-from tl_bilinear.tensor.storage import digest_of
+from tl_bilinear.io import digest_of
+from tl_bilinear.tensor import BilinearTensor, spectrum
+from tl_bilinear.tensor.batching import Rows, sweep
+from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import pandas
@@ -58,7 +59,7 @@ class FeatureSweep(Named):
 
     def top(self, k: int) -> FeatureSweep:
         """The first k features."""
-        _checks.require_count("k", k, len(self), "the features held")
+        checks.require_count("k", k, len(self), "the features held")
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: Any = {
             name: value[:k] for name, value in held.items() if isinstance(value, Tensor)
@@ -98,7 +99,8 @@ def feature_sweep(
 ) -> FeatureSweep:
     """The table of chosen output features: rows of `directions` (read) and `decoder` (written)."""
     folder = None if checkpoint is None else Path(checkpoint)
-    found = tensor.spectrum(
+    found = spectrum(
+        tensor,
         directions[features],
         k,
         screen=screen,
@@ -111,7 +113,7 @@ def feature_sweep(
 
     def work(rows: slice) -> Rows:
         pairs = matrices[rows].top(1, kind="cross", directions=input_directions)
-        return {"first": pairs.rows, "second": pairs.columns, "values": pairs.values}
+        return {"first": pairs.first, "second": pairs.second, "values": pairs.values}
 
     weights: dict[str, Tensor | None] = {
         "left": tensor.left,

@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.feature_sweep import FeatureSweep, feature_sweep
@@ -53,13 +54,8 @@ from tl_bilinear.features.run import FeatureRun, run_model
 from tl_bilinear.features.statistics import InteractionStatistics, interaction_statistics
 from tl_bilinear.features.unembedding import unembedding_row
 from tl_bilinear.hooks import EigenComponents
-from tl_bilinear.tensor import (
-    BilinearTensor,
-    Eigendecomposition,
-    InteractionMatrix,
-    _checks,
-)
-from tl_bilinear.tensor.interaction import Kind
+from tl_bilinear.results import Kind
+from tl_bilinear.tensor import BilinearTensor, Eigendecomposition, InteractionMatrix
 
 Along = Literal["encoder", "decoder"]
 Basis = Literal["features", "activations"]
@@ -83,7 +79,7 @@ class FeatureInteractions:
         directions. By default the encoder's, where it reads the layer's output.
     layer_tensor: BilinearTensor, optional
         The layer as a function of ``mlp.hook_in``, instead of reading it from the model: for a gated
-        MLP that is not bilinear, ``BilinearTensor.approximate(mlp, inputs).tensor``. An attribution's
+        MLP that is not bilinear, ``approximate(mlp, inputs).tensor``. An attribution's
         `error` and a check's `difference` then say what the approximation leaves out.
 
     Attributes
@@ -234,8 +230,8 @@ class FeatureInteractions:
         index = self.output_numbers(features)
         matrices = self.interaction(index, basis="activations")
         found = matrices.top(k, kind=kind, directions=self.input_directions)
-        made = index[..., None].expand_as(found.rows)
-        return self._pairs(made, found.rows, found.columns, found.values)
+        made = index[..., None].expand_as(found.first)
+        return self._pairs(made, found.first, found.second, found.values)
 
     def top_overall(self, k: int = 100, *, kind: Kind = "all") -> FeaturePairs:
         """The k strongest (output feature, pair) of the whole tensor [k].
@@ -244,7 +240,7 @@ class FeatureInteractions:
         """
         matrices = self.interaction(basis="activations")
         made, found = matrices.top_of_batch(k, kind=kind, directions=self.input_directions)
-        return self._pairs(made, found.rows, found.columns, found.values)
+        return self._pairs(made, found.first, found.second, found.values)
 
     def _pairs(self, made: Tensor, first: Tensor, second: Tensor, values: Tensor) -> FeaturePairs:
         return FeaturePairs(
@@ -347,7 +343,7 @@ class FeatureInteractions:
         directions = self.directions[index]
         eigen = self.layer_tensor.interaction(directions).eigh(k)
         if write == "minimal":
-            return EigenComponents(eigen, directions, self.layer)
+            return EigenComponents(eigen, self.layer)
         if write != "feature":
             raise ValueError(f"write must be 'minimal' or 'feature', got {write!r}")
         if self.outputs.hook not in (None, *output_hooks(self.model, self.layer)):
@@ -356,7 +352,7 @@ class FeatureInteractions:
                 f"use write='minimal'"
             )
         rows = self.outputs.decoder[index].to(directions)
-        return EigenComponents(eigen, directions, self.layer, write=rows)
+        return EigenComponents(eigen, self.layer, write=rows)
 
     # ------------------------------------------------------------------ all output features
 
@@ -367,7 +363,7 @@ class FeatureInteractions:
         *,
         screen: int | None = None,
         checkpoint: str | Path | None = None,
-        max_bytes: int = _checks.MAX_SOLVER_BYTES,
+        max_bytes: int = checks.MAX_SOLVER_BYTES,
         progress: bool = True,
     ) -> FeatureSweep:
         """A table of output features (all): eigenvalues, strongest pair, AND-gate score, opposite.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -30,7 +30,7 @@ Labels = dict[int, str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Named(Storable):
+class Named(Result):
     """A result that names features.
 
     Attributes

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import Named, kinds
-from tl_bilinear.tensor import _checks
-from tl_bilinear.tensor.interaction import Kind
+from tl_bilinear.results import Kind
 
 if TYPE_CHECKING:
     import pandas
@@ -48,7 +48,7 @@ class FeaturePairs(Named):
 
     def top(self, k: int) -> FeaturePairs:
         """The first k pairs."""
-        _checks.require_count("k", k, self.first.shape[-1], "the pairs held")
+        checks.require_count("k", k, self.first.shape[-1], "the pairs held")
         names = ("features", "first", "second", "values")
         return replace(self, **{name: getattr(self, name)[..., :k] for name in names})
 
@@ -105,7 +105,7 @@ class ActiveInteractions(Named):
         if kind not in kinds:
             raise ValueError(f"kind must be 'all', 'self' or 'cross', got {kind!r}")
         chosen = kinds[kind].nonzero()[:, 0]
-        _checks.require_count("k", k, len(chosen), "the pairs held")
+        checks.require_count("k", k, len(chosen), "the pairs held")
         names = ("first", "second", "counts", "means", "spread")
         return replace(self, **{name: getattr(self, name)[chosen[:k]] for name in names})
 

@@ -41,18 +41,18 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tl_bilinear.io import read_json
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
     Source,
     is_repository,
-    read_json,
     read_tensors,
     require_shapes,
     require_sizes,
 )
 from tl_bilinear.models.published_models import attention_scale
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -453,7 +453,7 @@ def _add_releases() -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class TopSequences(Storable):
+class TopSequences(Result):
     """The text sequences on which each feature of one published SAE is most active.
 
     Attributes

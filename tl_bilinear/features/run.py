@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.features.attribution import Attribution, contributions
 from tl_bilinear.features.correlation import (
     ActivationScatter,
@@ -42,7 +43,6 @@ from tl_bilinear.features.pairs import (
 )
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.features.verification import PairCheck, check_pairs
-from tl_bilinear.tensor import _checks
 
 if TYPE_CHECKING:
     from tl_bilinear.features.interactions import FeatureInteractions
@@ -383,7 +383,7 @@ def run_model(
     progress: bool,
 ) -> FeatureRun:
     """See `FeatureInteractions.run`."""
-    _checks.require_count("batch_size", batch_size, 2**31, "sequences of a forward")
+    checks.require_count("batch_size", batch_size, 2**31, "sequences of a forward")
     refuse_attached(features.model)
     tokens, lengths = tokenise(features.model, text, (features.inputs, features.outputs))
     if mask is None:

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from tl_bilinear.features.labels import Named
 from tl_bilinear.tensor import InteractionMatrix
-from tl_bilinear.tensor._top import BLOCK_ELEMENTS
-from tl_bilinear.tensor.eigen import participation
+from tl_bilinear.tensor.eigendecomposition import participation
+from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import pandas

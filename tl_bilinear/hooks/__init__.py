@@ -3,7 +3,7 @@ measure.
 
 >>> u = model.W_U[:, token]
 >>> eigen = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
->>> parts = EigenComponents(eigen, u, layer=3)
+>>> parts = EigenComponents(eigen, layer=3)
 >>> with recording(model, parts) as names:
 ...     logits, cache = model.run_with_cache(tokens, names_filter=names)
 >>> model.run_with_hooks(tokens, fwd_hooks=parts.ablate(0, positions=-1).fwd_hooks(model))

@@ -10,7 +10,7 @@ so that u . mlp_out loses exactly that component, and r . mlp_out loses ``r . w`
 
 >>> u = model.W_U[:, token]
 >>> eigen = BilinearTensor.from_model(model, 3).interaction(u).eigh(k=8)
->>> parts = EigenComponents(eigen, u, layer=3)
+>>> parts = EigenComponents(eigen, layer=3)
 >>> parts.activations(x)                               # [..., 8]
 >>> edit = parts.ablate([0, 2], positions=-1)          # or keep, scale, steer
 >>> model.run_with_hooks(tokens, fwd_hooks=edit.fwd_hooks(model))
@@ -33,9 +33,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.hooks.interventions import OutputEdit, Outside
 from tl_bilinear.hooks.points import LayerPoints, Positions
-from tl_bilinear.tensor import HOSVD, Eigendecomposition, _checks
+from tl_bilinear.tensor import HOSVD, Eigendecomposition
 from tl_bilinear.tensor.reexpress import dual_directions
 
 
@@ -200,7 +201,7 @@ class Components(ABC):
             except RuntimeError:
                 raise ValueError(
                     f"values for components of shape {list(chosen.shape)} were given in shape "
-                    f"{_checks.shape(value)}"
+                    f"{checks.shape(value)}"
                 ) from None
 
         return EditComponents(
@@ -220,12 +221,10 @@ class EigenComponents(Components):
     Parameters
     ----------
     eigen: Eigendecomposition
-        Of ``tensor.interaction(directions)``: one matrix [k], or a batch [n, k].
-    directions: [d_out] or [n, d_out]
-        The u of each matrix.
+        Of ``tensor.interaction(directions)``, one matrix [k] or a batch [n, k]; it knows them.
     layer: int
         Counts from 0, negative from the end.
-    write: "minimal", "dual" or a tensor in the shape of `directions`
+    write: "minimal", "dual" or a tensor in the shape of `eigen.directions`
         The write direction w, with u . w = 1. "minimal": u / |u|^2, the smallest change. "dual": the
         row of the set's pseudo-inverse, which changes the reading of no other direction of the set. A
         tensor (a feature's decoder row, say) is scaled to u . w = 1.
@@ -238,7 +237,6 @@ class EigenComponents(Components):
     """
 
     eigen: Eigendecomposition
-    directions: Float[Tensor, "*batch d_out"]
     layer: int
     write: Literal["minimal", "dual"] | Float[Tensor, "*batch d_out"] = "minimal"
     augmented: bool | None = None
@@ -247,19 +245,18 @@ class EigenComponents(Components):
     hook_name: ClassVar[str] = "hook_eigen"
 
     def __post_init__(self) -> None:
-        given = _checks.require_tensor("directions", self.directions)
-        batch = self.eigen.batch_shape
-        if given.ndim not in (1, 2) or given.shape[:-1] != batch:
+        if self.eigen.directions is None:
             raise ValueError(
-                f"directions must be [d_out] or [n, d_out], one for each matrix decomposed "
-                f"(batch shape {list(batch)}), got {_checks.shape(given)}"
+                "these eigenpairs do not say which output direction they belong to, so that nothing can "
+                "be written along it: take them from tensor.interaction(directions).eigh(k)"
             )
-        _checks.require_same_device(
-            {"directions": given, "the eigendecomposition": self.eigen.values}
-        )
+        if len(self.eigen.batch_shape) > 1:
+            raise ValueError(
+                f"components take the eigenpairs of one matrix or of a list of them, got a batch of "
+                f"shape {list(self.eigen.batch_shape)}: flatten the directions to [n, d_out]"
+            )
         if self.augmented is None:
             object.__setattr__(self, "augmented", _is_augmented(self.eigen.space))
-        object.__setattr__(self, "directions", given.to(self.eigen.values.dtype))
         object.__setattr__(self, "_writes", _write_directions(self.reads, self.write))
 
     @property
@@ -268,7 +265,9 @@ class EigenComponents(Components):
 
     @property
     def reads(self) -> Float[Tensor, "n d_out"]:
-        return self.directions.reshape(-1, self.directions.shape[-1])
+        given = self.eigen.directions
+        assert given is not None  # checked when it was made
+        return given.reshape(-1, given.shape[-1]).to(self.eigen.values.dtype)
 
     @property
     def writes(self) -> Float[Tensor, "n d_out"]:
@@ -287,7 +286,15 @@ class EigenComponents(Components):
             model, points, "the eigendecomposition", self.eigen.d, self.eigen.space, self.augmented
         )
         width = self.reads.shape[-1]
-        points.require_fit(model, "the output direction", width=width, space=None, output=True)
+        space = self.eigen.output_space
+        points.require_fit(
+            model,
+            "the output direction",
+            width=width,
+            space=space,
+            output=True,
+            field="output_space",
+        )
 
     def low_rank(
         self, k: int, *, outside: Outside = "keep", positions: Positions = None
@@ -296,25 +303,19 @@ class EigenComponents(Components):
 
         ``sum_u w_u sum_{i<=k} lambda_i (v_i . x)^2`` with pseudo-inverse rows w_u, plus the part of
         mlp_out outside the span of the directions, unless `outside` drops it. For a set that spans the
-        output space, dependent or not, use ``ReplaceLayer(tensor.reexpress(U).eigenvector_form(k))``.
+        output space, dependent or not, use ``ReplaceLayer(reexpress(tensor, U).eigenvector_form(k))``.
 
         Raises ValueError for k below 1 or above the pairs held.
         """
-        _checks.require_count("k", k, self.eigen.k, "the pairs held")
+        checks.require_count("k", k, self.eigen.k, "the pairs held")
         return replace(self, write="dual").keep(
             (..., slice(k)), outside=outside, positions=positions
         )
 
     def to(self, *args: Any, **kwargs: Any) -> EigenComponents:
         """Move to a device or dtype, as `torch.Tensor.to`."""
-        moved = {
-            name: getattr(self.eigen, name).to(*args, **kwargs)
-            for name in ("values", "vectors", "residuals", "bound")
-        }
         write = self.write if isinstance(self.write, str) else self.write.to(*args, **kwargs)
-        directions = self.directions.to(*args, **kwargs)
-        eigen = replace(self.eigen, **moved)
-        return replace(self, eigen=eigen, directions=directions, write=write)
+        return replace(self, eigen=self.eigen.to(*args, **kwargs), write=write)
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +325,7 @@ class HOSVDComponents(Components):
     The recorded activation is the form, computed from the weights. An intervention works on the
     component as the output has it, ``u_i . mlp_out``: removing it is ``mlp_out <- mlp_out -
     (u_i . mlp_out) u_i``. The two agree on an unedited layer without biases, or with
-    ``tensor.augmented().hosvd()``. Otherwise the intervention also takes the biases' part along u_i.
+    ``hosvd(tensor.augmented())``. Otherwise the intervention also takes the biases' part along u_i.
 
     Parameters
     ----------
@@ -345,7 +346,7 @@ class HOSVDComponents(Components):
         if self.hosvd.mode != "output":
             raise ValueError(
                 f"HOSVD components are written along output directions, this HOSVD is of mode "
-                f"{self.hosvd.mode!r}; take tensor.hosvd(k)"
+                f"{self.hosvd.mode!r}; take hosvd(tensor, k)"
             )
         if self.augmented is None:
             forms = self.hosvd.interactions
@@ -391,17 +392,7 @@ class HOSVDComponents(Components):
 
     def to(self, *args: Any, **kwargs: Any) -> HOSVDComponents:
         """Move to a device or dtype, as `torch.Tensor.to`."""
-        hosvd = self.hosvd
-        forms = None if hosvd.interactions is None else hosvd.interactions.to(*args, **kwargs)
-        return replace(
-            self,
-            hosvd=replace(
-                hosvd,
-                values=hosvd.values.to(*args, **kwargs),
-                vectors=hosvd.vectors.to(*args, **kwargs),
-                interactions=forms,
-            ),
-        )
+        return replace(self, hosvd=self.hosvd.to(*args, **kwargs))
 
 
 # ---------------------------------------------------------------------- what they make
@@ -483,7 +474,7 @@ def _layer_input(x: Tensor, augmented: bool | None, like: Tensor) -> Tensor:
     """x, or [x, 1], as the form takes it."""
     if augmented:
         x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    return _checks.require_rows("x", x, like.shape[-1], "what the form reads", like)
+    return checks.require_rows("x", x, like.shape[-1], "what the form reads", like)
 
 
 def _write_directions(reads: Tensor, write: str | Tensor) -> Tensor:
@@ -493,11 +484,11 @@ def _write_directions(reads: Tensor, write: str | Tensor) -> Tensor:
     if zero:
         raise ValueError(f"output directions {zero} are zero: nothing can be written along them")
     if isinstance(write, Tensor):
-        rows = _checks.require_rows("write", write, reads.shape[-1], "d_out", reads)
+        rows = checks.require_rows("write", write, reads.shape[-1], "d_out", reads)
         rows = rows.reshape(-1, reads.shape[-1])
         if rows.shape != reads.shape:
             raise ValueError(
-                f"write must hold one direction for each of {len(reads)}, got {_checks.shape(write)}"
+                f"write must hold one direction for each of {len(reads)}, got {checks.shape(write)}"
             )
         overlap = (reads * rows).sum(-1, keepdim=True)
         smallest = 100 * torch.finfo(reads.dtype).eps * reads.norm(dim=-1) * rows.norm(dim=-1)
@@ -515,7 +506,7 @@ def _write_directions(reads: Tensor, write: str | Tensor) -> Tensor:
             raise ValueError(
                 f"write='dual' needs independent directions, these {len(reads)} have rank {rank}; "
                 f"leave some out, take write='minimal', or replace the whole layer: "
-                f"ReplaceLayer(tensor.reexpress(directions).eigenvector_form(k), layer=...)"
+                f"ReplaceLayer(reexpress(tensor, directions).eigenvector_form(k), layer=...)"
             )
         return dual
     raise ValueError(f"write must be 'minimal', 'dual' or a tensor, got {write!r}")

@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.hooks.interventions import Hooks
-from tl_bilinear.tensor import _checks
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -48,7 +48,7 @@ def token_losses(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch targets"]:
     """Cross-entropy of each next token, in nats: [batch, pos - 1], of ``tokens[:, 1:]``."""
-    wide = logits[:, :-1].to(_checks.compute_dtype(logits.dtype))
+    wide = logits[:, :-1].to(checks.compute_dtype(logits.dtype))
     return wide.logsumexp(-1) - wide.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
 
 
@@ -73,14 +73,14 @@ def logit_difference(first: int, second: int, position: int = -1) -> Effect:
     """The effect ``logits[:, position, first] - logits[:, position, second]``, for `verify`."""
 
     def difference(logits: Tensor, tokens: Tensor) -> Tensor:
-        at = logits[:, position].to(_checks.compute_dtype(logits.dtype))
+        at = logits[:, position].to(checks.compute_dtype(logits.dtype))
         return at[:, first] - at[:, second]
 
     return difference
 
 
 @dataclass(frozen=True, eq=False)
-class LossAdded(Storable):
+class LossAdded(Result):
     """The loss that edits add, sequence by sequence.
 
     Attributes
@@ -120,7 +120,7 @@ class LossAdded(Storable):
 
     def top(self, k: int) -> LossAdded:
         """The k edits that add most."""
-        _checks.require_count("k", k, len(self.names), "the edits")
+        checks.require_count("k", k, len(self.names), "the edits")
         order = self.difference.argsort(descending=True)[:k]
         names = [self.names[i] for i in order.tolist()]
         return LossAdded(names, self.clean, self.patched[order], self.confidence)
@@ -182,7 +182,7 @@ def loss_added(
     require_confidence(confidence)
     if mask is not None and mask.shape != tokens.shape:
         raise ValueError(
-            f"mask must have the shape of tokens, {list(tokens.shape)}, got {_checks.shape(mask)}"
+            f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
         )
     chosen = [None, *edits.values()]
     losses: Tensor | None = None
@@ -251,7 +251,7 @@ def require_tokens(tokens: Any, at_least: int = 1) -> None:
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
         raise ValueError(
             f"tokens must have shape [n, pos] with n at least 1 and pos at least {at_least}, got "
-            f"{_checks.shape(tokens)}"
+            f"{checks.shape(tokens)}"
         )
 
 

@@ -28,8 +28,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
-from tl_bilinear.tensor import BilinearTensor, _checks
+from tl_bilinear.tensor import BilinearTensor
 
 Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 Outside: TypeAlias = Literal["keep", "drop"]
@@ -101,7 +102,7 @@ class OutputEdit(Intervention):
 class ReplaceLayer(OutputEdit):
     """The layer computed by another factored tensor: a Tucker or CP approximation, say.
 
-    ``ReplaceLayer(tensor.cp(rank=64).tensor, layer=3)``, ``ReplaceLayer(tensor.tucker(8, 32).expand(),
+    ``ReplaceLayer(cp(tensor, rank=64).tensor, layer=3)``, ``ReplaceLayer(tucker(tensor, 8, 32).tensor,
     layer=3)``. The tensor stands for the whole layer: the layer's own biases are not added.
     """
 
@@ -109,8 +110,17 @@ class ReplaceLayer(OutputEdit):
 
     def check(self, model: Any, points: LayerPoints) -> None:
         tensor, what = self.tensor, "the tensor"
-        points.require_fit(model, what, width=tensor.d_in, space=tensor.input_space)
-        points.require_fit(model, what, width=tensor.d_out, space=tensor.output_space, output=True)
+        points.require_fit(
+            model, what, width=tensor.d_in, space=tensor.input_space, field="input_space"
+        )
+        points.require_fit(
+            model,
+            what,
+            width=tensor.d_out,
+            space=tensor.output_space,
+            output=True,
+            field="output_space",
+        )
 
     def edit(self, x: Tensor, out: Tensor) -> Tensor:
         return self.tensor(x).to(out.dtype)
@@ -139,14 +149,14 @@ class ProjectInput(Intervention):
 
     def fwd_hooks(self, model: Any) -> Hooks:
         points = LayerPoints.of(model, self.layer)
-        given = _checks.require_tensor("directions", self.directions)
+        given = checks.require_tensor("directions", self.directions)
         points.require_fit(model, "the direction", width=given.shape[-1], space=self.space)
-        rows = given.reshape(-1, given.shape[-1]).to(_checks.gram_dtype(given))
+        rows = given.reshape(-1, given.shape[-1]).to(checks.gram_dtype(given))
         _, scale, basis = torch.linalg.svd(rows, full_matrices=False)
         basis = basis[scale > scale.amax() * max(rows.shape) * torch.finfo(given.dtype).eps]
 
         def project(x: Tensor, hook: Any) -> Tensor:
-            rows = basis.to(x.device, _checks.compute_dtype(x.dtype))
+            rows = basis.to(x.device, checks.compute_dtype(x.dtype))
             edited = x - ((x.to(rows.dtype) @ rows.T) @ rows).to(x.dtype)
             mask = position_mask(self.positions, x.shape[:-1], x.device)
             return edited if mask is None else torch.where(mask[..., None], edited, x)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_bilinear import checks
 from tl_bilinear.models.spaces import layer_spaces, require_layer
-from tl_bilinear.tensor import _checks
 
 Positions = int | slice | Sequence[int] | Tensor | None
 
@@ -82,9 +82,19 @@ class LayerPoints:
         return points
 
     def require_fit(
-        self, model: Any, what: str, *, width: int, space: str | None, output: bool = False
+        self,
+        model: Any,
+        what: str,
+        *,
+        width: int,
+        space: str | None,
+        output: bool = False,
+        field: str = "space",
     ) -> None:
-        """Raise ValueError, naming both sides, where `what` is not of this layer's input (or output)."""
+        """Raise ValueError, naming both sides, where `what` is not of this layer's input (or output).
+
+        `field` is where `what` keeps its space.
+        """
         point = self.writes if output else self.reads
         expected = (self.output_space if output else self.input_space) or f"{point}"
         d_model = getattr(getattr(model, "cfg", None), "d_model", None)
@@ -96,7 +106,7 @@ class LayerPoints:
             f"{space or 'a space without a name'!r}, the layer {'writes' if output else 'reads'} "
             f"width {there} in {expected!r}. Take it from BilinearTensor.from_model(model, "
             f"{self.layer}) of this model as it is now; if the coordinates do mean the same, pass "
-            f"dataclasses.replace(..., space=None)"
+            f"dataclasses.replace(..., {field}=None)"
         )
 
     def _same(self, space: str | None, expected: str) -> bool:
@@ -126,7 +136,7 @@ def position_mask(positions: Positions, shape: torch.Size, device: torch.device)
         if positions.shape not in (shape, shape[-1:]):
             raise ValueError(
                 f"a mask of positions must have shape [{count}] or {list(shape)}, that of this "
-                f"forward, got {_checks.shape(positions)}"
+                f"forward, got {checks.shape(positions)}"
             )
         return positions.to(device).expand(shape)
     mask = torch.zeros(count, dtype=torch.bool, device=device)

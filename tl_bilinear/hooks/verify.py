@@ -4,7 +4,7 @@ Each component chosen is taken away in the running model. The weights predict by
 changes, for any read direction r. The prediction is compared with what the model did, at every token,
 and the effect downstream (on the loss, or on a logit difference) is measured beside it.
 
->>> checked = verify(model, tokens, EigenComponents(eigen, u, layer=3))
+>>> checked = verify(model, tokens, EigenComponents(eigen, layer=3))
 >>> checked.to_pandas()               # predicted, measured, error, effect and its interval, controls
 >>> checked.error.max()               # rounding, where the theory is exact
 
@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.hooks.components import Components, EigenComponents
 from tl_bilinear.hooks.effects import (
     Effect,
@@ -45,8 +46,8 @@ from tl_bilinear.hooks.effects import (
 )
 from tl_bilinear.hooks.interventions import Hooks, Intervention, OutputEdit, ProjectInput
 from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
-from tl_bilinear.tensor import BilinearTensor, _checks
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import BilinearTensor
 
 if TYPE_CHECKING:
     import pandas
@@ -55,7 +56,7 @@ Site = Literal["output", "input"]
 
 
 @dataclass(frozen=True, eq=False)
-class Verification(Storable):
+class Verification(Result):
     """Predicted and measured changes for c components, r read directions, t tokens, n sequences.
 
     Attributes
@@ -104,7 +105,7 @@ class Verification(Storable):
 
     def top(self, k: int) -> Verification:
         """The k components with the largest mean effect, in absolute value."""
-        _checks.require_count("k", k, len(self.effect), "the components")
+        checks.require_count("k", k, len(self.effect), "the components")
         order = self.effect.mean(-1).abs().argsort(descending=True)[:k]
         per_component = (
             *("predicted", "measured", "scale", "effect"),
@@ -410,7 +411,7 @@ def _at_output(
 ) -> list[list[Trial]]:
     reads = components.reads
     if read is not None:
-        reads = _checks.require_rows("read", read, reads.shape[-1], "d_out", reads)
+        reads = checks.require_rows("read", read, reads.shape[-1], "d_out", reads)
         reads = reads.reshape(-1, reads.shape[-1])
 
     def trial(one: Tensor, along: Tensor) -> Trial:
@@ -444,7 +445,7 @@ def _at_input(
     generator: torch.Generator,
 ) -> list[list[Trial]]:
     reads, eigen = components.reads, components.eigen
-    parts = _checks.require_rows("linear", linear, eigen.d, "what the layer reads", reads)
+    parts = checks.require_rows("linear", linear, eigen.d, "what the layer reads", reads)
     parts = parts.reshape(-1, eigen.d).expand(len(reads), eigen.d)
 
     def trial(one: Tensor, vector: Tensor) -> Trial:

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_bilinear.tensor import Approximation, BilinearTensor
+from tl_bilinear.tensor import Approximation, BilinearTensor, approximate
 from tl_bilinear.tensor.gated import WARN_BELOW, Fit
-from tl_bilinear.tensor.readers import read_gated
+from tl_bilinear.tensor.registry import read_gated
 
 
 @torch.no_grad()
@@ -80,14 +80,14 @@ def approximate_llama(
 
     Each is fitted to the model as it is, not to one with the layers before it replaced: on a small
     TinyStories model that made no difference to the loss. `layers`, `tokens` and `batch_size` are
-    those of `mlp_inputs`, `fit` that of `BilinearTensor.approximate`.
+    those of `mlp_inputs`, `fit` that of `approximate`.
 
     Warns once, naming each layer whose variance explained is below `warn_below`.
     """
     inputs = mlp_inputs(llama, tokens, layers, batch_size=batch_size, progress=progress)
     found = {}
     for layer, x in tqdm(inputs.items(), desc="layers fitted", disable=not progress):
-        found[layer] = BilinearTensor.approximate(
+        found[layer] = approximate(
             llama.model.layers[layer].mlp,
             x,
             fit=fit,
@@ -150,7 +150,7 @@ def require_gated_llama(llama: Any) -> None:
         raise TypeError(
             f"expected a LlamaForCausalLM, got {type(llama).__name__}: only Llama has the form "
             "hidden_act='linear' that a bilinear model is stored in. Single layers of any gated model "
-            "are read by BilinearTensor.approximate"
+            "are read by approximate"
         )
     for layer in llama.model.layers:
         read_gated(layer.mlp)

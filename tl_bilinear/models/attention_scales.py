@@ -15,18 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.models.files import CONFIG, read_json
+from tl_bilinear.io import read_json
+from tl_bilinear.models.files import CONFIG
 from tl_bilinear.models.pretrained import find_source, require_published
 from tl_bilinear.models.published_models import attention_scale
 from tl_bilinear.models.transformer import HookedBilinearTransformer
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionScales(Storable):
+class AttentionScales(Result):
     """The loss of one published model under several attention scales.
 
     Attributes

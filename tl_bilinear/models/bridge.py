@@ -46,16 +46,10 @@ from transformer_lens.model_bridge.supported_architectures.llama import LlamaArc
 from transformer_lens.model_bridge.supported_architectures.native import NativeArchitectureAdapter
 from transformers import LlamaForCausalLM
 
+from tl_bilinear.io import read_json
 from tl_bilinear.models import conversion, folders
 from tl_bilinear.models.fields import require_fields
-from tl_bilinear.models.files import (
-    CONFIG,
-    WEIGHTS,
-    Source,
-    read_json,
-    read_tensors,
-    require_shapes,
-)
+from tl_bilinear.models.files import CONFIG, WEIGHTS, Source, read_tensors, require_shapes
 from tl_bilinear.models.folding import fold_norm
 from tl_bilinear.models.pretrained import stored_tokenizer
 from tl_bilinear.models.readers import gated_through

@@ -5,9 +5,7 @@ Every error names the file, what is wrong with it and what to do. No framework i
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,33 +124,6 @@ def _out_of_reach(repository: str, filename: str, error: Exception) -> Connectio
         f"the file is not in the cache {HF_HUB_CACHE}. Load it once with a connection, or give the path "
         f"of a folder that holds a copy. The hub's client says: {error}"
     )
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError for one that is not JSON or not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The content of a JSON table. Raises ValueError for a file that is not one, or not whole."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a table of values")
-    return content
-
-
-def write_table(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON table, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ is there whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,14 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_bilinear.io import whole_directory, write_json
 from tl_bilinear.models.files import CONFIG, WEIGHTS
-from tl_bilinear.tensor.storage import whole_directory
 
 if TYPE_CHECKING:
     from tl_bilinear.models.component import BilinearTransformerConfig
 
 FORMAT = "tl_bilinear.HookedBilinearTransformer"
 FORMAT_VERSION = 1
+KIND = "model"
 TOKENIZER = "tokenizer"
 
 # Where the model runs is decided where it is loaded; n_params follows from the shapes.
@@ -54,32 +54,17 @@ def write(
     """Write such a directory: fields of BilinearTransformerConfig, a state dict, a tokenizer or None."""
     described = {name: _to_json(value) for name, value in config.items()}
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": described}
-    with whole_directory(directory, _is_ours) as staging:
-        _write_json(staging / CONFIG, content)
+    with whole_directory(directory, KIND) as staging:
+        write_json(staging / CONFIG, content)
         save_file(_separate(tensors), staging / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(staging / TOKENIZER)
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether a directory holds a model that `save` wrote, and nothing else."""
-    if {entry.name for entry in directory.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER}:
-        return False
-    try:
-        stored = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return is_ours(stored)
 
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _separate(given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tl_bilinear.models.files import read_table
+from tl_bilinear.io import read_table, whole_directory
 from tl_bilinear.models.folders import is_ours
 from tl_bilinear.models.layouts import weight_pairs
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
-from tl_bilinear.tensor.readers import read_mlp
-from tl_bilinear.tensor.storage import whole_directory
+from tl_bilinear.tensor.registry import read_mlp
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -320,39 +318,9 @@ def _require_llama(cfg: Any, config: Any, state: Mapping[str, Tensor]) -> None:
 def save_llama(llama: Any, tokenizer: Any, directory: str | PathLike[str]) -> None:
     """Write a Hugging Face checkpoint with its tokenizer, whole or not at all.
 
-    A checkpoint of a Llama that is there already is replaced; FileExistsError for anything else.
+    A checkpoint that this function wrote there before is replaced; FileExistsError for anything else.
     """
-    with whole_directory(directory, _is_llama_folder) as staging:
+    with whole_directory(directory, "llama") as staging:
         llama.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-
-
-def _is_llama_folder(directory: Path) -> bool:
-    known = (
-        "config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    )
-    for entry in directory.iterdir():
-        if entry.name not in known and not entry.name.startswith(("model", "tokenizer")):
-            return False
-    try:
-        return read_table(directory / "config.json").get("model_type") == "llama"
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def no_file_bars() -> Iterator[None]:
-    """Leave out the progress bars that transformers draws for each file it reads or writes."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

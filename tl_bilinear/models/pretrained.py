@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tl_bilinear.io import read_json
 from tl_bilinear.models import folders, published_models
 from tl_bilinear.models.files import (
     CONFIG,
     WEIGHTS,
     Source,
     is_repository,
-    read_json,
     read_tensors,
     require_shapes,
 )

@@ -13,13 +13,12 @@ and under any other names by ``from_mlp(module, maps=...)``. A torch.nn.Bilinear
 class. Names do not say what a forward does, so a plain module and what was read from it are compared on
 a few random inputs.
 
-Gated MLPs with an activation are read for `BilinearTensor.approximate`.
+Gated MLPs with an activation are read for `approximate`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from tl_bilinear.tensor import (
     register_mlp_reader,
     register_model_reader,
 )
-from tl_bilinear.tensor.readers import read_mlp, set_maps_reader
+from tl_bilinear.tensor.registry import NamedMaps, read_mlp
 
 Spaces = tuple[str | None, str | None]
 
@@ -60,7 +59,7 @@ def register() -> None:
         return
     _registered = True
     # The last registered is asked first: a class that we know goes before names that it may share.
-    set_maps_reader(read_maps)
+    register_mlp_reader("maps", read_named_maps)
     register_mlp_reader("torch.nn.Bilinear", read_torch_bilinear)
     register_mlp_reader("W_gate/W_in/W_out", read_tl_layout)
     register_mlp_reader("gate_up_proj/down_proj", read_fused_gate_up)
@@ -262,8 +261,11 @@ def read_torch_bilinear(module: Any) -> BilinearTensor | None:
     return BilinearTensor(left, right, out, bias_out=copied_bias(module.bias))
 
 
-def read_maps(module: Any, maps: Sequence[str]) -> BilinearTensor:
-    """Linear maps of these names: left, right and out, or both in one and out. See `from_mlp`."""
+def read_named_maps(value: Any) -> BilinearTensor | None:
+    """Linear maps that the caller has named: left, right and out, or both in one and out."""
+    if not isinstance(value, NamedMaps):
+        return None
+    module, maps = value.module, value.maps
     if isinstance(maps, str) or len(maps) not in (2, 3):
         raise ValueError(
             "maps are three names (left, right, out), or two where one matrix holds left and right, "

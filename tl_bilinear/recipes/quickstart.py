@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tl_bilinear.io import require_writable, whole_directory
 from tl_bilinear.recipes.images.data import load_images
 from tl_bilinear.recipes.images.quickstart import (
     VECTORS,
@@ -21,7 +22,6 @@ from tl_bilinear.recipes.images.quickstart import (
     image_quickstart,
 )
 from tl_bilinear.recipes.language.quickstart import LanguageQuickstart, demo_quickstart
-from tl_bilinear.tensor.storage import require_writable, whole_directory
 
 SUMMARY, REPORT = "summary.json", "report.html"
 KIND = "tl_bilinear quickstart"

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, ImageClassifier
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +33,7 @@ KINDS = ("mask", "permuted", "Gaussian")
 
 
 @dataclass(frozen=True, eq=False)
-class AdversarialMasks(Storable):
+class AdversarialMasks(Result):
     """Masks towards one class, the strongest eigenvector's first.
 
     Attributes
@@ -105,7 +105,7 @@ def adversarial_masks(
 
 
 @dataclass(frozen=True, eq=False)
-class MaskEffect(Storable):
+class MaskEffect(Result):
     """What masks do to a model, on images it was not trained on.
 
     Attributes

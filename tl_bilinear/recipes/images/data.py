@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear.tensor.storage import digest_of
+from tl_bilinear.io import digest_of
 
 _SPLIT_SEED = 0
 _TEST_SHARE = 0.2

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from tl_bilinear.recipes.images.analysis import ClassSpectra, class_spectra
 from tl_bilinear.recipes.images.model import PIXEL_SPACE, ImageClassifier
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation(Storable):
+class Explanation(Result):
     """What each eigenvector of each class adds to its logit on one image.
 
     Attributes

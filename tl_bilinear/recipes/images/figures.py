@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tl_bilinear.io import require_writable, whole_directory
 from tl_bilinear.recipes.images.adversarial import adversarial_masks, mask_effect
 from tl_bilinear.recipes.images.analysis import class_spectra
 from tl_bilinear.recipes.images.data import ImageData
@@ -34,7 +35,6 @@ from tl_bilinear.recipes.images.sweep import noise_and_decay, rare_pixels, regul
 from tl_bilinear.recipes.images.target import TARGET_CONFIG, hidden_target
 from tl_bilinear.recipes.images.toy import GATES, arithmetic_task, boolean_task, fit_toy
 from tl_bilinear.recipes.images.training import TrainingConfig
-from tl_bilinear.tensor.storage import require_writable, whole_directory
 
 if TYPE_CHECKING:
     import pandas
@@ -143,7 +143,7 @@ def hosvd(study: Study) -> Figure:
 
     model, plots = study.model(), []
     for space in (PIXEL_SPACE, EMBEDDING_SPACE):
-        components = model.tensor(space).hosvd()
+        components = hosvd(model.tensor(space))
         assert components.interactions is not None
         if space == PIXEL_SPACE:
             plots.append(hosvd_figure(components, study.data.classes))

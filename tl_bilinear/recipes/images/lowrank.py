@@ -20,8 +20,8 @@ from tl_bilinear.recipes.images.analysis import truncation_accuracy
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import PIXEL_SPACE, ImageClassifier
 from tl_bilinear.recipes.images.sweep import pixel_spectra
-from tl_bilinear.tensor import CP
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
+from tl_bilinear.tensor import CP, cp
 
 if TYPE_CHECKING:
     import pandas
@@ -79,7 +79,7 @@ def shared_neurons(
     """
     tensor = model.tensor(PIXEL_SPACE)
     _, linear, constant = tensor.parts()(data.test_images)
-    fits = [tensor.cp(rank, restarts=1, steps=steps, progress=progress) for rank in ranks]
+    fits = [cp(tensor, rank, restarts=1, steps=steps, progress=progress) for rank in ranks]
     guesses = [(fit.tensor(data.test_images) + linear + constant).argmax(-1) for fit in fits]
     spectra = pixel_spectra(model)
     truncated = truncation_accuracy(
@@ -95,7 +95,7 @@ def shared_neurons(
 
 
 @dataclass(frozen=True, eq=False)
-class Certificates(Storable):
+class Certificates(Result):
     """Error of truncated logits: what holds for every image of a norm, and what real ones show.
 
     Attributes

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tl_bilinear.io import save_tensors
 from tl_bilinear.recipes.images.analysis import ClassSpectra, class_spectra, truncation_accuracy
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE
 from tl_bilinear.recipes.images.training import TrainingConfig, TrainingResult, train_classifier
-from tl_bilinear.tensor.storage import save_tensors
 
 KEPT = (1, 3, 5, 10, 20)
 SHOWN = 10  # eigenvectors of each class and sign that are stored
@@ -71,7 +71,7 @@ class ImageQuickstart:
         save_file(self.training.model.state_dict(), folder / WEIGHTS)
         tensors = {}
         for space in (PIXEL_SPACE, EMBEDDING_SPACE):
-            spectrum = self.spectra.of(space).truncate(min(SHOWN, self.spectra.of(space).k))
+            spectrum = self.spectra.of(space).top(min(SHOWN, self.spectra.of(space).k))
             tensors[f"{space}.values"] = spectrum.values
             tensors[f"{space}.vectors"] = spectrum.vectors
             tensors[f"{space}.images"] = self.spectra.images(space)[:, : spectrum.k]

@@ -24,8 +24,8 @@ from tl_bilinear.recipes.images.model import PIXEL_SPACE, ImageClassifier
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
 from tl_bilinear.recipes.images.sweep import pixel_spectra
 from tl_bilinear.recipes.images.training import TrainingConfig
+from tl_bilinear.results import Result
 from tl_bilinear.tensor import Eigendecomposition, match_eigenvectors
-from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
     import pandas
@@ -34,7 +34,7 @@ SIGNS = ("positive", "negative")
 
 
 @dataclass(frozen=True, eq=False)
-class SeedsAndSizes(Storable):
+class SeedsAndSizes(Result):
     """Similarity and truncation over seeds and sizes.
 
     Attributes

@@ -20,9 +20,9 @@ from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import PIXEL_SPACE, ImageClassifier
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
 from tl_bilinear.recipes.images.training import TrainingConfig
+from tl_bilinear.results import Result
 from tl_bilinear.tensor import Eigendecomposition
-from tl_bilinear.tensor.eigen import participation
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.tensor.eigendecomposition import participation
 
 if TYPE_CHECKING:
     import pandas
@@ -31,7 +31,7 @@ TOP = 5  # eigenvectors of each class whose pixels are counted, as in Fig. 17
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep(Storable):
+class Sweep(Result):
     """One row a setting, one column a seed.
 
     Attributes
@@ -137,7 +137,7 @@ def sweep(
     rows = []
     for result in results:
         spectra = pixel_spectra(result.model)
-        top = spectra.truncate(min(TOP, spectra.k)).vectors
+        top = spectra.top(min(TOP, spectra.k)).vectors
         rows.append(
             (
                 result.accuracy,

@@ -20,7 +20,7 @@ from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.runs import UNKEPT, Runs
 from tl_bilinear.recipes.images.sweep import rare_pixels
 from tl_bilinear.recipes.images.training import TrainingConfig
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +32,7 @@ _DIFFERENCE = torch.tensor([-1.0, 1.0])  # True - False, of the logits (False, T
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenTarget(Storable):
+class HiddenTarget(Result):
     """What the weights of models trained on the task say; the first dimension is the seed.
 
     Attributes

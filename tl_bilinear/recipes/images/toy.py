@@ -30,8 +30,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from tl_bilinear.recipes.images.model import BilinearLayer
+from tl_bilinear.results import Result
 from tl_bilinear.tensor import BilinearTensor
-from tl_bilinear.tensor.storage import Storable
 
 if TYPE_CHECKING:
     import pandas
@@ -49,7 +49,7 @@ Arithmetic = Literal["sum", "product", "modular sum"]
 
 
 @dataclass(frozen=True, eq=False)
-class ToyTask(Storable):
+class ToyTask(Result):
     """All inputs of a task, and the outputs wanted.
 
     Attributes
@@ -77,7 +77,7 @@ class ToyTask(Storable):
 
 
 @dataclass(frozen=True, eq=False)
-class FittedToy(Storable):
+class FittedToy(Result):
     """A layer trained on a task.
 
     Attributes

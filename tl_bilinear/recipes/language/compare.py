@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_bilinear.models.files import read_table, write_table
+from tl_bilinear.io import read_table, write_json
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     ACTIVATIONS,
@@ -105,7 +105,7 @@ def compare_activations(
         tuple(run.steps for run in equal_time.values()),
         tuple(run.tokens_per_second for run in equal_epochs.values()),
     )
-    write_table(folder / _TABLE, dataclasses.asdict(compared))
+    write_json(folder / _TABLE, dataclasses.asdict(compared))
     return compared
 
 

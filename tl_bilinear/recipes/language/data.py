@@ -26,7 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.models.files import read_table, write_table
+from tl_bilinear.io import read_table, refuse_foreign, whole_directory, write_json
 from tl_bilinear.recipes.language.text import (
     TINYSTORIES,
     Cleaner,
@@ -35,7 +35,6 @@ from tl_bilinear.recipes.language.text import (
     story_digest,
 )
 from tl_bilinear.recipes.language.tokenizer import load_tokenizer
-from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
 
 FORMAT = "tl_bilinear language data"
 PARTS = ("train", "validation")
@@ -177,7 +176,7 @@ def prepare_text(
             "cleaning": dataclasses.asdict(cleaner.report()),
             "fingerprint": "-".join(writer.fingerprint for writer in writers.values()),
         }
-        write_table(staging / REPORT, report)
+        write_json(staging / REPORT, report)
     return LanguageData.load(folder)
 
 

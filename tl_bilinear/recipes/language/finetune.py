@@ -42,13 +42,13 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tl_bilinear.io import digest_of, write_json
 from tl_bilinear.models.approximation import (
     approximate_llama,
     mlp_inputs,
     require_gated_llama,
     to_bilinear_llama,
 )
-from tl_bilinear.models.files import write_table
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     Distillation,
@@ -59,8 +59,7 @@ from tl_bilinear.recipes.language.train import (
     language_loss,
     no_file_bars,
 )
-from tl_bilinear.tensor.readers import read_gated
-from tl_bilinear.tensor.storage import digest_of
+from tl_bilinear.tensor.registry import read_gated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -434,7 +433,7 @@ def compare_finetuning(
     start = language_loss(before, data.validation, data.tokenizer.bos_token_id)
     compared = FinetuneComparison(start, baseline, runs)
     if is_first_process():
-        write_table(
+        write_json(
             folder / _TABLE,
             {"start_loss": start, "runs": compared.to_pandas().to_dict(orient="index")},
         )
@@ -506,7 +505,7 @@ def _load_for(model: str | PathLike[str], data: LanguageData) -> Any:
     if config.model_type != "llama":
         raise ValueError(
             f"{model} is a {config.model_type!r} model; only a Llama can be stored with a linear gate. "
-            "BilinearTensor.approximate reads single layers of other gated models"
+            "approximate reads single layers of other gated models"
         )
     if config.hidden_act in ("linear", "identity"):
         raise ValueError(f"{model} is bilinear already (hidden_act={config.hidden_act!r})")

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_bilinear.models.files import read_table, write_table
-from tl_bilinear.tensor.storage import refuse_foreign
+from tl_bilinear.io import read_table, refuse_foreign, write_json
 
 SETTINGS, RESULT = "run.json", "result.json"
 
@@ -34,7 +33,7 @@ def enter_run(
     if not (folder / SETTINGS).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"format": kind, "config": dict(config), "data": dict(made_from)}
-        write_table(folder / SETTINGS, settings)
+        write_json(folder / SETTINGS, settings)
         return
     stored = read_table(folder / SETTINGS)
     if stored.get("format") != kind:

@@ -34,11 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_bilinear.models.files import read_json, read_table, write_table
+from tl_bilinear.io import digest_of, read_json, read_table, whole_directory, write_json
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.runs import RESULT, SETTINGS, enter_run, require_finished
 from tl_bilinear.recipes.language.train import no_file_bars
-from tl_bilinear.tensor.storage import digest_of, whole_directory
 
 if TYPE_CHECKING:
     from tl_bilinear.features.evaluation import SAEEvaluation
@@ -203,7 +202,7 @@ def train_saes(
     saes = {_name(*each): _load_sae(folder, _name(*each), model.cfg.device) for each in names}
     evaluation = evaluate_saes(model, saes, rows.to(model.cfg.device), progress=progress)
     evaluation.save(folder / EVALUATION)
-    write_table(folder / RESULT, {"layers": list(layers)})
+    write_json(folder / RESULT, {"layers": list(layers)})
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return SAERun.load(folder)
 

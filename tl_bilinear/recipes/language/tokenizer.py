@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from tl_bilinear.io import refuse_foreign, whole_directory
 from tl_bilinear.recipes.language.text import TINYSTORIES, Cleaner, CleaningReport, read_stories
-from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
 
 UNKNOWN, BOS, EOS = "[UNK]", "[BOS]", "[EOS]"
 SIZE = 4096

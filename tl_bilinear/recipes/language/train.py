@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_bilinear.models.files import read_table, write_table
+from tl_bilinear.io import read_table, write_json
 from tl_bilinear.models.huggingface import save_llama
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.runs import RESULT, SETTINGS, enter_run, require_finished
@@ -680,7 +680,7 @@ def _make_trainer(
 
 def _keep_checkpoint(folder: Path, name: str, seconds: float) -> None:
     written = folder / WRITING / name
-    write_table(written / SECONDS, {"seconds": seconds})
+    write_json(written / SECONDS, {"seconds": seconds})
     for path in written.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
@@ -713,7 +713,7 @@ def _finish(
         }
         llama.config.use_cache = True  # which Trainer turned off
         save_llama(llama.cpu(), data.tokenizer, folder / MODEL)
-        write_table(folder / RESULT, result)
+        write_json(folder / RESULT, result)
     _everyone()
 
 
