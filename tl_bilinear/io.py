@@ -3,7 +3,7 @@
 **Files and folders.** `whole_file` and `whole_directory` give a temporary place to write to, which takes
 its final name only when everything is there: an error, an interrupt or a power cut leaves what stood
 there before. A folder of ours holds a small file, ``tl_bilinear.json``, that says of which kind it is
-and what we wrote into it. Only a folder of the same kind, to which nobody has added a thing, is replaced.
+and what we wrote into it. Only a folder of the same kind, to which nobody added a thing, is replaced.
 
 **Results.** A :class:`Storable` is a frozen dataclass whose fields are tensors, JSON values, and lists,
 dictionaries and other Storables of these. It is one safetensors file: tensors under the path of their
