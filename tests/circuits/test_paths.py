@@ -132,7 +132,19 @@ def test_a_pair_is_the_second_difference_of_patching():
 
 def test_effects_of_single_components():
     found = paths(model(), TOKENS, 2, DIRECTION)
-    expected = torch.tensor([found.effect([i]) for i in range(len(found.labels))]).double()
+
+    def without(taken):
+        """From the sum over all pairs of what is left."""
+        kept = [i for i in range(len(found.labels)) if i not in taken]
+        rest = found.quadratic[kept][:, kept].sum() + found.linear[kept].sum()
+        return float(rest) + sum(found.constants.values())
+
+    for taken in ([], [3], [7, 2, 7], range(len(found.labels))):
+        assert found.without(taken) == pytest.approx(without(taken), abs=1e-9)
+        assert found.effect(taken) == pytest.approx(without(taken) - without([]), abs=1e-9)
+    expected = torch.tensor(
+        [found.effect([i]) for i in range(len(found.labels))], dtype=torch.float64
+    )
     assert_close(found.effects, expected, rtol=1e-9, atol=1e-9)
     strongest = check_paths(model(), TOKENS, found, 4).removed
     assert strongest == [[i] for i in expected.abs().topk(4).indices.tolist()]

@@ -9,6 +9,7 @@ from transformer_lens import HookedTransformer
 from tests.features.building import N_IN, N_OUT, TOKENS, D, model, sae
 from tests.models.building import config
 from tl_bilinear import BilinearTensor, Dictionary, FeatureInteractions
+from tl_bilinear.circuits import unembedding
 from tl_bilinear.features import (
     EigenGeometry,
     FeatureSweep,
@@ -354,3 +355,8 @@ def test_unembedding_directions_reach_the_layer():
         if hook == INPUTS[1]:
             x = row  # the weight comes after this hook
         assert_close(f.unembedding(5), x.detach(), **EXACT)
+    built = model(normalization_type="LN")
+    f = between(INPUTS[2], built=built)
+    assert_close(f.unembedding(5), unembedding(built).decoder[5].detach(), **EXACT)
+    logits = f.outputs.decoder[3] @ unembedding(built).decoder.T
+    assert f.promoted(3, k=4).promoted.tolist() == logits.topk(4).indices.tolist()

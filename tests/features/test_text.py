@@ -211,6 +211,10 @@ def test_one_run_serves_every_analysis(f, tokens, run, busy, monkeypatch):
     pairs = run.active_interactions(busy).top(2, kind="cross")
     assert len(run) == 7
     assert torch.equal(run.tokens, tokens)
+    assert repr(run).startswith(
+        "FeatureRun(7 x 12 tokens, 77 of which count, 0 MB, of FeatureInter"
+    )
+    assert run.nbytes == 7 * 12 * (3 * 16 + 2) * 8
 
     def all_of(run):
         return {

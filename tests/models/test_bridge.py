@@ -648,7 +648,7 @@ def test_features(any_bridge, hook):
     )  # fmt: skip
     for _ in range(2):
         f = FeatureInteractions(bridge, 1, inputs, directions(8, seed=1))
-        run = f.run(TOKENS)
+        run = f.run(TOKENS, mask=torch.ones_like(TOKENS, dtype=torch.bool))
         found = run.attribute(3, 4, sequence=1)
         _, output = layer_in_a_run(bridge, 1, TOKENS[1:])
         measured = float(output[0, 4] @ directions(8, seed=1)[3])

@@ -1,8 +1,8 @@
 """A graph of features over layers: which pairs of earlier features make which later one.
 
-An edge of a bilinear layer joins *two* inputs to an output, ``coefficient * z_b z_c`` adds to the
-output feature. So a pair is a node of its own: feature b -> pair <- feature c, pair -> feature a (a
-self-interaction has one input). From weights alone the strongest pairs are taken, layer by layer, or
+A bilinear layer joins *two* inputs to an output: ``coefficient * z_first z_second`` adds to the output
+feature. So a pair is a node of its own: first -> pair <- second, pair -> the feature it makes (a
+self-interaction has one input). From weights alone the strongest pairs are taken, layer by layer or
 backward from chosen features; on a prompt, those whose features are active there.
 
 >>> circuit = FeatureCircuit(model, {0: sae_0, 2: sae_2}, {"embed": embedding(model)})
@@ -10,10 +10,10 @@ backward from chosen features; on a prompt, those whose features are active ther
 >>> there = circuit.prune(graph, tokens, position=7)     # what of it is active, with contributions
 >>> there.to_graphml("circuit.graphml")
 
-Everything is along the direct path through the residual stream (a source of `through_head` adds a
-head's), and up to the norm's scale until a prompt gives it. GraphML rather than the JSON of
-circuit-tracer's viewer: that format has no document, changed its node ids in 2026, and its links join
-one feature to one feature, with no place for pairs.
+Everything is along the direct path through the residual stream (a source of `through_head` adds a path
+through that head), and holds up to the norm's scale, which only a prompt has. Graphs are written as
+GraphML, not as the JSON of circuit-tracer's viewer: its links join one feature to one feature and have
+no place for pairs.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class FeatureGraph(Result):
     dictionaries: their names, upstream first
     nodes: [n, 2], the number of a node's dictionary and its feature in that
     labels: [n] names
-    pairs: [m, 3], nodes (b, c, a): b and c make a; b == c for a self-interaction
-    coefficients: [m], what stands before ``z_b z_c`` (twice the entry for b != c), up to ``1 / s^2``
-    contributions: [m], ``coefficient z_b z_c / s^2`` on a prompt; None for a graph of weights alone
+    pairs: [m, 3], nodes (first, second, made): the first two make the third; equal for self-interactions
+    coefficients: [m], what stands before ``z_first z_second``, up to ``1 / s^2``
+    contributions: [m], ``coefficient z_first z_second / s^2`` on a prompt; None from weights alone
     activations: [n], of the nodes on the prompt; NaN for output directions that have none
     position: the token's, None for weights alone
     """
@@ -354,9 +354,9 @@ class FeatureCircuit:
     def prune(self, graph: FeatureGraph, tokens: Tensor | str, position: int = -1) -> FeatureGraph:
         """The pairs of a graph whose features are active at a token, with their contributions.
 
-        A contribution ``coefficient z_b z_c / s^2`` is exact: so much does the pair add to the product
-        of the layer's output with the feature's direction. Output features that have no activation
-        (a matrix of directions) are kept.
+        A contribution ``coefficient z_first z_second / s^2`` is exact: the pair adds that much to the
+        product of the layer's output with the feature's direction. Output features that have no
+        activation (a matrix of directions) are kept.
 
         Raises ValueError for a graph of other dictionaries, and for inputs that have no activations.
         """

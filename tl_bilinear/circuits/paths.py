@@ -74,7 +74,7 @@ class Paths(Result):
     @property
     def total(self) -> float:
         """The sum of all contributions."""
-        return self.without([])
+        return float(self.quadratic.sum() + self.linear.sum()) + sum(self.constants.values())
 
     @property
     def error(self) -> float:
@@ -86,22 +86,20 @@ class Paths(Result):
         """[n], each component's part, pairs halved between their two: sums to total less constants."""
         return self.quadratic.sum(1) + self.linear
 
-    def without(self, components: Sequence[int]) -> float:
-        """What ``u . f(x)`` would be without these components, everything else held."""
-        kept = torch.ones(len(self.labels), dtype=torch.bool)
-        kept[list(components)] = False
-        kept = kept.to(self.quadratic.device)
-        parts = self.quadratic[kept][:, kept].sum() + self.linear[kept].sum()
-        return float(parts) + sum(self.constants.values())
-
     @property
     def effects(self) -> Float[Tensor, " n"]:
         """[n], `effect` of each component by itself."""
         return self.quadratic.diagonal() - 2 * self.quadratic.sum(1) - self.linear
 
     def effect(self, components: Sequence[int]) -> float:
-        """``without(components) - total``: the change when these are taken out together."""
-        return self.without(components) - self.total
+        """How ``u . f(x)`` changes when these are taken out together, everything else held."""
+        chosen = sorted(set(components))
+        rows = self.quadratic[chosen]
+        return float(rows[:, chosen].sum() - 2 * rows.sum() - self.linear[chosen].sum())
+
+    def without(self, components: Sequence[int]) -> float:
+        """What ``u . f(x)`` would be without these components: ``total + effect(components)``."""
+        return self.total + self.effect(components)
 
     def strongest(self, k: int) -> TopInteractions:
         """The k pairs of largest contribution; numbers index `labels`."""
@@ -286,9 +284,9 @@ def check_paths(
 
     Parameters
     ----------
-    removed: sets of components, each taken out together, or a number: so many single components, those
-        of largest effect. The interaction of a pair is the second difference:
-        ``-effect([i]) - effect([j]) + effect([i, j]) = 2 quadratic[i, j]``.
+    removed: sets of components, each set taken out together; or a number k: the k single components of
+        largest effect. The interaction of a pair is the second difference:
+        ``effect([i, j]) - effect([i]) - effect([j]) = 2 quadratic[i, j]``.
 
     A component is removed where it is written (``hook_embed``, ``attn.hook_z``, ``hook_mlp_out``, ...),
     with attention patterns, values, the other MLPs' outputs and the norm's scale held at the clean run.

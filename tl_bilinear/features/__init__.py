@@ -20,9 +20,9 @@ from tl_bilinear.features.geometry import EigenGeometry, Submatrix
 from tl_bilinear.features.interactions import FeatureInteractions
 from tl_bilinear.features.pairs import ActiveInteractions, FeaturePairs
 from tl_bilinear.features.passage import Passage
-from tl_bilinear.features.promoted import PromotedTokens
 from tl_bilinear.features.run import FeatureRun
 from tl_bilinear.features.statistics import InteractionStatistics
+from tl_bilinear.features.unembedding import PromotedTokens
 from tl_bilinear.features.verification import PairCheck
 
 if TYPE_CHECKING:

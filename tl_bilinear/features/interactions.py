@@ -49,10 +49,9 @@ from tl_bilinear.features.passage import (
     output_hooks,
     residual_passage,
 )
-from tl_bilinear.features.promoted import PromotedTokens, promoted_tokens
 from tl_bilinear.features.run import FeatureRun, run_model
 from tl_bilinear.features.statistics import InteractionStatistics, interaction_statistics
-from tl_bilinear.features.unembedding import unembedding_row
+from tl_bilinear.features.unembedding import PromotedTokens, promoted_tokens, unembedding_row
 from tl_bilinear.hooks import EigenComponents
 from tl_bilinear.results import Kind
 from tl_bilinear.tensor import BilinearTensor, Eigendecomposition, InteractionMatrix
@@ -212,7 +211,7 @@ class FeatureInteractions:
         """
         if basis not in ("features", "activations"):
             raise ValueError(f"basis must be 'features' or 'activations', got {basis!r}")
-        index = slice(None) if features is None else self.output_numbers(features)
+        index = slice(None) if features is None else self.numbers(features)
         if basis == "activations":
             return self.hook_tensor.interaction(self.directions[index])
         return self.feature_tensor.interaction()[index]
@@ -227,7 +226,7 @@ class FeatureInteractions:
         Of each output feature given: [..., k]. Most pairs are never computed (see
         `InteractionMatrix.top`).
         """
-        index = self.output_numbers(features)
+        index = self.numbers(features)
         matrices = self.interaction(index, basis="activations")
         found = matrices.top(k, kind=kind, directions=self.input_directions)
         made = index[..., None].expand_as(found.first)
@@ -339,7 +338,7 @@ class FeatureInteractions:
         Raises ValueError for ``write="feature"`` where the decoder writes elsewhere, or where a row does
         not change its own feature.
         """
-        index = self.output_numbers(features)
+        index = self.numbers(features)
         directions = self.directions[index]
         eigen = self.layer_tensor.interaction(directions).eigh(k)
         if write == "minimal":
@@ -376,7 +375,7 @@ class FeatureInteractions:
             self.directions,
             self.input_directions,
             self.outputs.decoder,
-            self.output_numbers(features).reshape(-1),
+            self.numbers(range(self.outputs.n) if features is None else features).reshape(-1),
             k,
             screen=screen,
             checkpoint=checkpoint,
@@ -429,11 +428,7 @@ class FeatureInteractions:
             raise TypeError(f"one {side} feature is read at a time, got {feature!r:.80}")
         return int(index)
 
-    def output_numbers(self, features: Any = None) -> Int[Tensor, "..."]:
-        """Numbers of output features (all), checked."""
-        return self.numbers(range(self.outputs.n) if features is None else features, "output")
-
-    def numbers(self, features: Any, side: Side) -> Int[Tensor, "..."]:
+    def numbers(self, features: Any, side: Side = "output") -> Int[Tensor, "..."]:
         """Numbers of features of a side, checked: TypeError and IndexError name the valid range."""
         n = self.side(side).n
         valid = f"{side} features are 0 to {n - 1}"

@@ -131,7 +131,7 @@ class FeatureRun:
         With ``output="decoder"`` the products with the decoder's rows, without any constant.
         """
         return self._preactivations(
-            slice(None) if features is None else self.features.output_numbers(features)
+            slice(None) if features is None else self.features.numbers(features)
         )
 
     def _preactivations(self, index: Any, output: Tensor | None = None) -> Tensor:
@@ -324,7 +324,7 @@ class FeatureRun:
         token for m features.
         """
         known = self.features
-        index = known.output_numbers(features).reshape(-1)
+        index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
         eigen = known.layer_tensor.interaction(known.directions[index]).eigh(k)
         found = low_rank_correlation(index, eigen, self._counted(index, progress))
         return replace(found, output_labels=known.outputs.labels_of(index))
@@ -405,7 +405,7 @@ def run_model(
         features=features,
         tokens=tokens.to(device),
         mask=mask.to(device),
-        lengths=lengths,
+        lengths=lengths.to(device),
         **{"source": None} | held,
         batch_size=batch_size,
     )

@@ -6,13 +6,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.labels import plain
 from tl_bilinear.features.passage import norm_matrix
+from tl_bilinear.tensor.storage import Storable
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class PromotedTokens(Storable):
+    """Tokens whose logits a direction raises and lowers most, before the last norm's scale.
+
+    Attributes
+    ----------
+    promoted, suppressed: [k], token ids; raised, lowered: [k], change of their logits
+    words: name of each, promoted first
+    """
+
+    promoted: Int[Tensor, " k"]
+    raised: Float[Tensor, " k"]
+    suppressed: Int[Tensor, " k"]
+    lowered: Float[Tensor, " k"]
+    words: list[str]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a rank."""
+        import pandas as pd
+
+        k = len(self.promoted)
+        return pd.DataFrame(
+            {
+                "promoted": self.words[:k],
+                "raised": self.raised.tolist(),
+                "suppressed": self.words[k:],
+                "lowered": self.lowered.tolist(),
+            }
+        )
 
 
 def unembedding(model: Any) -> Dictionary:
@@ -32,11 +69,15 @@ def unembedding_row(model: Any, token: int) -> Float[Tensor, " d_model"]:
     return row if matrix is None else matrix @ row
 
 
-def direct_logits(model: Any, rows: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-    """What directions of the residual stream add to every logit, before the last norm's scale."""
+def promoted_tokens(model: Any, row: Float[Tensor, " d_model"], k: int) -> PromotedTokens:
+    """The k tokens that a direction of the residual stream promotes most, and the k it suppresses."""
     weights, matrix = model.W_U.detach(), _last_norm(model)
-    rows = rows.to(weights)
-    return (rows if matrix is None else rows @ matrix) @ weights
+    row = row.to(weights)
+    logits = (row if matrix is None else row @ matrix) @ weights
+    k = min(k, len(logits))
+    up, down = logits.topk(k), logits.topk(k, largest=False)
+    words = [plain(model.tokenizer, t) for t in [*up.indices.tolist(), *down.indices.tolist()]]
+    return PromotedTokens(up.indices, up.values, down.indices, down.values, words)
 
 
 def token_names(model: Any, count: int) -> list[str] | None:
