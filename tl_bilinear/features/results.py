@@ -83,6 +83,17 @@ class InteractionStatistics(Storable):
         beyond = self.eigenvalues[self.eigenvalues.abs() > self.reference[0]]
         return beyond[beyond.abs().argsort(descending=True)]
 
+    @property
+    def cross_shares(self) -> Float[Tensor, " bins"]:
+        """Share of the entries off the diagonal that lie in each bin."""
+        return self.counts / self.counts.sum().clamp_min(1)
+
+    @property
+    def self_shares(self) -> Float[Tensor, " bins"]:
+        """Share of the diagonal entries within the edges that lie in each bin."""
+        counts = torch.histogram(self.self_values.cpu().float(), self.edges.cpu().float()).hist
+        return counts / counts.sum().clamp_min(1)
+
     def to_pandas(self) -> pandas.DataFrame:
         """One row: what can be said in numbers."""
         import pandas as pd
