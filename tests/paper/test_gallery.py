@@ -32,7 +32,6 @@ SMALL = {
     "eigenvectors": {"config": CONFIG},
     "hosvd": {"config": CONFIG},
     "regularisation": {"config": CONFIG},
-    "sparsity": {"config": CONFIG},
     "similarity": {"config": CONFIG, "sizes": (30, 40), "seeds": 2},
     "target": {
         "config": dataclasses.replace(CONFIG, bias=True, epochs=3),
@@ -42,6 +41,7 @@ SMALL = {
     "adversarial": {"config": CONFIG},
     "explanation": {"config": CONFIG},
     "toy": {"steps": 30},
+    "sparsity": {"config": CONFIG},
     "neurons": {"config": CONFIG},
     "certificates": {"config": CONFIG},
 }

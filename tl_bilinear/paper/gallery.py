@@ -41,8 +41,7 @@ class GallerySettings:
     fashion: str | None = None
     """A second set for the study "eigenvectors", named as `data`."""
     studies: tuple[str, ...] = ()
-    """Which studies: eigenvectors, hosvd, regularisation, sparsity, similarity, target, adversarial,
-    explanation, toy, neurons, certificates. All by default."""
+    """Which studies, by name; all by default. A name that does not exist lists those that do."""
     size: int | None = None
     """Width of the models. By default 128, and 64 for the hidden target."""
     noise: float | None = None

@@ -24,18 +24,19 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
 
-_FILES = (  # in the order of the gallery
-    "eigenvectors",
-    "hosvd_components",
-    "regularisation",
-    "similarity",
-    "target",
-    "adversarial",
-    "explanation",
-    "toy",
-    "neurons",
-    "certified",
-)
+_FILES = {  # which file registers which study, in the order of the gallery
+    "eigenvectors": "eigenvectors",
+    "hosvd": "hosvd_components",
+    "regularisation": "regularisation",
+    "similarity": "similarity",
+    "target": "target",
+    "adversarial": "adversarial",
+    "explanation": "explanation",
+    "toy": "toy",
+    "sparsity": "regularisation",
+    "neurons": "neurons",
+    "certificates": "certified",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +93,9 @@ def register(name: str, settings: type) -> Callable[[Writer], Writer]:
 
 def studies() -> dict[str, Study]:
     """All studies by name: those of the paper in the gallery's order, then others."""
-    files = [f"tl_bilinear.paper.{file}" for file in _FILES]
-    for file in files:  # each registers itself
-        importlib.import_module(file)
-
-    def place(study: Study) -> int:
-        file = study.write.__module__
-        return files.index(file) if file in files else len(files)
-
-    return {study.name: study for study in sorted(_STUDIES.values(), key=place)}
+    for file in _FILES.values():  # each registers itself
+        importlib.import_module(f"tl_bilinear.paper.{file}")
+    return {name: _STUDIES[name] for name in _FILES} | _STUDIES
 
 
 def find_study(name: str) -> Study:
