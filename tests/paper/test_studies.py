@@ -389,7 +389,7 @@ def test_an_explanation_sums_to_the_logits(trained, striped, space):
     model.float()
 
 
-def test_explanations_that_cannot_be_made(model):
+def test_explanations_that_cannot_be_made(model, unchecked):
     with pytest.raises(ValueError, match=r"one flat row of 30 pixels, got shape \[2, 30\]"):
         explain(model, torch.zeros(2, 30), (6, 5))
     with pytest.raises(ValueError, match=r"one flat row of 30 pixels, .* size 5x5"):
@@ -498,7 +498,7 @@ def test_what_cannot_be_learnt_is_told_from_what_was_not():
         (lambda: arithmetic_task("modular sum", 1), "modulus must be at least 2, got 1"),
     ],
 )
-def test_tasks_that_do_not_exist(make, message):
+def test_tasks_that_do_not_exist(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()
 

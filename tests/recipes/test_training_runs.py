@@ -288,7 +288,8 @@ def test_settings_follow_the_number_of_images(striped):
     long = dataclasses.replace(FAST, epochs=100)
     assert config_for(striped, long, size=9) == dataclasses.replace(long, size=9, batch=256)
     assert config_for(striped, long, epochs=2, batch=7).shape == (6, False, 7, 2)
-    many = dataclasses.replace(striped, train_labels=torch.zeros(20_000, dtype=torch.int64))
+    images, labels = torch.zeros(20_000, 30), torch.zeros(20_000, dtype=torch.int64)
+    many = dataclasses.replace(striped, train_images=images, train_labels=labels)
     assert config_for(many, long) == long
 
 

@@ -216,7 +216,7 @@ class Attack(Storable):
     masks: dict[str, AdversarialMasks]
     effects: dict[str, MaskEffect]
     example: Float[Tensor, " pixels"]
-    size: tuple[int, int]
+    size: Sequence[int]
     shown: float
 
     def to_pandas(self) -> pandas.DataFrame:

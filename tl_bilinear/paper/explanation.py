@@ -65,7 +65,7 @@ class Explanation(Storable):
     vectors: Float[Tensor, "classes k pixels"]
     space: str
     classes: Sequence[str]
-    size: tuple[int, int]
+    size: Sequence[int]
 
     @property
     def made(self) -> Float[Tensor, " classes"]:
@@ -123,7 +123,7 @@ class Explanation(Storable):
 def explain(
     model: ImageClassifier,
     image: Float[Tensor, " pixels"],
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     space: str = PIXEL_SPACE,
     spectra: ClassSpectra | None = None,

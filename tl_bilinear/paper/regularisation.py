@@ -83,7 +83,7 @@ class Sweep(Storable):
     rare: Float[Tensor, "n seeds"]
     values: Float[Tensor, "n k"]
     vectors: Float[Tensor, "n k pixels"]
-    size: tuple[int, int]
+    size: Sequence[int]
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a setting and seed."""

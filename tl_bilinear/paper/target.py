@@ -8,6 +8,7 @@ linear and a constant part (appendix J).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ class HiddenTarget(Storable):
     linear: Float[Tensor, "seeds pixels"]
     constant: Float[Tensor, " seeds"]
     parts: Float[Tensor, "seeds 3"]
-    size: tuple[int, int]
+    size: Sequence[int]
 
     @property
     def dominance(self) -> Float[Tensor, " seeds"]:

@@ -27,8 +27,6 @@ from tl_bilinear.plots.style import (
 if TYPE_CHECKING:
     from tl_bilinear.tensor import CP, HOSVD, Eigendecomposition, Spectrum, TopInteractions
 
-Size = tuple[int, int]
-
 _SHOWN_EIGENVALUES = 20
 
 
@@ -51,7 +49,7 @@ def eigenvalues_figure(
 
 def eigenvectors_figure(
     eigen: Eigendecomposition,
-    size: Size | None = None,
+    size: Sequence[int] | None = None,
     *,
     k: int = 4,
     names: Sequence[str] | None = None,
@@ -112,7 +110,9 @@ def _top_of(values: Tensor, sign: int) -> list[int]:
     return [i for i in order if sign * values[i] > 0]
 
 
-def _beside_spectrum(eigen: Eigendecomposition, size: Size, k: int, title: str) -> go.Figure:
+def _beside_spectrum(
+    eigen: Eigendecomposition, size: Sequence[int], k: int, title: str
+) -> go.Figure:
     values = eigen.values.detach()
     rows = [_top_of(values, sign)[:k] for sign in (1, -1)]
     names = []
@@ -270,7 +270,7 @@ def hosvd_figure(
 
 def cp_figure(
     result: CP,
-    size: Size | None = None,
+    size: Sequence[int] | None = None,
     *,
     k: int = 9,
     names: Sequence[str] | None = None,

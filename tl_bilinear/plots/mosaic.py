@@ -23,7 +23,7 @@ _BORDER = 225
 
 def mosaic_figure(
     images: Float[Tensor, "rows columns pixels"],
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
@@ -72,7 +72,7 @@ def mosaic_figure(
 
 
 def _tiled(
-    images: Tensor, size: tuple[int, int], grey: Tensor | None, pad: int
+    images: Tensor, size: Sequence[int], grey: Tensor | None, pad: int
 ) -> tuple[Tensor, tuple[int, int]]:
     """[height, width, 3] bytes, and the size of a tile; tiles are enlarged by a whole number."""
     zoom = max(1, round(_TILE / max(size)))

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 
+@runtime_checkable
 class Augmentation(Protocol):
     """A frozen dataclass (so that a run can be stored by its settings) that changes images."""
 
