@@ -97,7 +97,7 @@ def test_ctrl_c_leaves_nothing(quickstart, tmp_path, monkeypatch, moment):
     if moment == "training":
         monkeypatch.setattr(training, "cross_entropy", interrupt)
     else:
-        monkeypatch.setattr("tl_bilinear.recipes.images.quickstart.save_tensors", interrupt)
+        monkeypatch.setattr("tl_bilinear.paper.quickstart_images.save_tensors", interrupt)
     status, output = quickstart()
     assert status == 130
     assert output.err.strip() == "tl-bilinear: interrupted; nothing was written"
@@ -110,7 +110,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_training(
     def unexpected(*args, **kwargs):
         raise AssertionError("trained although the results cannot be written")
 
-    monkeypatch.setattr("tl_bilinear.recipes.images.quickstart.train_classifier", unexpected)
+    monkeypatch.setattr("tl_bilinear.paper.quickstart_images.train_classifier", unexpected)
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         status, output = quickstart(out=place)

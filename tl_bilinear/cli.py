@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tl_bilinear.recipes.images.quickstart import ImageQuickstart
-    from tl_bilinear.recipes.language.quickstart import LanguageQuickstart
+    from tl_bilinear.paper import SummaryTable
 
 app = typer.Typer(
     help="Bilinear MLPs and weight-based interpretability.",
@@ -87,21 +86,14 @@ def quickstart(
     The settings are of the digits. Not given, they are the paper's: size 256, noise 0.4, weight decay
     1, batch 2048, 20 epochs; for fewer than 20,000 images batch 256 and 60 epochs.
     """
-    from tl_bilinear.recipes.quickstart import REPORT, run_quickstart
+    from tl_bilinear.paper import QuickstartConfig, run_quickstart
+    from tl_bilinear.paper.quickstart import REPORT
 
-    given = {
-        "size": size,
-        "noise": noise,
-        "weight_decay": weight_decay,
-        "epochs": epochs,
-        "batch": batch,
-        "seed": seed,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
-    result = run_quickstart(data, out, language=language, progress=not quiet, **settings)
-    _print_images(result.images)
-    if result.language is not None:
-        _print_language(result.language)
+    config = QuickstartConfig(
+        out, data, size, noise, weight_decay, epochs, batch, seed, language=language
+    )
+    for table in run_quickstart(config, progress=not quiet).summary_tables():
+        _print_table(table)
     typer.echo(f"Open {out / REPORT} to see it all.")
 
 
@@ -119,11 +111,13 @@ def images(
         str | None,
         typer.Option(help="A second set for the gallery of eigenvectors, named as --data."),
     ] = None,
-    figures: Annotated[
-        list[str] | None, typer.Option(help="Which figure; repeat for several. All by default.")
+    studies: Annotated[
+        list[str] | None, typer.Option(help="Which study; repeat for several. All by default.")
     ] = None,
-    size: Annotated[int, typer.Option(help="Width of the models.")] = 128,
-    noise: Annotated[float, typer.Option(help="Std of input noise, pixels in [0, 1].")] = 0.4,
+    size: Annotated[int | None, typer.Option(help="Width of the models.")] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Std of input noise, pixels in [0, 1].")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of every comparison between runs.")] = 3,
     sizes: Annotated[str, typer.Option(help="Widths to compare.")] = "32,64,128,256",
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
@@ -139,29 +133,24 @@ def images(
     --size 512 --seeds 5 --sizes 30,100,300,1000 --epochs 100. Trained models are kept in a folder of
     runs, so that an interrupted command goes on.
     """
-    from dataclasses import replace
+    from tl_bilinear.paper import GallerySettings, make_gallery
+    from tl_bilinear.paper.gallery import PAGE
 
-    from tl_bilinear.recipes.images.data import load_images
-    from tl_bilinear.recipes.images.figures import PAGE, Study, write_gallery
-    from tl_bilinear.recipes.images.runs import Runs
-
-    kept = out.with_name(f"{out.name}.runs") if runs is None else runs
-    study = Study.of(
-        load_images(data),
+    settings = GallerySettings(
+        out,
+        data,
+        fashion,
+        studies=tuple(studies or ()),
         size=size,
         noise=noise,
-        fashion=None if fashion is None else load_images(fashion),
-        sizes=_numbers("sizes", sizes),
+        epochs=epochs,
         seeds=seeds,
-        runs=Runs(kept, progress=not quiet),
+        sizes=tuple(_numbers("sizes", sizes)),
+        runs=runs,
     )
-    if epochs is not None:
-        study = replace(study, config=replace(study.config, epochs=epochs))
-    try:
-        seconds = write_gallery(study, out, figures or (), report=typer.echo)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; trained models are kept in {kept}") from None
-    typer.echo(f"{len(seconds)} figures in {sum(seconds.values()):.0f} s. Open {out / PAGE}.")
+    made = make_gallery(settings, report=typer.echo, progress=not quiet)
+    seconds = sum(study.seconds for study in made)
+    typer.echo(f"{len(made)} studies in {seconds:.0f} s. Open {out / PAGE}.")
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -171,75 +160,21 @@ def _numbers(name: str, text: str) -> list[int]:
         raise ValueError(f"--{name} must be whole numbers parted by commas, got {text!r}") from None
 
 
-def _print_images(result: ImageQuickstart) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    spectrum = result.spectra.pixel
-    console.print(
-        f"\n[bold]{result.data.name}[/bold]: accuracy on {len(result.data.test_labels):,} images"
-    )
-    accuracy = Table()
-    accuracy.add_column("eigenvectors a class")
-    accuracy.add_column("accuracy", justify="right")
-    for k, value in result.truncation.items():
-        accuracy.add_row(str(k), f"{value:.3f}")
-    accuracy.add_row("whole model", f"{result.training.accuracy:.3f}")
-    console.print(accuracy)
-    console.print("\n[bold]Interaction matrices[/bold] of the classes, in pixel space")
-    classes = Table()
-    for name in ("class", "three largest eigenvalues", "most negative", "effective rank"):
-        classes.add_column(name, justify="left" if name == "class" else "right")
-    for name, values, rank in zip(
-        result.data.classes, spectrum.values, spectrum.effective_rank(), strict=True
-    ):
-        largest = values.sort(descending=True).values[:3].tolist()
-        classes.add_row(
-            name,
-            "  ".join(f"{v:+.3f}" for v in largest),
-            f"{float(values.min()):+.3f}",
-            f"{float(rank):.1f}",
-        )
-    console.print(classes)
-    console.print(
-        f"Largest difference between model and tensor: {result.difference:.1e}   "
-        f"({result.seconds:.0f} s of training and analysis)"
-    )
-
-
-def _print_language(result: LanguageQuickstart) -> None:
+def _print_table(summary: SummaryTable) -> None:
+    from pandas.api.types import is_numeric_dtype
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    features = result.features
-    console = Console()
-    console.print(
-        f"\n[bold]A language model[/bold]: {len(result.found)} of {features.outputs.n} features of "
-        f"layer {features.layer}'s output"
-    )
-    found = Table()
-    for name in ("feature", "active on", "promotes", "2 eigenvectors", "strongest pair there"):
-        found.add_column(name, justify="right" if name == "2 eigenvectors" else "left")
-    for one, correlation in zip(result.found, result.correlation.active, strict=True):
-        b, c = int(one.active.first[0]), int(one.active.second[0])
-        pair = [result.labels[b]] if b == c else [result.labels[b], result.labels[c]]
-        found.add_row(
-            str(one.feature),
-            escape(one.name),
-            escape(" ".join(one.promoted.words[:3])),
-            f"r = {float(correlation[1]):.3f}",
-            escape(" x ".join(pair)),
-        )
-    console.print(found)
-    sums = max(one.attribution.error for one in result.found)
-    checked = max(float(one.eigenvectors.error.max()) for one in result.found)
-    control = min(float(one.eigenvectors.control_error.min()) for one in result.found)
-    console.print(
-        f"Attributions sum to within {sums:.0e}; interventions agree with the weights to {checked:.0e} "
-        f"(random directions miss by {control:.0e})   ({result.seconds:.0f} s)"
-    )
+    console, table = Console(), Table()
+    console.print(f"\n[bold]{escape(summary.title)}[/bold]")
+    for name, column in summary.table.items():
+        table.add_column(escape(str(name)), justify="right" if is_numeric_dtype(column) else "left")
+    for row in summary.table.itertuples(index=False):
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
+    console.print(table)
+    if summary.note:
+        console.print(escape(summary.note))
 
 
 _Source = Annotated[

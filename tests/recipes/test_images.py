@@ -1,4 +1,4 @@
-"""The image recipe: data, training, and what is read off the weights."""
+"""The image recipe: data, training, and the model as a tensor."""
 
 import gzip
 import shutil
@@ -12,10 +12,8 @@ from tl_bilinear import BilinearTensor
 from tl_bilinear.recipes.images import (
     ImageClassifier,
     TrainingConfig,
-    class_spectra,
     load_images,
     train_classifier,
-    truncation_accuracy,
 )
 from tl_bilinear.recipes.images.data import from_dataset
 
@@ -170,7 +168,7 @@ def test_settings_that_make_no_sense_are_refused(field):
         TrainingConfig(noise=-1.0)
 
 
-# ---------------------------------------------------------------------- analysis
+# ---------------------------------------------------------------------- the model
 
 
 @pytest.mark.parametrize("space", ["pixels", "embedding"])
@@ -191,54 +189,6 @@ def test_it_is_read_like_any_other_model(trained):
         BilinearTensor.from_model(trained.model, 1)
     with pytest.raises(ValueError, match="space must be 'pixels' or 'embedding'"):
         trained.model.tensor("images")
-
-
-def test_the_two_spaces(trained):
-    spectra = class_spectra(trained.model)
-    identity = torch.eye(30).expand(3, 30, 30)
-    assert_close(spectra.pixel.vectors @ spectra.pixel.vectors.mT, identity, rtol=0, atol=1e-4)
-    # Embedding-space eigenvectors are orthonormal there, and neither unit nor orthogonal as images.
-    vectors = spectra.embedding.vectors
-    assert_close(vectors @ vectors.mT, torch.eye(12).expand(3, 12, 12), rtol=0, atol=1e-4)
-    images = spectra.images("embedding")
-    gram = images @ images.mT
-    assert (gram - torch.eye(12)).abs().max() > 0.1
-    # An image is multiplied with them as its embedding is with the vectors.
-    x = torch.rand(4, 30)
-    embedded = x @ trained.model.embed.weight.T
-    assert_close(images @ x.T, vectors @ embedded.T.detach(), rtol=1e-4, atol=1e-5)
-    assert spectra.of("pixels") is spectra.pixel
-
-
-def test_truncation(trained, striped):
-    spectra = class_spectra(trained.model)
-    args = (striped.test_images, striped.test_labels)
-    for space, all_pairs in (("pixels", 30), ("embedding", 12)):
-        found = truncation_accuracy(trained.model, spectra.of(space), *args, (1, 3, all_pairs))
-        assert found[all_pairs] == pytest.approx(trained.accuracy, abs=0.011)
-    # By hand, for one k: the forms rebuilt from their k largest pairs.
-    forms = spectra.pixel.top(3).dense()
-    _, linear, constant = trained.model.tensor().parts()(args[0])
-    logits = torch.einsum("ni,aij,nj->na", args[0], forms, args[0]) + linear + constant
-    by_hand = float((logits.argmax(-1) == args[1]).float().mean())
-    assert truncation_accuracy(trained.model, spectra.pixel, *args, (3,))[3] == by_hand
-    with pytest.raises(ValueError, match="counts must lie between 1 and 30"):
-        truncation_accuracy(trained.model, spectra.pixel, *args, (31,))
-
-
-@pytest.mark.shared
-@pytest.mark.slow
-def test_full_mnist_reaches_the_papers_accuracy(shared_data):
-    data = load_images(shared_data / "mnist")
-    assert len(data.train_labels) == 60_000
-    result = train_classifier(data, TrainingConfig(epochs=5), progress=False)
-    assert result.accuracy > 0.9
-    spectra = class_spectra(result.model)
-    kept = truncation_accuracy(
-        result.model, spectra.pixel, data.test_images, data.test_labels, (1, 20)
-    )
-    assert kept[20] > result.accuracy - 0.02
-    assert kept[1] < result.accuracy - 0.1
 
 
 def test_a_gzip_suffix_is_what_decides(folder):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,7 +232,8 @@ def test_the_figure_shows_both_losses_of_each_run(run):
     from tl_bilinear.plots import loss_figure
 
     curve = run.to_pandas()
-    figure = loss_figure({"a": curve, "b": curve.assign(loss=curve["loss"] + 1)})
+    other = SimpleNamespace(to_pandas=lambda: curve.assign(loss=curve["loss"] + 1))
+    figure = loss_figure({"a": run, "b": other})
     assert [trace.name for trace in figure.data] == [
         *("a, training", "a, validation", "b, training", "b, validation"),
     ]

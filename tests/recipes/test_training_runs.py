@@ -17,6 +17,7 @@ from tl_bilinear.recipes.images.augment import (
     Translation,
 )
 from tl_bilinear.recipes.images.runs import Runs, run_key
+from tl_bilinear.recipes.images.training import config_for
 
 FAST = TrainingConfig(size=6, noise=0.1, epochs=3, batch=50, learning_rate=0.01)
 SQUARE = (28, 28)
@@ -260,7 +261,7 @@ def test_without_a_folder_nothing_is_kept(striped, tmp_path, monkeypatch, counte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_belongs_to_its_data_settings_and_code(striped, monkeypatch):
+def test_a_run_belongs_to_its_data_settings_and_recipe(striped, monkeypatch):
     keys = {run_key(striped, FAST)}
     other = striped.train_images.clone()
     other[0, 0] += 1e-3
@@ -275,16 +276,21 @@ def test_a_run_belongs_to_its_data_settings_and_code(striped, monkeypatch):
         {"augment": (Rotation(1.0),)}, {"augment": (Translation(1.0),)},
     ):  # fmt: skip
         keys.add(run_key(striped, dataclasses.replace(FAST, **changes)))
-    monkeypatch.setattr(runs, "_code", lambda: "a later version")
+    monkeypatch.setattr(runs, "RECIPE", 2)
     keys.add(run_key(striped, FAST))
     assert len(keys) == 11
     assert run_key(dataclasses.replace(striped, name="renamed"), FAST) in keys
 
 
-def test_prose_is_not_code():
-    same = ['def f(x):\n    """A."""\n    return x + 1  # one\n', "def f(x):\n    return (x + 1)\n"]
-    assert runs._without_prose(same[0]) == runs._without_prose(same[1])
-    assert runs._without_prose(same[0]) != runs._without_prose("def f(x):\n    return x + 2\n")
+def test_settings_follow_the_number_of_images(striped):
+    found = config_for(striped, noise=0.2, seed=None)
+    assert found == dataclasses.replace(TrainingConfig(), noise=0.2, batch=256, epochs=60)
+    long = dataclasses.replace(FAST, epochs=100)
+    assert config_for(striped, long, size=9) == dataclasses.replace(long, size=9, batch=256)
+    assert config_for(striped, long, epochs=2, batch=7).shape == (6, False, 7, 2)
+    images, labels = torch.zeros(20_000, 30), torch.zeros(20_000, dtype=torch.int64)
+    many = dataclasses.replace(striped, train_images=images, train_labels=labels)
+    assert config_for(many, long) == long
 
 
 def test_damaged_and_foreign_files_are_trained_again(striped, tmp_path, counted):

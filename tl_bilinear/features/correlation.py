@@ -46,6 +46,10 @@ class LowRankCorrelation(Named):
         """[K], mean active-only correlation with 1 to K eigenvectors (Fig. 9A)."""
         return self.active[self.enough(min_active)].mean(0)
 
+    def mean_everywhere(self, min_active: int = 10) -> Float[Tensor, " K"]:
+        """[K], mean correlation of the same features over all tokens, with 1 to K eigenvectors."""
+        return self.everywhere[self.enough(min_active)].nanmean(0)
+
     def share_above(self, threshold: float = 0.75, *, rank: int = 2, min_active: int = 10) -> float:
         """Share of features whose active-only correlation with `rank` eigenvectors is above `threshold`.
 

@@ -41,11 +41,6 @@ class Named(Result):
     input_labels: Labels | None = field(default=None, repr=False)
     output_labels: Labels | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        for name in ("input_labels", "output_labels"):
-            if (given := getattr(self, name)) is not None:  # the keys of JSON are strings
-                object.__setattr__(self, name, {int(key): label for key, label in given.items()})
-
     def output_name(self, feature: int) -> str:
         """An output feature's number, and its label where it has one."""
         labels = self.output_labels or {}

@@ -51,9 +51,15 @@ class InteractionStatistics(Named):
     reference: Float[Tensor, " d"]
 
     @property
-    def self_counts(self) -> Float[Tensor, " bins"]:
-        """Histogram of the diagonal entries over the same `edges`; those beyond are left out."""
-        return torch.histogram(self.self_values.cpu().float(), self.edges.cpu().float()).hist
+    def cross_shares(self) -> Float[Tensor, " bins"]:
+        """Share of the entries off the diagonal that lie in each bin."""
+        return self.counts / self.counts.sum().clamp_min(1)
+
+    @property
+    def self_shares(self) -> Float[Tensor, " bins"]:
+        """Share of the diagonal entries within the edges that lie in each bin."""
+        counts = torch.histogram(self.self_values.cpu().float(), self.edges.cpu().float()).hist
+        return counts / counts.sum().clamp_min(1)
 
     @property
     def effective_rank(self) -> float:

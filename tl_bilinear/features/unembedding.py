@@ -15,14 +15,14 @@ from torch import Tensor
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.labels import plain
 from tl_bilinear.features.passage import norm_matrix
-from tl_bilinear.tensor.storage import Storable
+from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
     import pandas
 
 
 @dataclass(frozen=True, eq=False)
-class PromotedTokens(Storable):
+class PromotedTokens(Result):
     """Tokens whose logits a direction raises and lowers most, before the last norm's scale.
 
     Attributes

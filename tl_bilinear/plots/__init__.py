@@ -1,64 +1,50 @@
-"""Plotly figures of results; nothing is computed here. Importing it needs plotly."""
+"""Plotly figures. Each is a function of one result, and computes nothing. Importing it needs plotly.
 
-from tl_bilinear.plots.circuits import graph_figure, paths_figure
-from tl_bilinear.plots.curves import loss_figure
-from tl_bilinear.plots.features import (
+Figures of the paper's studies are in the studies' own files, :mod:`tl_bilinear.paper`, built from
+`style` and `mosaic_figure`.
+"""
+
+from tl_bilinear.plots.decompositions import (
+    cp_figure,
+    eigenvalues_figure,
+    eigenvectors_figure,
+    hosvd_figure,
+    pairs_figure,
+    spectrum_figure,
+)
+from tl_bilinear.plots.dictionaries import (
+    attribution_figure,
     correlation_figure,
+    feature_sweep_figure,
     geometry_figure,
     scatter_figure,
     statistics_figure,
     submatrix_figure,
 )
-from tl_bilinear.plots.finetuning import finetune_figure
-from tl_bilinear.plots.images import eigenvector_figure, spectra_figure, truncation_figure
+from tl_bilinear.plots.measured import loss_added_figure, verification_figure
 from tl_bilinear.plots.mosaic import mosaic_figure
-from tl_bilinear.plots.studies import (
-    certificates_figure,
-    explanation_figure,
-    gallery_figure,
-    hosvd_figure,
-    mask_effect_figure,
-    masks_figure,
-    neuron_gallery_figure,
-    neurons_figure,
-    parts_figure,
-    similarity_figure,
-    sizes_truncation_figure,
-    sparsity_figure,
-    sweep_figure,
-    sweep_numbers_figure,
-    target_figure,
-    toy_figure,
-)
+from tl_bilinear.plots.networks import graph_figure, paths_figure
+from tl_bilinear.plots.training_curves import finetune_figure, loss_figure
 
 __all__ = [
-    "certificates_figure",
+    "attribution_figure",
     "correlation_figure",
-    "eigenvector_figure",
-    "explanation_figure",
+    "cp_figure",
+    "eigenvalues_figure",
+    "eigenvectors_figure",
+    "feature_sweep_figure",
     "finetune_figure",
-    "gallery_figure",
     "geometry_figure",
     "graph_figure",
     "hosvd_figure",
+    "loss_added_figure",
     "loss_figure",
-    "mask_effect_figure",
-    "masks_figure",
     "mosaic_figure",
-    "neuron_gallery_figure",
-    "neurons_figure",
-    "parts_figure",
+    "pairs_figure",
     "paths_figure",
     "scatter_figure",
-    "similarity_figure",
-    "sizes_truncation_figure",
-    "sparsity_figure",
-    "spectra_figure",
+    "spectrum_figure",
     "statistics_figure",
     "submatrix_figure",
-    "sweep_figure",
-    "sweep_numbers_figure",
-    "target_figure",
-    "toy_figure",
-    "truncation_figure",
+    "verification_figure",
 ]

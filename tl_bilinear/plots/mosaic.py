@@ -1,21 +1,21 @@
-"""Many small images in one picture: a PNG inside the figure, so that a page of hundreds stays light."""
+"""Many small images in one picture: a PNG in the figure, so that a page with hundreds stays small."""
 
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
+import io
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from plotly.colors import hex_to_rgb
 from torch import Tensor
 
 from tl_bilinear.plots.style import DIVERGING, LAYOUT
 
-TILE = 84  # pixels of the screen, about
+_TILE = 84  # pixels of the screen, about
 _GAP = 8
 _CAPTION = 17
 _BORDER = 225
@@ -23,7 +23,7 @@ _BORDER = 225
 
 def mosaic_figure(
     images: Float[Tensor, "rows columns pixels"],
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
@@ -31,15 +31,15 @@ def mosaic_figure(
     grey: Bool[Tensor, "rows columns"] | None = None,
     title: str = "",
 ) -> go.Figure:
-    """Images in a grid, each blue where positive and red where negative, on its own scale.
+    """Images in a grid, blue where positive and red where negative, each on its own scale.
 
     Parameters
     ----------
     images: [rows, columns, height * width]; a tile of NaN stays empty
     size: (height, width)
-    rows, columns: names beside and above the grid
+    rows, columns: names on the left of and above the grid
     captions: text above each tile
-    grey: [rows, columns], tiles that are pictures in [0, 1], shown black on white
+    grey: [rows, columns], true for tiles that are pictures in [0, 1]; they are shown black on white
     """
     pad = _CAPTION if captions else 0
     pixels, tile = _tiled(images, size, grey, pad)
@@ -72,10 +72,10 @@ def mosaic_figure(
 
 
 def _tiled(
-    images: Tensor, size: tuple[int, int], grey: Tensor | None, pad: int
+    images: Tensor, size: Sequence[int], grey: Tensor | None, pad: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """[height, width, 3] bytes, and the size of a tile in it; tiles are enlarged by whole numbers."""
-    zoom = max(1, round(TILE / max(size)))
+    """[height, width, 3] bytes, and the size of a tile; tiles are enlarged by a whole number."""
+    zoom = max(1, round(_TILE / max(size)))
     tile = (size[0] * zoom, size[1] * zoom)
     n_rows, n_columns = images.shape[:2]
     canvas = torch.full(
@@ -112,19 +112,7 @@ def _diverging(image: Tensor) -> Tensor:
 
 
 def _png(pixels: Tensor) -> str:
-    """A data URI; 8-bit RGB, as the PNG specification has it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    height, width, _ = pixels.shape
-    no_filter = torch.zeros(height, 1, dtype=torch.uint8)
-    lines = torch.cat([no_filter, pixels.reshape(height, -1)], 1)
-    body = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(lines.numpy().tobytes(), 9))
-        + chunk(b"IEND", b"")
-    )
-    return "data:image/png;base64," + base64.b64encode(body).decode()
+    """A data URI."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

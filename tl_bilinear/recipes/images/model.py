@@ -1,6 +1,6 @@
 """The paper's image classifier: an embedding and one bilinear layer, whose output map is the head.
 
-A source of a BilinearTensor like any other: its layer is read by the same code as a transformer's.
+Its layer is read into a BilinearTensor by the same code as a transformer's.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class ImageClassifier(nn.Module):
     size: int
         Width of the embedding and of the layer's hidden neurons.
     bias: bool
-        Biases in every map; the paper has them in the hidden-target task only (section 4.3).
+        Biases in every map; in the paper only the hidden-target task has them (section 4.3).
     generator: torch.Generator, optional
-        Of the initial weights (uniform within 1 / sqrt(inputs), as torch.nn.Linear's own).
+        Draws the initial weights, uniform within 1 / sqrt(inputs) as those of torch.nn.Linear.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class ImageClassifier(nn.Module):
         Parameters
         ----------
         space: "pixels" or "embedding"
-            Where its input lives. "pixels" folds the embedding in: eigenvectors are then unit and
-            orthogonal as images. "embedding" stops behind it: eigenvectors are unit and orthogonal
-            there, and the images that `to_pixels` makes of them are neither.
+            What the input is. With "pixels" the embedding is folded in, and eigenvectors are unit
+            and orthogonal as images. With "embedding" the input is the embedded image: eigenvectors
+            are unit and orthogonal there, and the images that `to_pixels` makes of them are neither.
         """
         if space not in (PIXEL_SPACE, EMBEDDING_SPACE):
             raise ValueError(f"space must be '{PIXEL_SPACE}' or '{EMBEDDING_SPACE}', got {space!r}")

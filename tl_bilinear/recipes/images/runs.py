@@ -1,24 +1,21 @@
-"""Trained models kept on disk, each under a hash of everything that made it.
+"""Trained models kept on disk, each under a digest of what made it.
 
 >>> runs = Runs("runs")
 >>> results = runs.train(data, [TrainingConfig(seed=seed) for seed in range(5)])   # trains
 >>> results = runs.train(data, [TrainingConfig(seed=seed) for seed in range(9)])   # trains four more
 
-The name of a file is the hash of the images and labels, of the settings, and of the code that trains
-(comments and docstrings aside); only weights are kept, and what is read off them is computed from
-them. A file is written whole or not at all, so that an interrupted sweep goes on where it stopped.
-Another machine or version of torch may differ in the last digits: the file says which it was.
+A file is named by a digest of the images and labels, of the settings, and of the version of the
+training (:data:`~tl_bilinear.recipes.images.training.RECIPE`). Only weights are kept; what is read off
+them is computed again. A file is written whole or not at all, so that an interrupted sweep continues
+where it stopped. Another machine or version of torch may give other last digits; the file names its
+version of torch.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +26,28 @@ from tl_bilinear.io import load_tensors, save_tensors
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import ImageClassifier
 from tl_bilinear.recipes.images.training import (
+    RECIPE,
     TrainingConfig,
     TrainingResult,
     train_classifiers,
 )
+from tl_bilinear.io import digest_of, load_tensors, save_tensors
 
 _KIND = "tl_bilinear image run"
-_CODE = ("augment.py", "model.py", "training.py")
 _ALONE = 2**15
-"""Above this many embedded numbers a step (size x batch) matrix products fill the processor, and models
-train one after another: measured, together is up to 1.4 times as fast below it and slower above."""
+"""Above this many embedded numbers a step (size x batch), matrix products fill the processor and models
+train one after another. Measured: together is up to 1.4 times as fast below it, and slower above."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Training through a folder of finished runs; without a folder nothing is kept.
+    """Trains models and keeps them in a folder; without a folder nothing is kept.
 
     Attributes
     ----------
-    folder: made when the first run is written
+    folder: made when the first model is written
     device: where models train; they are returned on the CPU
-    progress: show a bar over the models
+    progress: whether to show a bar over the models
     """
 
     folder: Path | None = None
@@ -61,9 +59,9 @@ class Runs:
             object.__setattr__(self, "folder", Path(self.folder).expanduser())
 
     def train(self, data: ImageData, configs: Sequence[TrainingConfig]) -> list[TrainingResult]:
-        """The trained models of `configs`, in their order, from the folder where they are there.
+        """The trained models of `configs`, in their order, read from the folder where it has them.
 
-        Missing ones train in groups of one shape; each is written as soon as its group is done.
+        The others train in groups of one shape. A group is written as soon as it is done.
         """
         found = {config: self._load(data, config) for config in configs}
         missing = [config for config, result in found.items() if result is None]
@@ -91,7 +89,8 @@ class Runs:
             return None  # damaged: trained and written again
         if (stored.get("kind"), stored.get("key")) != (_KIND, path.stem):
             return None
-        unused = torch.Generator()  # the weights are overwritten, the caller's draws left alone
+        # The weights are overwritten; a generator of its own leaves the caller's random numbers alone.
+        unused = torch.Generator()
         model = ImageClassifier(data.pixels, len(data.classes), config.size, config.bias, unused)
         model.load_state_dict(tensors)
         losses, accuracies = tuple(stored["losses"]), tuple(stored["accuracies"])
@@ -119,9 +118,9 @@ UNKEPT = Runs()
 
 
 def run_key(data: ImageData, config: TrainingConfig) -> str:
-    """Hash of the images and labels, the settings and the code that trains."""
-    described = json.dumps([data.fingerprint, _settings(config), _code()], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:32]
+    """Digest of the images and labels, the settings and the version of the training."""
+    made_by = {"data": data.fingerprint, "config": _settings(config), "recipe": RECIPE}
+    return digest_of({}, made_by)[:32]
 
 
 def _groups(configs: Sequence[TrainingConfig]) -> list[list[TrainingConfig]]:
@@ -136,20 +135,3 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     named = [[type(a).__name__, dataclasses.asdict(a)] for a in config.augment]
     return settings | {"augment": named}
-
-
-@lru_cache(maxsize=1)
-def _code() -> str:
-    dumps = [_without_prose((Path(__file__).parent / name).read_text("utf-8")) for name in _CODE]
-    return hashlib.sha256("".join(dumps).encode()).hexdigest()
-
-
-def _without_prose(source: str) -> str:
-    """The syntax tree of a module as text, its comments and docstrings left out."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
-    return ast.dump(tree)

@@ -1,14 +1,15 @@
 """Training image classifiers with the settings of the paper (Table 1, appendix F).
 
-Several models of one shape train together, as one model with a leading dimension. Each keeps its own
-generators for weights, order and noise: what a model becomes depends on the data and on its own
-settings, not on the company it was trained in (but for the rounding of a batched product).
+Several models of one shape train together, as one model with a leading dimension. Each has its own
+generators for weights, order and noise, so that a model depends on the data and on its own settings
+only, not on the models it was trained with (apart from the rounding of a batched product).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,27 +21,39 @@ from tl_bilinear.recipes.images.augment import Augmentation
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import ImageClassifier
 
+RECIPE = 1
+"""Version of the training, part of the name of every stored run.
+
+Raise it by hand when the same settings and data no longer give the same model.
+"""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings; the defaults are the paper's, with its published default size.
-
-    `noise` is the standard deviation of dense Gaussian noise on the pixels, on their scale of [0, 1];
-    `augment` is what happens to the images before it, in order. `activation_noise` and `dropout` act on
-    the embedded image, the bilinear layer's input (appendix B.1).
-    """
+    """Settings of a training run; the defaults are the paper's, with its published default size."""
 
     size: int = 256
+    """Width of the embedding and of the bilinear layer."""
     bias: bool = False
+    """Biases in every map."""
     noise: float = 0.4
+    """Standard deviation of Gaussian noise on the pixels, which lie in [0, 1]."""
     weight_decay: float = 1.0
+    """Weight decay of AdamW."""
     learning_rate: float = 1e-3
+    """Learning rate of AdamW at the start; it falls to zero along a cosine."""
     batch: int = 2048
+    """Images in a step."""
     epochs: int = 20
+    """Passes over the images."""
     seed: int = 0
+    """Seed of the weights, the noise and the order of the images."""
     activation_noise: float = 0.0
+    """Standard deviation of noise on the embedded image, the bilinear layer's input (appendix B.1)."""
     dropout: float = 0.0
+    """Share of the embedded image that is dropped (appendix B.1)."""
     augment: tuple[Augmentation, ...] = ()
+    """Changes of the images, in order, before the noise is added."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "epochs"):
@@ -57,10 +70,44 @@ class TrainingConfig:
         """(size, bias, batch, epochs): models that agree in it can train together."""
         return (self.size, self.bias, self.batch, self.epochs)
 
+    def __str__(self) -> str:
+        """The settings in a sentence."""
+        parts = [
+            f"size {self.size}",
+            f"input noise {self.noise:g}",
+            f"weight decay {self.weight_decay:g}",
+            f"{self.epochs} epochs",
+            f"learning rate {self.learning_rate:g}",
+            f"batch {self.batch}",
+            f"seed {self.seed}",
+        ]
+        if self.bias:
+            parts.append("with biases")
+        if self.activation_noise:
+            parts.append(f"activation noise {self.activation_noise:g}")
+        if self.dropout:
+            parts.append(f"dropout {self.dropout:g}")
+        return ", ".join([*parts, *map(str, self.augment)])
+
+
+def config_for(
+    data: ImageData, base: TrainingConfig = TrainingConfig(), **given: Any
+) -> TrainingConfig:
+    """`base`, adapted to the number of images, with the settings that are `given` (not None).
+
+    Below 20,000 images batches are of 256 and there are at least 60 epochs: at the paper's batch of
+    2,048 a few thousand images would make two steps an epoch.
+    """
+    few: dict[str, Any] = {}
+    if len(data.train_labels) < 20_000:
+        few = {"batch": 256, "epochs": max(60, base.epochs)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return replace(base, **few | chosen)
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """A trained model, and how it got there: loss and clean test accuracy after each epoch."""
+    """A trained model, with its training loss and clean test accuracy after each epoch."""
 
     model: ImageClassifier
     config: TrainingConfig
@@ -95,8 +142,8 @@ def train_classifiers(
 ) -> list[TrainingResult]:
     """Train several classifiers of one shape at once, in the order of `configs`.
 
-    The images lie in one tensor and a batch is an index into it, copied to the same memory every
-    step: at these sizes a DataLoader and fresh memory would cost as much as the model. Memory: about
+    The images are one tensor. A batch is an index into it, copied to the same memory at every step: at
+    these sizes a DataLoader and fresh memory would cost as much as the model. Memory: about
     ``batch (pixels + 12 size)`` numbers for each model.
 
     Raises ValueError for configurations whose `shape` differs.

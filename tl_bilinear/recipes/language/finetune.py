@@ -165,9 +165,30 @@ class FinetuneComparison:
         ]
         return pd.DataFrame(rows).set_index("run")
 
+    def curves(self) -> pd.DataFrame:
+        """One row for each run and validation: run, step, loss, gap to the baseline at that step.
+
+        Step 0 is the model before finetuning, which a run in closed form does not start from.
+        """
+        import pandas as pd
+
+        rows: list[tuple[str, int, float, float | None]] = []
+        at_baseline = _validation(self.baseline)
+        for name, run in {BASELINE: self.baseline, **self.runs}.items():
+            if run.config.path != "closed":
+                rows.append((name, 0, self.start_loss, None))
+            for step, loss in _validation(run).items():
+                known = step in at_baseline
+                rows.append((name, step, loss, loss - at_baseline[step] if known else None))
+        return pd.DataFrame(rows, columns=["run", "step", "loss", "gap"]).astype({"gap": float})
+
     def __str__(self) -> str:
         table = self.to_pandas().to_string(float_format="{:.4f}".format)
         return f"loss before finetuning {self.start_loss:.4f} nats a token\n{table}"
+
+
+def _validation(run: FinetuneRun) -> dict[int, float]:
+    return {int(e["step"]): e["eval_loss"] for e in run.history if "eval_loss" in e}
 
 
 # ---------------------------------------------------------------------- the gate
