@@ -48,7 +48,7 @@ def load_demo_model(device: str | torch.device | None = None) -> Any:
     import torch
 
     from tl_bilinear.models import HookedBilinearSAETransformer
-    from tl_bilinear.recipes.language.train import no_file_bars
+    from tl_bilinear.models.huggingface import no_file_bars
 
     with no_file_bars():
         model = HookedBilinearSAETransformer.from_hf(

@@ -49,6 +49,7 @@ from tl_bilinear.models.approximation import (
     to_bilinear_llama,
 )
 from tl_bilinear.models.files import write_table
+from tl_bilinear.models.huggingface import no_file_bars
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.train import (
     Distillation,
@@ -57,7 +58,6 @@ from tl_bilinear.recipes.language.train import (
     complete_run,
     is_first_process,
     language_loss,
-    no_file_bars,
 )
 from tl_bilinear.tensor.readers import read_gated
 from tl_bilinear.tensor.storage import digest_of

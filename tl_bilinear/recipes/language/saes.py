@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tl_bilinear.models.files import read_json, read_table, write_table
+from tl_bilinear.models.huggingface import no_file_bars
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.runs import RESULT, SETTINGS, enter_run, require_finished
-from tl_bilinear.recipes.language.train import no_file_bars
 from tl_bilinear.tensor.storage import digest_of, whole_directory
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_bilinear.models.files import read_table, write_table
-from tl_bilinear.models.huggingface import save_llama
+from tl_bilinear.models.huggingface import no_file_bars, save_llama
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.runs import RESULT, SETTINGS, enter_run, require_finished
 
@@ -763,20 +763,6 @@ def _everyone() -> None:
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()
-
-
-@contextmanager
-def no_file_bars() -> Iterator[None]:
-    """Without the bars that transformers draws for each file it reads or writes."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager
