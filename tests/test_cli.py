@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -16,14 +15,9 @@ FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--no-language", "--qu
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tl-bilinear", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
+        status = cli.main([str(each) for each in arguments])
         return status, capsys.readouterr()
 
     return run
@@ -124,9 +118,16 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_training(
     [
         (["quickstart", "--data", "/no/such/folder"], "no such folder of images"),
         (["quickstart", "--size", "0"], "size must be at least 1, got 0"),
-        (["quickstart", "--size", "wide"], "Invalid value for '--size'"),
-        (["quickstart", "--sise", "3"], "No such option: --sise"),
-        (["fastforward"], "No such command"),
+        (["quickstart", "--size", "wide"], 'Invalid value for --size: unable to convert "wide"'),
+        (["quickstart", "--sise", "3"], "Unknown option: --sise. Did you mean --size?"),
+        (["fastforward"], 'Unknown command "fastforward"'),
+        (
+            ["train", "lm", "--config", "huge"],
+            "unknown config 'huge'; there are paper, small, nano",
+        ),
+        (["train", "compare", "--activation", "reglu"], "Did you mean --activations?"),
+        (["tokenizer", "--size", "-1"], "size must be at least 1, got -1"),
+        (["data", "--validation", "2"], "validation must be a share between 0 and 1, or a source"),
     ],
 )
 def test_bad_input(run, tmp_path, monkeypatch, arguments, message):

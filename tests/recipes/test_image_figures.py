@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_what_was_trained(run, idx_folder, tmp_path, monkeypatch):
         (["--figures", "fig2"], "no figure fig2; there are"),
         (
             ["--sizes", "small,large"],
-            "--sizes must be whole numbers parted by commas, got 'small,large'",
+            'Invalid value for --sizes: unable to convert "small" into int',
         ),
         (["--fashion", "/no/such"], "no such folder of images"),
     ],

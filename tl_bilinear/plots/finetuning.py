@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from tl_bilinear.plots.style import LAYOUT, NEUTRAL
 
 if TYPE_CHECKING:
-    from tl_bilinear.recipes.language.finetune import FinetuneComparison, FinetuneRun
+    from tl_bilinear.recipes.language import FinetuneComparison, FinetuneRun
 
 
 def finetune_figure(result: FinetuneComparison) -> go.Figure:

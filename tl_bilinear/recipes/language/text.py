@@ -25,8 +25,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from tl_bilinear.recipes.language.config import TINYSTORIES
+
 SEPARATOR = "<|endoftext|>"
-TINYSTORIES = "roneneldan/TinyStories"
 REASONS = ("duplicate", "corrupt", "empty")
 
 _SUFFIXES = (".txt", ".txt.gz")

@@ -17,16 +17,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from tl_bilinear.recipes.language.text import TINYSTORIES, Cleaner, CleaningReport, read_stories
+from tl_bilinear.recipes.language.config import TINYSTORIES, TokenizerConfig
+from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, read_stories
 from tl_bilinear.tensor.storage import refuse_foreign, whole_directory
 
 UNKNOWN, BOS, EOS = "[UNK]", "[BOS]", "[EOS]"
-SIZE = 4096
 
 _SPECIAL = (UNKNOWN, BOS, EOS)
 
 
-def train_tokenizer(stories: Iterable[str], size: int = SIZE) -> Any:
+def train_tokenizer(stories: Iterable[str], size: int = TokenizerConfig.size) -> Any:
     """A ``PreTrainedTokenizerFast`` of at most `size` entries, trained on a stream of stories.
 
     The same stories give the same tokenizer. Every letter, digit and punctuation mark of ASCII has an
@@ -100,27 +100,25 @@ def _wrap(tokens: Any) -> Any:
 
 def make_tokenizer(
     source: str | PathLike[str] = TINYSTORIES,
-    folder: str | PathLike[str] = "tokenizer",
+    config: TokenizerConfig = TokenizerConfig(),
     *,
-    size: int = SIZE,
-    limit: int | None = None,
+    out: str | PathLike[str],
     progress: bool = True,
 ) -> tuple[Any, CleaningReport]:
-    """Clean a source (see `read_stories`), train a tokenizer on it and write it to a folder.
-
-    `limit`: read no more than so many stories.
-    """
-    refuse_foreign(Path(folder).expanduser(), _is_tokenizer_folder)  # before the work, not after it
+    """Clean a source (see `read_stories`), train a tokenizer on it and write it to the folder `out`."""
+    refuse_foreign(Path(out).expanduser(), _is_tokenizer_folder)  # before the work, not after it
     cleaner = Cleaner()
-    stories = cleaner(itertools.islice(read_stories(source), limit))
-    tokenizer = train_tokenizer(tqdm(stories, unit=" stories", disable=not progress), size)
-    save_tokenizer(tokenizer, folder)
+    stories = cleaner(itertools.islice(read_stories(source), config.limit))
+    tokenizer = train_tokenizer(
+        tqdm(stories, unit=" stories", disable=not progress, desc="reading"), config.size
+    )
+    save_tokenizer(tokenizer, out)
     return tokenizer, cleaner.report()
 
 
-def save_tokenizer(tokenizer: Any, folder: str | PathLike[str]) -> None:
-    """Write a tokenizer as transformers does, whole or not at all, over one that is there."""
-    with whole_directory(folder, _is_tokenizer_folder) as staging:
+def save_tokenizer(tokenizer: Any, out: str | PathLike[str]) -> None:
+    """Write a tokenizer as transformers does, whole or not at all, replacing one that is there."""
+    with whole_directory(out, _is_tokenizer_folder) as staging:
         tokenizer.save_pretrained(staging)
 
 
