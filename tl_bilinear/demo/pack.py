@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import App, Parameter
 
 from tl_bilinear.demo import CARD, MODEL, NAME, SAES, SEPARATOR, STORIES
 from tl_bilinear.models.files import write_table
@@ -37,16 +37,18 @@ _TEMPERATURE = 0.8
 _ROWS = 16  # stories sampled at once
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(name="python -m tl_bilinear.demo.pack", result_action="return_value")
 
 
-@app.command()
+@app.default
 def pack(
-    lm: Annotated[Path, typer.Argument(help="Folder of a `tl-bilinear train lm` run.")],
-    saes: Annotated[Path, typer.Argument(help="Folder of a `tl-bilinear train saes` run.")],
-    data: Annotated[Path, typer.Argument(help="Folder of `tl-bilinear data`, of both.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write: tl_bilinear/demo/files.")],
-    stories: Annotated[int, typer.Option(help="How many stories the model writes.")] = 400,
+    lm: Annotated[Path, Parameter(help="Folder of a `tl-bilinear train lm` run.")],
+    saes: Annotated[Path, Parameter(help="Folder of a `tl-bilinear train saes` run.")],
+    data: Annotated[Path, Parameter(help="Folder of `tl-bilinear data`, of both.")],
+    out: Annotated[Path, Parameter(help="Folder to write: tl_bilinear/demo/files.")],
+    /,
+    *,
+    stories: Annotated[int, Parameter(help="How many stories the model writes.")] = 400,
 ) -> None:
     """Write the demo's files, the model card among them."""
     from sae_lens import SAE
@@ -82,7 +84,7 @@ def pack(
             stories,
             prompts=_OPENINGS,
             temperature=_TEMPERATURE,
-            batch=_ROWS,
+            batch_size=_ROWS,
         )
         (folder / STORIES).write_bytes(gzip.compress(SEPARATOR.join(written).encode(), mtime=0))
         card = {
@@ -109,9 +111,9 @@ def pack(
         }
         write_table(folder / CARD, card)
         (folder / MODEL_CARD).write_text(_model_card(card))
-    typer.echo(evaluation)
+    print(evaluation)
     size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
-    typer.echo(f"{size / 1e6:.1f} MB in {out}")
+    print(f"{size / 1e6:.1f} MB in {out}")
 
 
 def _model_card(card: dict[str, Any]) -> str:
