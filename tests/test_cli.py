@@ -1,7 +1,11 @@
 """The command, as a user runs it: what it writes, and what it leaves when something goes wrong."""
 
+import dataclasses
 import json
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from safetensors.torch import load_file
 from tests.recipes.conftest import idx_folder, striped  # noqa: F401  fixtures
 from tl_bilinear import cli
 from tl_bilinear.recipes.images import ImageClassifier, training
+from tl_bilinear.recipes.language import config
 
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--no-language", "--quiet"]
 
@@ -145,3 +150,81 @@ def test_version_and_help(run):
     status, output = run("--help")
     assert status == 0
     assert "quickstart" in output.out
+
+
+# ---------------------------------------------------------------------- settings and failures
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "hidden"),
+    [
+        (["quickstart"], [cli.QuickstartConfig], []),
+        (["images"], [cli.GalleryConfig], []),
+        (["tokenizer"], [config.TokenizerConfig], []),
+        (["data"], [config.TextConfig], []),
+        (["train", "lm"], [config.LanguageConfig, config.RunOptions], []),
+        (["train", "compare"], [config.LanguageConfig, config.RunOptions], ["activation"]),
+        (["train", "saes"], [config.SAETrainingConfig], []),
+        (["finetune"], [config.FinetuneConfig, config.RunOptions], []),
+    ],
+)
+def test_every_setting_is_an_option_with_its_help(run, monkeypatch, command, settings, hidden):
+    monkeypatch.setenv("COLUMNS", "400")
+    status, output = run(*command, "--help")
+    assert status == 0
+    fields = [field.name for each in settings for field in dataclasses.fields(each)]
+    for name in fields:
+        option = f"--{name.replace('_', '-')}"
+        line = next((each for each in output.out.splitlines() if f" {option} " in each), "")
+        assert bool(line) == (name not in hidden), name
+        if line:
+            assert re.search(r"[A-Za-z][a-z0-9 ,:']{3,}", line.partition(option)[2]), line
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from tl_bilinear.cli import main\n"
+        "for words in ([], ['train'], ['train', 'lm'], ['images'], ['finetune'], ['data']):\n"
+        "    assert main([*words, '--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'transformers', 'datasets', 'plotly', 'sae_lens'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_ctrl_c_while_importing():
+    program = (
+        "import sys\n"
+        "from tl_bilinear.cli import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.exit(main(['train', 'lm']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "tl-bilinear: interrupted\n")
+
+
+def test_what_should_not_happen_says_where_to_report_it(run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a line\nand another")
+
+    monkeypatch.setattr("tl_bilinear.recipes.language.data.prepare_text", broken)
+    status, output = run("data")
+    assert status == 1
+    assert re.fullmatch(
+        r"tl-bilinear: unexpected RuntimeError: a line and another\. This is a bug: please report it.*",
+        output.err.strip(),
+    )
+    status, output = run("data", "--debug")
+    assert status == 1
+    assert "Traceback" in output.err
+    assert "in broken" in output.err
+    monkeypatch.setattr(
+        "importlib.metadata.metadata",
+        lambda name: SimpleNamespace(get_all=lambda key: ["Issues, https://example.org/issues"]),
+    )
+    assert "report it at https://example.org/issues with" in run("data")[1].err

@@ -5,8 +5,8 @@ The whole public API. Data flows one way:
     weights -> BilinearTensor -> fold / project -> InteractionMatrix -> Eigendecomposition -> plot
 
 Importing this package gives TransformerLens's class ``HookedTransformer.from_config(bilinear=True)`` and
-SAELens the SAEs that the paper's authors published, and imports neither TransformerLens nor SAELens:
-names that need them are loaded at first use.
+SAELens the SAEs that the paper's authors published. It imports neither of them, nor torch: every name is
+loaded at first use.
 """
 
 from __future__ import annotations
@@ -14,30 +14,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tl_bilinear import models
-from tl_bilinear.features import registration as _sae_registration
-from tl_bilinear.tensor import (
-    CP,
-    HOSVD,
-    Approximation,
-    BilinearParts,
-    BilinearTensor,
-    Eigendecomposition,
-    EigenProjector,
-    EigenvectorMatch,
-    GatedLayer,
-    InteractionMatrix,
-    Reexpression,
-    Spectrum,
-    TopInteractions,
-    Tucker,
-    functional_inner,
-    match_eigenvectors,
-    pairwise_similarity,
-    register_gated_reader,
-    register_mlp_reader,
-    register_model_reader,
-)
+import wrapt
+
+from tl_bilinear.models import registration
 
 if TYPE_CHECKING:
     from tl_bilinear.demo import load_demo_model, load_demo_saes
@@ -46,6 +25,28 @@ if TYPE_CHECKING:
         BilinearMLP,
         BilinearTransformerConfig,
         HookedBilinearTransformer,
+    )
+    from tl_bilinear.tensor import (
+        CP,
+        HOSVD,
+        Approximation,
+        BilinearParts,
+        BilinearTensor,
+        Eigendecomposition,
+        EigenProjector,
+        EigenvectorMatch,
+        GatedLayer,
+        InteractionMatrix,
+        Reexpression,
+        Spectrum,
+        TopInteractions,
+        Tucker,
+        functional_inner,
+        match_eigenvectors,
+        pairwise_similarity,
+        register_gated_reader,
+        register_mlp_reader,
+        register_model_reader,
     )
 
 __version__ = "0.1.0"
@@ -80,25 +81,45 @@ __all__ = [
     "register_model_reader",
 ]
 
-_LAZY = {
-    "Dictionary": "tl_bilinear.features",
-    "FeatureInteractions": "tl_bilinear.features",
-    "BilinearMLP": "tl_bilinear.models",
-    "BilinearTransformerConfig": "tl_bilinear.models",
-    "HookedBilinearTransformer": "tl_bilinear.models",
-    "load_demo_model": "tl_bilinear.demo",
-    "load_demo_saes": "tl_bilinear.demo",
+# Where the names live that are not in `tl_bilinear.tensor`.
+_ELSEWHERE = {
+    "Dictionary": "features",
+    "FeatureInteractions": "features",
+    "BilinearMLP": "models",
+    "BilinearTransformerConfig": "models",
+    "HookedBilinearTransformer": "models",
+    "load_demo_model": "demo",
+    "load_demo_saes": "demo",
 }
+_PACKAGES = ("circuits", "demo", "features", "hooks", "models", "plots", "recipes", "tensor")
 
-models.register()
-_sae_registration.register()
+
+def _tell_tensors(_: Any) -> None:
+    from tl_bilinear import models
+    from tl_bilinear.tensor import readers
+
+    readers.when_first_used(models.register)
+
+
+def _tell_saelens(_: Any) -> None:
+    from tl_bilinear.features import registration
+
+    registration.register()
+
+
+registration.register()
+wrapt.register_post_import_hook(_tell_tensors, "tl_bilinear.tensor")
+wrapt.register_post_import_hook(_tell_saelens, "sae_lens")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        home = _ELSEWHERE.get(name, "tensor")
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

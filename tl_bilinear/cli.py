@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,22 +368,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The exit status is 0, 2 for bad input, 130 for Ctrl-C, and 1 for what should not happen.
     """
+    raised: BaseException
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app([each for each in given if each != "--debug"])
         return 0
-    except KeyboardInterrupt as stop:
-        status, line = 130, str(stop) or "interrupted"
+    except KeyboardInterrupt as error:
+        raised, status, line = error, 130, str(error) or "interrupted"
     except (CycloptsError, ValueError, OSError, ImportError, MemoryError) as error:
-        status, line = 2, str(error) or type(error).__name__
+        raised, status, line = error, 2, str(error) or type(error).__name__
     except Exception as error:
-        status = 1
         line = f"unexpected {type(error).__name__}: {error}. This is a bug: {_how_to_report()}"
+        raised, status = error, 1
     if "--debug" in given:
-        import traceback
-
-        traceback.print_exc()
-    print("tl-bilinear:", " ".join(line.split()), file=sys.stderr)
+        traceback.print_exception(raised)
+    print("tl-bilinear:", " ".join(line.splitlines()), file=sys.stderr)
     return status
 
 

@@ -34,6 +34,17 @@ _mlp_readers: dict[str, MLPReader] = {}
 _model_readers: dict[str, ModelReader] = {}
 _gated_readers: dict[str, GatedReader] = {}
 _maps_reader: MapsReader | None = None
+_waiting: list[Callable[[], None]] = []
+
+
+def when_first_used(register: Callable[[], None]) -> None:
+    """Call `register` before a module is first read, or a reader registered by anybody else."""
+    _waiting.append(register)
+
+
+def _use() -> None:
+    while _waiting:
+        _waiting.pop(0)()
 
 
 def register_mlp_reader(name: str, reader: MLPReader) -> None:
@@ -68,6 +79,7 @@ def set_maps_reader(reader: MapsReader) -> None:
 
 
 def read_mlp(module: Any, maps: Sequence[str] | None = None) -> BilinearTensor:
+    _use()
     if maps is not None:
         assert _maps_reader is not None, "tl_bilinear.models.register() has run"
         return _maps_reader(module, maps)
@@ -79,6 +91,7 @@ def read_mlp(module: Any, maps: Sequence[str] | None = None) -> BilinearTensor:
 
 
 def read_model(model: Any, layer: int | None) -> BilinearTensor:
+    _use()
     for reader in reversed(_model_readers.values()):
         tensor = reader(model, layer)
         if tensor is not None:
@@ -87,6 +100,7 @@ def read_model(model: Any, layer: int | None) -> BilinearTensor:
 
 
 def read_gated(module: Any) -> GatedLayer:
+    _use()
     for reader in reversed(_gated_readers.values()):
         layer = reader(module)
         if layer is not None:
@@ -99,6 +113,7 @@ def read_gated(module: Any) -> GatedLayer:
 
 
 def _register(registry: dict[str, Any], name: str, reader: Any) -> None:
+    _use()
     if name in registry:
         raise ValueError(
             f"a reader named {name!r} is registered already; names taken: {sorted(registry)}"
