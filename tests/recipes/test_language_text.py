@@ -111,7 +111,7 @@ def test_a_text_without_separators_does_not_fill_the_memory(tmp_path, monkeypatc
     monkeypatch.setattr(text, "_LONGEST", 1000)
     (tmp_path / "book.txt").write_text("a line of a book\n" * 100)
     with pytest.raises(
-        ValueError, match=r"a story of more than 1,000 characters: part the stories"
+        ValueError, match=r"a story of more than 1,000 characters: separate the stories"
     ):
         list(read_stories(tmp_path / "book.txt"))
 

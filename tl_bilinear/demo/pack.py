@@ -1,6 +1,6 @@
 """Pack a trained model and its SAEs as the package's demo: ``python -m tl_bilinear.demo.pack``.
 
-Weights are rounded to float16, and every number of the model card is measured on what was rounded.
+Weights are rounded to float16, and every number of the model card is measured after rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LM_OPTIONS = (
     "warmup",
 )
 SAE_OPTIONS = ("layers", "tokens", "batch", "learning_rate", "final_learning_rate")
-# A row of training text may start in the middle of a story: left to itself, so does the model.
+# A row of training text may start in the middle of a story; without an opening, so does the model.
 _OPENINGS = ("once upon a time", "one day", "there was", "tom and lily", "lily", "tim")
 _TEMPERATURE = 0.8
 _ROWS = 16  # stories sampled at once
@@ -72,7 +72,7 @@ def pack(
         for source in sorted((Path(saes) / "saes").iterdir()):
             sae = SAE.load_from_disk(source)
             sae.cfg.metadata.model_name = NAME
-            # Every float16 is a float32: the config goes on to say float32, and so it is loaded.
+            # The config still says float32, so the weights are loaded as float32, which is exact.
             _half(sae).save_model(folder / SAES / source.name)
             rounded[source.name] = SAE.load_from_disk(folder / SAES / source.name, dtype="float32")
         hooked = HookedBilinearTransformer.from_hf(llama, tokenizer=text.tokenizer, device="cpu")
@@ -171,7 +171,7 @@ python -m tl_bilinear.demo.pack lm saes data tl_bilinear/demo/files
 
 
 def _options(config: dict[str, Any], names: tuple[str, ...]) -> str:
-    """What of a config was given on the command line, as it was given there."""
+    """Some settings of a config as options of the command line."""
     return " ".join(
         f"--{name.replace('_', '-')} {_written(config[name])}"
         for name in names

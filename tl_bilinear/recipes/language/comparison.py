@@ -46,7 +46,7 @@ _TABLE = "comparison.json"
 
 @dataclass(frozen=True)
 class ActivationComparison:
-    """Validation losses in nats a token, by activation; steps and speed of the runs behind them."""
+    """Validation losses in nats a token, by activation, with the steps and speed of their runs."""
 
     activations: tuple[str, ...]
     constant_epochs: tuple[float, ...]
@@ -92,9 +92,9 @@ def compare_activations(
 ) -> ActivationComparison:
     """Train a model with each activation twice: for equal epochs, and for equal time.
 
-    Each run has a folder of its own in `folder`, and one that is there is read or continued, so an
-    interrupted comparison goes on where it was. Time is that of the training steps on this machine;
-    options are those of `train_language_model`.
+    Each run has a folder of its own in `folder`; a run that is there is read or continued, so an
+    interrupted comparison goes on where it stopped. Time is that of the training steps on this machine.
+    `options` are those of `train_language_model`.
 
     Raises ValueError for an unknown activation, before anything is trained.
     """
@@ -156,7 +156,7 @@ class FinetuneComparison:
 
     @property
     def gaps(self) -> dict[str, float]:
-        """By how much each run's loss lies above the baseline's, in nats a token."""
+        """How far each run's loss lies above the baseline's, in nats a token."""
         return {name: run.loss - self.baseline.loss for name, run in self.runs.items()}
 
     def to_pandas(self) -> pd.DataFrame:
@@ -204,8 +204,8 @@ def compare_finetuning(
     """Finetune with each config, and once with the gates as they were: equal tokens, equal order.
 
     The baseline has the settings of the first config, learns from the text alone, and then teaches the
-    runs that distil. Each run has a folder of its own in `folder`, and one that is there is read or
-    continued; options are those of `finetune`.
+    runs that distil. Each run has a folder of its own in `folder`; a run that is there is read or
+    continued. `options` are those of `finetune`.
 
     Raises ValueError for configs whose tokens differ, before anything is trained.
     """

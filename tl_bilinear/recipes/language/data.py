@@ -73,8 +73,8 @@ class LanguageData:
         tokenizer = load_tokenizer(folder / TOKENIZER)
         if len(tokenizer) != report["vocabulary"]:
             raise ValueError(
-                f"the tokens in {folder} are numbers of a vocabulary of {report['vocabulary']}, the "
-                f"tokenizer there has {len(tokenizer)} entries: prepare the text again"
+                f"the tokens in {folder} are of a vocabulary of {report['vocabulary']}, the tokenizer "
+                f"there has {len(tokenizer)} entries: prepare the text again"
             )
         parts = {}
         for part in PARTS:

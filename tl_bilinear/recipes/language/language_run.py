@@ -87,7 +87,7 @@ class LanguageRun:
         folder = Path(folder).expanduser()
         stored = require_finished(folder, cls.command)
         try:
-            config = cls.config_type(**read_table(folder / SETTINGS)["config"])
+            config: Any = cls.config_type(**read_table(folder / SETTINGS)["config"])
             return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
         except (KeyError, TypeError) as error:
             raise ValueError(

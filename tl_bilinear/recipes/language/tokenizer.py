@@ -2,7 +2,7 @@
 
 Text is decomposed (NFD), stripped of accents and lower-cased; words are split at whitespace and
 punctuation, numbers into digits. ``[UNK]`` is 0, ``[BOS]`` 1 and ``[EOS]`` 2; a text becomes
-``[BOS]`` and its tokens; padding is ``[EOS]``, on the right. (Appendix F.2 calls it BPE; the code
+``[BOS]`` and its tokens; padding is ``[EOS]``, on the right. (Appendix F.2 calls it BPE, but the code
 that trained the published models is WordPiece.)
 """
 
@@ -30,15 +30,15 @@ def train_tokenizer(stories: Iterable[str], size: int = TokenizerConfig.size) ->
     """A ``PreTrainedTokenizerFast`` of at most `size` entries, trained on a stream of stories.
 
     The same stories give the same tokenizer. Every letter, digit and punctuation mark of ASCII has an
-    entry, so that no ASCII text is ``[UNK]``. It prepends ``[BOS]``, and TransformerLens takes it as
-    it is, from memory or from a folder.
+    entry, so no ASCII text becomes ``[UNK]``. It prepends ``[BOS]``. TransformerLens takes it as it is,
+    from memory or from a folder.
 
-    Raises ValueError for a size that does not hold the characters of the text, or no text at all.
+    Raises ValueError for a size too small for the characters of the text, and for no text at all.
     """
     from tokenizers import models, trainers
 
-    # What a word goes on with, one letter at a time, is numbered first. Left to itself the trainer
-    # numbers it in an order that differs from run to run, and settles ties by these numbers.
+    # Letters inside of words come first. Left to itself, the trainer numbers them in an order that
+    # differs from run to run, and breaks ties by these numbers.
     pieces = [f"##{letter}" for letter in string.ascii_lowercase]
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
@@ -92,7 +92,7 @@ def _wrap(tokens: Any) -> Any:
         eos_token=EOS,
         pad_token=EOS,
         padding_side="right",
-        # Without these TransformerLens would read it a second time, by a name that it may not have.
+        # Without these, TransformerLens would load it a second time, by a name that may not exist.
         add_bos_token=True,
         name_or_path="",
     )
@@ -140,7 +140,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Any:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {folder} has no beginning or no end of text: it needs both a bos_token "
+            f"the tokenizer in {folder} does not mark where text begins or ends: it needs a bos_token "
             "and an eos_token"
         )
     return tokenizer
