@@ -1,8 +1,11 @@
 """The command, as a user runs it: what it writes, and what it leaves when something goes wrong."""
 
+import dataclasses
 import json
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,19 +14,15 @@ from safetensors.torch import load_file
 from tests.recipes.conftest import idx_folder, striped  # noqa: F401  fixtures
 from tl_bilinear import cli
 from tl_bilinear.recipes.images import ImageClassifier, training
+from tl_bilinear.recipes.language import config
 
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--no-language", "--quiet"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tl-bilinear", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
+        status = cli.main([str(each) for each in arguments])
         return status, capsys.readouterr()
 
     return run
@@ -124,9 +123,16 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_training(
     [
         (["quickstart", "--data", "/no/such/folder"], "no such folder of images"),
         (["quickstart", "--size", "0"], "size must be at least 1, got 0"),
-        (["quickstart", "--size", "wide"], "Invalid value for '--size'"),
-        (["quickstart", "--sise", "3"], "No such option: --sise"),
-        (["fastforward"], "No such command"),
+        (["quickstart", "--size", "wide"], 'Invalid value for --size: unable to convert "wide"'),
+        (["quickstart", "--sise", "3"], "Unknown option: --sise. Did you mean --size?"),
+        (["fastforward"], 'Unknown command "fastforward"'),
+        (
+            ["train", "lm", "--config", "huge"],
+            "unknown config 'huge'; there are paper, small, nano",
+        ),
+        (["train", "compare", "--activation", "reglu"], "Did you mean --activations?"),
+        (["tokenizer", "--size", "-1"], "size must be at least 1, got -1"),
+        (["data", "--validation", "2"], "validation must be a share between 0 and 1, or a source"),
     ],
 )
 def test_bad_input(run, tmp_path, monkeypatch, arguments, message):
@@ -144,3 +150,81 @@ def test_version_and_help(run):
     status, output = run("--help")
     assert status == 0
     assert "quickstart" in output.out
+
+
+# ---------------------------------------------------------------------- settings and failures
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "hidden"),
+    [
+        (["quickstart"], [cli.QuickstartConfig], []),
+        (["images"], [cli.GalleryConfig], []),
+        (["tokenizer"], [config.TokenizerConfig], []),
+        (["data"], [config.TextConfig], []),
+        (["train", "lm"], [config.LanguageConfig, config.RunOptions], []),
+        (["train", "compare"], [config.LanguageConfig, config.RunOptions], ["activation"]),
+        (["train", "saes"], [config.SAETrainingConfig], []),
+        (["finetune"], [config.FinetuneConfig, config.RunOptions], []),
+    ],
+)
+def test_every_setting_is_an_option_with_its_help(run, monkeypatch, command, settings, hidden):
+    monkeypatch.setenv("COLUMNS", "400")
+    status, output = run(*command, "--help")
+    assert status == 0
+    fields = [field.name for each in settings for field in dataclasses.fields(each)]
+    for name in fields:
+        option = f"--{name.replace('_', '-')}"
+        line = next((each for each in output.out.splitlines() if f" {option} " in each), "")
+        assert bool(line) == (name not in hidden), name
+        if line:
+            assert re.search(r"[A-Za-z][a-z0-9 ,:']{3,}", line.partition(option)[2]), line
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from tl_bilinear.cli import main\n"
+        "for words in ([], ['train'], ['train', 'lm'], ['images'], ['finetune'], ['data']):\n"
+        "    assert main([*words, '--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'transformers', 'datasets', 'plotly', 'sae_lens'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_ctrl_c_while_importing():
+    program = (
+        "import sys\n"
+        "from tl_bilinear.cli import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.exit(main(['train', 'lm']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "tl-bilinear: interrupted\n")
+
+
+def test_what_should_not_happen_says_where_to_report_it(run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a line\nand another")
+
+    monkeypatch.setattr("tl_bilinear.recipes.language.data.prepare_text", broken)
+    status, output = run("data")
+    assert status == 1
+    assert re.fullmatch(
+        r"tl-bilinear: unexpected RuntimeError: a line and another\. This is a bug: please report it.*",
+        output.err.strip(),
+    )
+    status, output = run("data", "--debug")
+    assert status == 1
+    assert "Traceback" in output.err
+    assert "in broken" in output.err
+    monkeypatch.setattr(
+        "importlib.metadata.metadata",
+        lambda name: SimpleNamespace(get_all=lambda key: ["Issues, https://example.org/issues"]),
+    )
+    assert "report it at https://example.org/issues with" in run("data")[1].err

@@ -100,6 +100,17 @@ def mark(folder: Path, kind: str) -> None:
     (folder / MARKER).write_text(json.dumps({"kind": kind, "holds": names}) + "\n")
 
 
+def claim(folder: Path, kind: str) -> None:
+    """Make a folder ours to fill little by little, or see that it is already.
+
+    Raises FileExistsError or NotADirectoryError where it is somebody else's.
+    """
+    refuse_foreign(folder, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_ours(folder, kind):
+        write_json(folder / MARKER, {"kind": kind})
+
+
 def is_ours(folder: Path, kind: str) -> bool:
     """Whether a folder bears our marker of this kind."""
     return _marker(folder).get("kind") == kind
@@ -122,7 +133,7 @@ def refuse_foreign(target: Path, kind: str) -> None:
     names = {entry.name for entry in target.iterdir()}
     if is_ours(target, kind):
         ours = _marker(target).get("holds")
-        names -= {MARKER, *(ours if isinstance(ours, list) else ())}
+        names = names - {MARKER, *ours} if isinstance(ours, list) else set()
     if names:
         shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
         raise FileExistsError(

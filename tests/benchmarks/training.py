@@ -44,7 +44,7 @@ def random_data(rows: int, vocabulary: int, n_ctx: int = 256) -> LanguageData:
 def plain_loop(data: LanguageData, config: LanguageConfig) -> dict[str, Any]:
     """The same model, rows, optimiser and schedule, as one writes it in a notebook."""
     from tl_bilinear import HookedBilinearTransformer
-    from tl_bilinear.recipes.language.train import build_llama
+    from tl_bilinear.recipes.language.llama import build_llama
 
     llama = build_llama(config, data.tokenizer, data.n_ctx)
     model = HookedBilinearTransformer.from_hf(llama, fold_ln=False, device="cpu")

@@ -7,11 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.testing import assert_close
-from typer.testing import CliRunner
 
 from tests.features.building import sae
-from tl_bilinear import BilinearTensor, demo
-from tl_bilinear.cli import app
+from tl_bilinear import BilinearTensor, cli, demo
 from tl_bilinear.models import HookedBilinearTransformer
 from tl_bilinear.paper import quickstart as whole
 from tl_bilinear.paper import quickstart_language as language
@@ -291,16 +289,15 @@ def test_too_few_features_that_differ_are_refused(result, tokens):
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--quiet"]
 
 
-def test_both_parts_are_in_one_report(result, idx_folder, tmp_path, monkeypatch):
+def test_both_parts_are_in_one_report(result, idx_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whole, "demo_quickstart", lambda progress: result)
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app, ["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST]
-    )
-    assert done.exit_code == 0, done.output
-    assert "whole model" in done.output
-    assert "A language model" in done.output
-    assert str(result.found[0].feature) in done.output
+    status = cli.main(["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST])
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    assert "whole model" in output.out
+    assert "A language model" in output.out
+    assert str(result.found[0].feature) in output.out
     assert list(json.loads((out / "summary.json").read_text())) == ["kind", "images", "language"]
     page = (out / "report.html").read_text()
     page = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # plotly.js itself
@@ -316,20 +313,16 @@ def test_an_interrupt_in_the_second_part_leaves_nothing(idx_folder, tmp_path, mo
 
     monkeypatch.setattr(whole, "demo_quickstart", interrupt)
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app, ["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST]
-    )
-    assert done.exit_code == 130
+    status = cli.main(["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST])
+    assert status == 130
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_the_model_that_ships(idx_folder, tmp_path):
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app, ["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST]
-    )
-    assert done.exit_code == 0, done.output
+    status = cli.main(["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST])
+    assert status == 0
     stored = json.loads((out / "summary.json").read_text())["language"]
     assert stored["layer"] == demo.demo_layers()[-1]
     assert (

@@ -2,7 +2,7 @@
 
 import random
 
-from tl_bilinear.recipes.language import prepare_text, train_tokenizer
+from tl_bilinear.recipes.language import TextConfig, prepare_text, train_tokenizer
 
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max")
 THINGS = ("ball", "cat", "red box", "big tree", "little dog", "cake", "boat")
@@ -31,9 +31,8 @@ def prepare_stories(folder, count, vocabulary):
     (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
     return prepare_text(
         folder / "stories.txt",
+        TextConfig(n_ctx=32, validation=0.1),
         tokenizer=train_tokenizer(stories, vocabulary),
-        folder=folder / "data",
-        n_ctx=32,
-        validation=0.1,
+        out=folder / "data",
         progress=False,
     )

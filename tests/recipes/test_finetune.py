@@ -33,12 +33,13 @@ from tl_bilinear.recipes.language import (
     train_language_model,
 )
 from tl_bilinear.recipes.language import train as training
-from tl_bilinear.recipes.language.finetune import (
+from tl_bilinear.recipes.language.annealing import (
     AnnealedGate,
     even_progress,
     install_gates,
     shares,
 )
+from tl_bilinear.recipes.language.distillation import Distillation
 
 OPTIONS = {"device": "cpu", "progress": False, "precision": "fp32"}
 TINY = FinetuneConfig(steps=30, batch=8, learning_rate=3e-3, fit_rows=48, weight_decay=0.0)
@@ -301,17 +302,17 @@ def test_micro_batches_change_no_gradient(swiglu, one_batch, tmp_path, distill):
 
 def test_without_distillation_there_is_no_teacher(compared, swiglu, data, tmp_path, monkeypatch):
     """And the result is, to the bit, that of Trainer's own loss."""
-    monkeypatch.setattr(training.Distillation, "__post_init__", None)
+    monkeypatch.setattr(Distillation, "__post_init__", None)
     config = dataclasses.replace(compared.runs["closed"].config, distill=0.0)
     plain = finetune(swiglu, data, config, folder=tmp_path / "plain", **OPTIONS)
-    make = training._make_trainer
+    make = training.make_trainer
 
     def stock(*arguments):
-        made, clock = make(*arguments)
+        made = make(*arguments)
         made.compute_loss = MethodType(Trainer.compute_loss, made)
-        return made, clock
+        return made
 
-    monkeypatch.setattr(training, "_make_trainer", stock)
+    monkeypatch.setattr(training, "make_trainer", stock)
     again = finetune(swiglu, data, config, folder=tmp_path / "stock", **OPTIONS)
     for run in (plain, again):
         assert run.history == compared.runs["closed"].history
@@ -333,6 +334,10 @@ def test_the_teacher_is_come_closer_to(compared, swiglu, data, tmp_path, path):
     assert "distilled 100%" in str(taught)
 
 
+def made_from(run):
+    return json.loads((run.folder / "run.json").read_text())["data"]
+
+
 def test_the_baseline_learns_from_the_text_and_teaches(compared, swiglu, data, tmp_path):
     taught = dataclasses.replace(TINY, path="closed", distill=1.0)
     result = compare_finetuning(swiglu, data, {"taught": taught}, folder=tmp_path / "x", **OPTIONS)
@@ -347,7 +352,7 @@ def test_the_baseline_learns_from_the_text_and_teaches(compared, swiglu, data, t
         **OPTIONS,
     )
     assert alone.loss == result.runs["taught"].loss
-    assert alone.config.teacher == result.runs["taught"].config.teacher != ""
+    assert made_from(alone)["teacher"] == made_from(result.runs["taught"])["teacher"] != ""
     rows = data.validation.select(range(8))
     for teacher, nearer, further in (
         (compared.baseline.llama(), "taught", "itself"),
@@ -436,7 +441,7 @@ def test_killed_and_started_again(swiglu, data, tmp_path):
     arguments += ["--path", "affine", "--anneal", "0.8", "--distill", "0.5", "--steps", "400"]
     arguments += ["--batch", "8", "--learning-rate", "3e-3", "--weight-decay", "0"]
     arguments += ["--fit-rows", "48", "--device", "cpu", "--precision", "fp32", "--quiet"]
-    program = f"from tl_bilinear.cli import app; app({arguments!r})"
+    program = f"from tl_bilinear.cli import main; main({arguments!r})"
     with subprocess.Popen([sys.executable, "-c", program], env=dict(os.environ)) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "out" / "affine" / "checkpoint-80").exists():
@@ -481,16 +486,15 @@ def test_two_processes_are_taught_as_one(swiglu, data, tmp_path):
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command(compared, swiglu, data, monkeypatch, capsys):
+def test_the_command(compared, swiglu, data, capsys):
     out = compared.baseline.folder.parent  # its baseline and its closed form are read, not trained
     arguments = ["--data", data.folder, "--out", out, "--path", "closed,affine", "--steps", 30]
     arguments += ["--batch", 8, "--learning-rate", 3e-3, "--fit-rows", 48, "--weight-decay", 0]
     arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
-    monkeypatch.setattr(sys, "argv", ["tl-bilinear", "finetune", str(swiglu), *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
+    status = cli.main(["finetune", str(swiglu), *map(str, arguments)])
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    printed = output.out
     assert "loss before finetuning" in printed
     assert f"{compared.runs['affine'].loss:.4f}" in printed
     assert "plotly" in (out / "curves.html").read_text()
@@ -525,6 +529,8 @@ def test_runs_that_do_not_compare(swiglu, data, tmp_path):
         compare_finetuning(swiglu, data, {"a": TINY, "b": longer}, folder=tmp_path / "x")
     with pytest.raises(ValueError, match="none of them named 'baseline'"):
         compare_finetuning(swiglu, data, {"baseline": TINY}, folder=tmp_path / "x")
+    with pytest.raises(ValueError, match=r"is also its folder's, so '\.\./out' cannot be one"):
+        compare_finetuning(swiglu, data, {"../out": TINY}, folder=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

@@ -15,10 +15,14 @@ from tests.recipes.stories import make_stories
 from tl_bilinear.recipes.language import (
     Cleaner,
     LanguageData,
+    TextConfig,
+    TokenizerConfig,
     clean_story,
     data,
     load_tokenizer,
     make_tokenizer,
+    pack_stories,
+    packing,
     prepare_text,
     read_stories,
     text,
@@ -107,7 +111,7 @@ def test_a_text_without_separators_does_not_fill_the_memory(tmp_path, monkeypatc
     monkeypatch.setattr(text, "_LONGEST", 1000)
     (tmp_path / "book.txt").write_text("a line of a book\n" * 100)
     with pytest.raises(
-        ValueError, match=r"a story of more than 1,000 characters: part the stories"
+        ValueError, match=r"a story of more than 1,000 characters: separate the stories"
     ):
         list(read_stories(tmp_path / "book.txt"))
 
@@ -169,12 +173,13 @@ def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(data, "read_stories", lambda *_, **__: stories)
         tracemalloc.start()
         try:
-            prepare_text("s", tokenizer=tokenizer, folder=folder, n_ctx=32, progress=False)
+            prepare_text("s", TextConfig(n_ctx=32), tokenizer=tokenizer, out=folder, progress=False)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
     monkeypatch.setattr(data, "_BATCH", 50)
+    monkeypatch.setattr(packing, "_BATCH", 50)
     peak(100, tmp_path / "warm")
     growth = peak(1500, tmp_path / "large") - peak(500, tmp_path / "small")
     assert growth / 1000 < 250  # bytes a story
@@ -212,17 +217,21 @@ def test_the_same_text_gives_the_same_tokenizer(tokenizer):
 
 
 def test_a_folder_with_it_is_an_ordinary_tokenizer(tmp_path, tokenizer, source):
-    made, report = make_tokenizer(source, tmp_path / "t", size=180, progress=False)
+    made, report = make_tokenizer(
+        source, TokenizerConfig(size=180), out=tmp_path / "t", progress=False
+    )
     assert report.kept == len(STORIES)
     assert made.get_vocab() == tokenizer.get_vocab()
     for loaded in (load_tokenizer(tmp_path / "t"), AutoTokenizer.from_pretrained(tmp_path / "t")):
         assert loaded("Once, 42 times").input_ids == tokenizer("Once, 42 times").input_ids
         assert loaded.pad_token == "[EOS]"
-    make_tokenizer(source, tmp_path / "t", size=150, progress=False)  # replaced
+    make_tokenizer(
+        source, TokenizerConfig(size=150), out=tmp_path / "t", progress=False
+    )  # replaced
     assert len(load_tokenizer(tmp_path / "t")) == 150
     (tmp_path / "t" / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-        make_tokenizer(source, tmp_path / "t", size=150, progress=False)
+        make_tokenizer(source, TokenizerConfig(size=150), out=tmp_path / "t", progress=False)
 
 
 def test_transformer_lens_takes_it_from_memory_and_from_a_folder(tmp_path, tokenizer):
@@ -261,8 +270,8 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path, tokenizer):
 
 
 def prepare(source, tokenizer, folder, **options):
-    options = {"n_ctx": 24, "validation": 0.2, **options}
-    return prepare_text(source, tokenizer=tokenizer, folder=folder, progress=False, **options)
+    config = TextConfig(**{"n_ctx": 24, "validation": 0.2, **options})
+    return prepare_text(source, config, tokenizer=tokenizer, out=folder, progress=False)
 
 
 def reference_rows(stories, tokenizer, n_ctx):
@@ -332,6 +341,11 @@ def test_errors_leave_no_folder(source, tokenizer, tmp_path, monkeypatch):
         prepare(source, tokenizer, tmp_path / "data", n_ctx=90000)
     with pytest.raises(ValueError, match="n_ctx must be at least 2"):
         prepare(source, tokenizer, tmp_path / "data", n_ctx=1)
+    for n_ctx in (0, 1):
+        with pytest.raises(ValueError, match="n_ctx must be at least 2"):
+            pack_stories(STORIES, tokenizer, n_ctx=n_ctx)
+    with pytest.raises(ValueError, match="size must be at least 1, got -1"):
+        TokenizerConfig(size=-1)
     with pytest.raises(ValueError, match="a share between 0 and 1, or a source"):
         prepare(source, tokenizer, tmp_path / "data", validation=1.5)
 
@@ -379,7 +393,9 @@ def test_damaged_folders(source, tokenizer, tmp_path):
 
 def test_real_text(shared_data, tmp_path):
     source = shared_data / "tinystories_valid.txt"
-    tokenizer, report = make_tokenizer(source, tmp_path / "t", size=1000, progress=False)
+    tokenizer, report = make_tokenizer(
+        source, TokenizerConfig(size=1000), out=tmp_path / "t", progress=False
+    )
     assert (report.kept, report.dropped["corrupt"]) == (512, 0)
     stories = list(itertools.islice(read_stories(source), 50))
     ids = [tokenizer(story).input_ids for story in stories]

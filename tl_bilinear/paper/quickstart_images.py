@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tl_bilinear.io import save_tensors
 from tl_bilinear.paper.image_spectra import (
     ClassSpectra,
     Truncation,
@@ -21,7 +22,6 @@ from tl_bilinear.paper.page import SummaryTable
 from tl_bilinear.plots import eigenvectors_figure
 from tl_bilinear.recipes.images import ImageData, TrainingConfig, TrainingResult, train_classifier
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE
-from tl_bilinear.io import save_tensors
 
 KEPT = (1, 3, 5, 10, 20)
 STORED = 10  # eigenvectors of each class

@@ -25,8 +25,8 @@ from tl_bilinear.plots.style import POSITIVE, rounded, sized
 from tl_bilinear.recipes.images import ImageData, Runs, TrainingConfig
 from tl_bilinear.recipes.images.augment import Blur, Perlin, Rotation, SaltAndPepper, Translation
 from tl_bilinear.recipes.images.runs import UNKEPT
-from tl_bilinear.tensor.eigendecomposition import participation
 from tl_bilinear.results import Result
+from tl_bilinear.tensor.eigendecomposition import participation
 
 if TYPE_CHECKING:
     import pandas

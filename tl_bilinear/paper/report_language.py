@@ -112,7 +112,8 @@ def _pairs(result: LanguageQuickstart, one: OutputFeature) -> dict[str, Any]:
     met = one.active.to_pandas().head(_PAIRS).to_dict("records")
     return {
         "in_weights": [
-            [_pair(result, row["first"], row["second"]), f"{row['coefficient']:+.4f}"] for row in weights
+            [_pair(result, row["first"], row["second"]), f"{row['coefficient']:+.4f}"]
+            for row in weights
         ],
         "on_text": [
             [

@@ -26,8 +26,8 @@ from tl_bilinear.plots.style import band, line, rounded, sized
 from tl_bilinear.recipes.images import ImageClassifier, ImageData, Runs, TrainingConfig
 from tl_bilinear.recipes.images.model import PIXEL_SPACE
 from tl_bilinear.recipes.images.runs import UNKEPT
-from tl_bilinear.tensor import Eigendecomposition, match_eigenvectors
 from tl_bilinear.results import Result
+from tl_bilinear.tensor import Eigendecomposition, match_eigenvectors
 
 if TYPE_CHECKING:
     import pandas

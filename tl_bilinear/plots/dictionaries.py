@@ -212,7 +212,8 @@ def attribution_figure(result: Attribution, k: int = 12) -> go.Figure:
     """What made one activation: the k largest pairs of features, and everything in a few sums."""
     pairs = result.to_pandas(k)
     names = [
-        short(row["label_first"]) + ("²" if row["kind"] == "self" else f" × {short(row['label_second'])}")
+        short(row["label_first"])
+        + ("²" if row["kind"] == "self" else f" × {short(row['label_second'])}")
         for row in pairs.to_dict("records")
     ]
     terms = {name: value for name, value in result.terms().items() if value}
@@ -241,7 +242,8 @@ def attribution_figure(result: Attribution, k: int = 12) -> go.Figure:
         900,
         150 + 22 * max(len(names), len(terms)),
         margin={"l": 10, "r": 15, "t": 80, "b": 45},
-        title=f"output feature {result.output_name(result.feature)} at position {result.position}: {result.measured:+.3f}",
+        title=f"output feature {result.output_name(result.feature)} at position {result.position}: "
+        f"{result.measured:+.3f}",
     )
 
 

@@ -145,8 +145,8 @@ class CP(Result):
         checks.require_count("k", k, self.rank, "the neurons held")
         rest = grams.squared_norms(self.out[:, k:], self.left[k:], self.right[k:])
         error = self.error + math.sqrt(max(0.0, float(rest.sum())))
-        kept = {"left": self.left[:k], "right": self.right[:k], "out": self.out[:, :k]}
-        return replace(self, **kept, error=error)
+        left, right, out = self.left[:k], self.right[:k], self.out[:, :k]
+        return replace(self, left=left, right=right, out=out, error=error)
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a neuron: rank, weight, its two eigenvalues, the output it writes most."""

@@ -97,8 +97,9 @@ class Eigendecomposition(Result):
                 "values [k] and vectors [k, d]"
             )
         names = ("values", "vectors", "residuals", "bound", "directions")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: None if t is None else t[index] for n, t in tensors.items()})
+        held: dict[str, Any] = {name: getattr(self, name) for name in names}
+        chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in held.items()}
+        return replace(self, **chosen)
 
     # ------------------------------------------------------------------ evaluation
 

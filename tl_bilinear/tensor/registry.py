@@ -33,6 +33,17 @@ GatedReader = Callable[[Any], "GatedLayer | None"]
 _mlp_readers: dict[str, MLPReader] = {}
 _model_readers: dict[str, ModelReader] = {}
 _gated_readers: dict[str, GatedReader] = {}
+_waiting: list[Callable[[], None]] = []
+
+
+def when_first_used(register: Callable[[], None]) -> None:
+    """Call `register` before a module is first read, or a reader registered by anybody else."""
+    _waiting.append(register)
+
+
+def _use() -> None:
+    while _waiting:
+        _waiting.pop(0)()
 
 
 def register_mlp_reader(name: str, reader: MLPReader) -> None:
@@ -70,6 +81,7 @@ class NamedMaps:
 
 def read_mlp(module: Any) -> BilinearTensor:
     """The BilinearTensor of a module, by the first reader that recognises it; TypeError for none."""
+    _use()
     for reader in reversed(_mlp_readers.values()):
         tensor = reader(module)
         if tensor is not None:
@@ -79,6 +91,7 @@ def read_mlp(module: Any) -> BilinearTensor:
 
 def read_model(model: Any, layer: int | None) -> BilinearTensor:
     """The BilinearTensor of a layer of a model; TypeError where no reader recognises the model."""
+    _use()
     for reader in reversed(_model_readers.values()):
         tensor = reader(model, layer)
         if tensor is not None:
@@ -88,6 +101,7 @@ def read_model(model: Any, layer: int | None) -> BilinearTensor:
 
 def read_gated(module: Any) -> GatedLayer:
     """The GatedLayer of a module; TypeError where no reader recognises it."""
+    _use()
     for reader in reversed(_gated_readers.values()):
         layer = reader(module)
         if layer is not None:
@@ -100,6 +114,7 @@ def read_gated(module: Any) -> GatedLayer:
 
 
 def _register(registry: dict[str, Any], name: str, reader: Any) -> None:
+    _use()
     if name in registry:
         raise ValueError(
             f"a reader named {name!r} is registered already; names taken: {sorted(registry)}"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from tl_bilinear.io import load_tensors, save_tensors
+from tl_bilinear.io import digest_of, load_tensors, save_tensors
 from tl_bilinear.recipes.images.data import ImageData
 from tl_bilinear.recipes.images.model import ImageClassifier
 from tl_bilinear.recipes.images.training import (
@@ -31,7 +31,6 @@ from tl_bilinear.recipes.images.training import (
     TrainingResult,
     train_classifiers,
 )
-from tl_bilinear.io import digest_of, load_tensors, save_tensors
 
 _KIND = "tl_bilinear image run"
 _ALONE = 2**15

@@ -1,33 +1,56 @@
 """Language models with gated MLPs, bilinear or not (Pearce et al. 2025, section 5, appendices F, G).
 
-Text becomes a tokenizer (`make_tokenizer`) and rows of tokens (`prepare_text`), rows become a model
+Text becomes a tokenizer (`make_tokenizer`) and rows of tokens (`prepare_text`). Rows become a model
 (`train_language_model`) that is a Hugging Face Llama and a HookedBilinearTransformer, with SAEs around
 its layers (`train_saes`). A trained Llama with another gate is made bilinear (`finetune`).
+
+`config` has the settings of all of them. What trains is loaded at first use, so that reading the
+settings is quick.
 """
 
-from tl_bilinear.recipes.language.compare import ActivationComparison, compare_activations
-from tl_bilinear.recipes.language.data import LanguageData, pack_stories, prepare_text
-from tl_bilinear.recipes.language.finetune import (
-    FinetuneComparison,
-    FinetuneConfig,
-    FinetuneRun,
-    compare_finetuning,
-    finetune,
-)
-from tl_bilinear.recipes.language.saes import SAERun, SAETrainingConfig, train_saes
-from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, clean_story, read_stories
-from tl_bilinear.recipes.language.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
-from tl_bilinear.recipes.language.train import (
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_bilinear.recipes.language.config import (
     ACTIVATIONS,
     CONFIGS,
+    FinetuneConfig,
     LanguageConfig,
-    LanguageRun,
+    RunOptions,
+    SAETrainingConfig,
+    TextConfig,
+    TokenizerConfig,
     choose_config,
-    language_loss,
-    sample_stories,
-    sample_text,
-    train_language_model,
 )
+
+if TYPE_CHECKING:
+    from tl_bilinear.recipes.language.comparison import (
+        ActivationComparison,
+        FinetuneComparison,
+        compare_activations,
+        compare_finetuning,
+    )
+    from tl_bilinear.recipes.language.data import LanguageData, prepare_text
+    from tl_bilinear.recipes.language.finetune_run import FinetuneRun, finetune
+    from tl_bilinear.recipes.language.language_run import LanguageRun
+    from tl_bilinear.recipes.language.llama import language_loss
+    from tl_bilinear.recipes.language.packing import pack_stories
+    from tl_bilinear.recipes.language.saes import SAERun, train_saes
+    from tl_bilinear.recipes.language.sampling import sample_stories, sample_text
+    from tl_bilinear.recipes.language.text import (
+        Cleaner,
+        CleaningReport,
+        clean_story,
+        read_stories,
+    )
+    from tl_bilinear.recipes.language.tokenizer import (
+        load_tokenizer,
+        make_tokenizer,
+        train_tokenizer,
+    )
+    from tl_bilinear.recipes.language.train import train_language_model
 
 __all__ = [
     "ACTIVATIONS",
@@ -41,8 +64,11 @@ __all__ = [
     "LanguageConfig",
     "LanguageData",
     "LanguageRun",
+    "RunOptions",
     "SAERun",
     "SAETrainingConfig",
+    "TextConfig",
+    "TokenizerConfig",
     "choose_config",
     "clean_story",
     "compare_activations",
@@ -60,3 +86,39 @@ __all__ = [
     "train_saes",
     "train_tokenizer",
 ]
+
+_LAZY = {
+    "ActivationComparison": "comparison",
+    "Cleaner": "text",
+    "CleaningReport": "text",
+    "FinetuneComparison": "comparison",
+    "FinetuneRun": "finetune_run",
+    "LanguageData": "data",
+    "LanguageRun": "language_run",
+    "SAERun": "saes",
+    "clean_story": "text",
+    "compare_activations": "comparison",
+    "compare_finetuning": "comparison",
+    "finetune": "finetune_run",
+    "language_loss": "llama",
+    "load_tokenizer": "tokenizer",
+    "make_tokenizer": "tokenizer",
+    "pack_stories": "packing",
+    "prepare_text": "data",
+    "read_stories": "text",
+    "sample_stories": "sampling",
+    "sample_text": "sampling",
+    "train_language_model": "train",
+    "train_saes": "saes",
+    "train_tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

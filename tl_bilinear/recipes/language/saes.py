@@ -1,17 +1,17 @@
 """Training SAEs around the bilinear layers of a model (Pearce et al. 2025, Table 3).
 
-SAELens trains: its runner for several SAEs takes all their activations from one forward pass of the
-model in memory. The settings are the paper's: TopK, a decoder of unit rows that the encoder starts
-tied to, no encoder bias, no auxiliary loss.
+SAELens trains them: its runner for several SAEs takes all their activations from one forward pass of the
+model in memory. The settings are the paper's: TopK, a decoder with unit rows, an encoder that starts as
+its transpose and has no bias, no auxiliary loss.
 
 >>> run = train_saes(model, "data", SAETrainingConfig(layers=(4,)), folder="runs/saes")
 >>> run.evaluation.to_pandas()             # NMSE, L0, dead features, loss added and recovered (Fig. 21)
 >>> features = FeatureInteractions(model, 4, run.sae(4, "resid_mid"), run.sae(4, "mlp_out"))
 
-A run lives in a folder. Started again with the same settings it goes on from its last checkpoint, and
-when it is finished it is only read:
+A run lives in a folder. Started again with the same settings, it goes on from its last checkpoint; once
+it is finished, it is only read:
 
-    run.json            settings: what a later start is compared with
+    run.json            the settings, which a later start is compared with
     checkpoints/        SAELens's, gone when the run is finished
     saes/4-mlp_out/     an SAE as SAELens writes it: SAE.load_from_disk
     evaluation.safetensors, result.json
@@ -19,14 +19,8 @@ when it is finished it is only read:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import os
 import shutil
-import signal
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -34,70 +28,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_bilinear.io import digest_of, read_json, read_table, whole_directory, write_json
+from tl_bilinear.io import digest_of, read_json, read_table, write_json
+from tl_bilinear.models.huggingface import no_file_bars
+from tl_bilinear.recipes.language.config import SAETrainingConfig
 from tl_bilinear.recipes.language.data import LanguageData
-from tl_bilinear.recipes.language.runs import RESULT, SETTINGS, enter_run, require_finished
-from tl_bilinear.recipes.language.train import no_file_bars
+from tl_bilinear.recipes.language.run_folder import RESULT, SETTINGS, enter_run, require_finished
+from tl_bilinear.recipes.language.sae_runner import (
+    CHECKPOINTS,
+    SAES,
+    hook_of,
+    name_of,
+    train_together,
+)
 
 if TYPE_CHECKING:
     from tl_bilinear.features.evaluation import SAEEvaluation
 
 FORMAT = "tl_bilinear SAEs"
-SAES, CHECKPOINTS, EVALUATION = "saes", "checkpoints", "evaluation.safetensors"
-POINTS = ("mlp_in", "resid_mid", "mlp_out", "resid_pre", "resid_post", "attn_out")
+EVALUATION = "evaluation.safetensors"
 
 _COMMAND = "tl-bilinear train saes"
-_CHECKPOINTS = 5  # evenly spaced over a run; all are kept until it ends
-_LAST_WRITTEN = "runner_cfg.json"  # of what SAELens puts into a checkpoint
-_PROMPTS = 32  # rows of text in one forward pass
-
-
-@dataclass(frozen=True)
-class SAETrainingConfig:
-    """The settings that decide the result; the defaults are the paper's (Table 3).
-
-    Attributes
-    ----------
-    points: of POINTS; `mlp_in` is what the MLP reads, after the norm
-    layers: count from 0; None for all
-    k: features active on a token
-    expansion: features for each dimension of the activations
-    tokens, batch: in all, and a step
-    learning_rate, final_learning_rate: along a cosine
-    aux_loss: weight of SAELens's auxiliary loss, which revives dead features; worth trying where tokens
-        are few
-    buffer: batches of activations that are shuffled together
-    """
-
-    points: tuple[str, ...] = ("mlp_in", "resid_mid", "mlp_out")
-    layers: tuple[int, ...] | None = None
-    k: int = 30
-    expansion: float = 4.0
-    tokens: int = 150_000_000
-    batch: int = 4096
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 2e-5
-    aux_loss: float = 0.0
-    buffer: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("points", "layers"):
-            given = getattr(self, name)
-            if given is not None and (not given or len(set(given)) < len(given)):
-                raise ValueError(f"{name} must name at least one, each once, got {given}")
-        if unknown := sorted(set(self.points) - set(POINTS)):
-            raise ValueError(f"unknown points {', '.join(unknown)}; there are {', '.join(POINTS)}")
-        for name in ("k", "batch", "buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("expansion", "learning_rate", "final_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.aux_loss < 0:
-            raise ValueError(f"aux_loss must not be negative, got {self.aux_loss}")
-        if self.tokens < self.batch:
-            raise ValueError(f"{self.tokens} tokens do not make one batch of {self.batch}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +64,7 @@ class SAERun:
 
     def sae(self, layer: int, point: str, device: str | torch.device = "cpu") -> Any:
         """The SAELens SAE of one point. Raises KeyError, naming those that there are."""
-        name = _name(layer, point)
+        name = name_of(layer, point)
         if name not in self.evaluation.names:
             there = ", ".join(self.evaluation.names)
             raise KeyError(f"no SAE {name} in {self.folder}; there are {there}")
@@ -148,14 +98,14 @@ class SAERun:
 def train_saes(
     model: Any,
     data: LanguageData | str | PathLike[str],
-    config: SAETrainingConfig | None = None,
+    config: SAETrainingConfig = SAETrainingConfig(),
     *,
     folder: str | PathLike[str],
     device: str | None = None,
     evaluate_on: int = 256,
     progress: bool = True,
 ) -> SAERun:
-    """Train SAEs, or go on with a run that was interrupted, or read one that is finished.
+    """Train SAEs, go on with a run that was interrupted, or read one that is finished.
 
     Parameters
     ----------
@@ -163,24 +113,24 @@ def train_saes(
         A model with TransformerLens hooks; or the folder or hub name of a Llama with a linear gate, or
         of what `HookedBilinearTransformer.from_pretrained` reads.
     data:
-        As `tl-bilinear data` writes it, with the model's tokenizer. [BOS] is left out.
+        Rows made with the model's tokenizer: `tl-bilinear data SOURCE --tokenizer MODEL`. [BOS] is left
+        out.
     folder:
         Where the run lives. Two runs of different settings need two folders.
     device:
         Where model and SAEs are; default: the model's, or TransformerLens's choice.
     evaluate_on:
-        Rows of validation text.
+        Rows of validation text to measure the SAEs on.
 
-    A run that goes on starts with freshly shuffled activations, so it ends close to the uninterrupted
-    one, not at the same bits. Ctrl-C and SIGTERM write a checkpoint first; they are SAELens's while it
-    trains, which needs the main thread.
+    A run that goes on shuffles its activations afresh, so it ends close to the uninterrupted one, not at
+    the same bits. SAELens handles Ctrl-C and SIGTERM while it trains, and writes a checkpoint first; it
+    therefore needs the main thread.
 
     Raises ValueError for settings that contradict the model, the data or the folder; FileExistsError
     for a folder that holds something else.
     """
     from tl_bilinear.features.evaluation import evaluate_saes
 
-    config = SAETrainingConfig() if config is None else config
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
     folder = Path(folder).expanduser().resolve()
     model = load_hooked(model, device)
@@ -196,10 +146,10 @@ def train_saes(
         return SAERun.load(folder)
 
     names = [(layer, point) for layer in layers for point in config.points]
-    if not all((folder / SAES / _name(*each)).is_dir() for each in names):
-        _train(model, data, config, names, folder, progress)
+    if not all((folder / SAES / name_of(*each)).is_dir() for each in names):
+        train_together(model, data, config, names, folder, progress)
     rows = data.validation.with_format("torch")[:evaluate_on]["input_ids"].long()
-    saes = {_name(*each): _load_sae(folder, _name(*each), model.cfg.device) for each in names}
+    saes = {name_of(*each): _load_sae(folder, name_of(*each), model.cfg.device) for each in names}
     evaluation = evaluate_saes(model, saes, rows.to(model.cfg.device), progress=progress)
     evaluation.save(folder / EVALUATION)
     write_json(folder / RESULT, {"layers": list(layers)})
@@ -233,172 +183,8 @@ def load_hooked(model: Any, device: str | None = None) -> Any:
         return load(model, device=device)
 
 
-def hook_of(layer: int, point: str) -> str:
-    """TransformerLens's name of a point, such as ``blocks.4.hook_resid_mid``."""
-    from tl_bilinear.features.published_saes import HOOKS
-
-    return HOOKS[point.replace("_", "-")].format(layer)
-
-
-# ---------------------------------------------------------------------- SAELens
-
-
-def _train(
-    model: Any,
-    data: LanguageData,
-    config: SAETrainingConfig,
-    names: list[tuple[int, str]],
-    folder: Path,
-    progress: bool,
-) -> None:
-    from sae_lens import MultiSAETrainingRunner
-    from sae_lens.multi_sae_training_runner import InterruptedException
-
-    bos = data.tokenizer.bos_token_id
-    with _quietly(progress), _own_signals(), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        settings, saes = _settings(model, config, names, folder, bos, data.n_ctx)
-        runner = MultiSAETrainingRunner(
-            settings,
-            # A copy: SAELens sets the format of the one that it is given.
-            override_dataset=data.train.with_format("torch"),
-            override_model=model,
-            override_saes=saes,
-        )
-        try:
-            trained = runner.run()
-        except (KeyboardInterrupt, InterruptedException):
-            raise KeyboardInterrupt(
-                f"interrupted; the same command goes on from token {_tokens_of(_last(folder)):,} of "
-                f"{config.tokens:,}"
-            ) from None
-    for name, sae in trained.items():
-        with whole_directory(folder / SAES / name, lambda place: True) as staging:
-            sae.save_inference_model(str(staging))
-
-
-def _settings(
-    model: Any,
-    config: SAETrainingConfig,
-    names: list[tuple[int, str]],
-    folder: Path,
-    bos: int,
-    n_ctx: int,
-) -> tuple[Any, dict[str, Any]]:
-    """SAELens's config of the run, and the untrained SAEs."""
-    from sae_lens import (
-        LoggingConfig,
-        MultiSAETrainingRunnerConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
-
-    device, width = str(model.cfg.device), model.cfg.d_model
-    sae_configs = {
-        _name(*each): TopKTrainingSAEConfig(
-            d_in=width,
-            d_sae=round(config.expansion * width),
-            k=config.k,
-            decoder_init_norm=1.0,  # the encoder starts as its transpose
-            rescale_acts_by_decoder_norm=True,  # as if its rows were unit: folded exactly at the end
-            aux_loss_coefficient=config.aux_loss,
-            normalize_activations="none",
-            dtype="float32",
-            device=device,
-        )
-        for each in names
-    }
-    saes = {}
-    for name, sae_config in sae_configs.items():
-        saes[name] = TopKTrainingSAE(sae_config)
-        saes[name].b_enc.requires_grad_(False)  # starts at zero and stays there
-    steps = config.tokens // config.batch
-    last = _last(folder)
-    settings = MultiSAETrainingRunnerConfig(
-        saes=sae_configs,
-        hook_names={_name(*each): hook_of(*each) for each in names},
-        model_name=model.cfg.model_name or "bilinear",
-        model_class_name="HookedTransformer",
-        model_from_pretrained_kwargs={},
-        dataset_path="in-memory",
-        streaming=False,
-        context_size=n_ctx,
-        training_tokens=steps * config.batch,
-        train_batch_size_tokens=config.batch,
-        store_batch_size_prompts=_PROMPTS,
-        n_batches_in_buffer=-(-config.buffer * config.batch // n_ctx),  # SAELens counts rows
-        prepend_bos=True,
-        exclude_special_tokens=[bos],
-        lr=config.learning_rate,
-        lr_end=config.final_learning_rate,
-        lr_scheduler_name="cosineannealing",
-        dead_feature_window=max(1, min(1000, steps // 20)),
-        device=device,
-        dtype="float32",
-        seed=config.seed,
-        n_checkpoints=_CHECKPOINTS,
-        checkpoint_path=str(folder / CHECKPOINTS),
-        resume_from_checkpoint=None if last is None else str(last),
-        output_path=None,
-        logger=LoggingConfig(log_to_wandb=False, wandb_id="run"),  # which names the folder
-    )
-    return settings, saes
-
-
-def _last(folder: Path) -> Path | None:
-    """The last checkpoint that is whole: SAELens writes the settings into it last."""
-    whole = []
-    for path in (folder / CHECKPOINTS).glob(f"*/*/{_LAST_WRITTEN}"):
-        with contextlib.suppress(ValueError):
-            read_table(path)
-            whole.append(path.parent)
-    return max(whole, key=_tokens_of, default=None)
-
-
-def _tokens_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name) if checkpoint else 0
-
-
-@contextlib.contextmanager
-def _quietly(progress: bool) -> Iterator[None]:
-    """Without SAELens's remarks on data and a model from memory, and without its bar if so wished."""
-    logger = logging.getLogger("sae_lens")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=".*training dataset contains fewer samples.*")
-            warnings.filterwarnings("ignore", message=".*beginning new epoch.*")
-            warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-            if not progress:
-                sink = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stderr(sink))
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """SAELens takes Ctrl-C and SIGTERM for itself; afterwards they are the caller's again."""
-    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------- checks and names
-
-
-def _name(layer: int, point: str) -> str:
-    return f"{layer}-{point}"
-
-
 def _plain(config: SAETrainingConfig) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The config as JSON gives it back."""
     given = dataclasses.asdict(config)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
 
@@ -411,7 +197,7 @@ def _require_fit(model: Any, data: LanguageData, config: SAETrainingConfig) -> t
     if data.n_ctx > cfg.n_ctx:
         raise ValueError(
             f"rows of {data.n_ctx} tokens are longer than the model's context of {cfg.n_ctx}: prepare "
-            f"the text again with `tl-bilinear data --context {cfg.n_ctx}`"
+            f"the text again with `tl-bilinear data --n-ctx {cfg.n_ctx}`"
         )
     if len(data.tokenizer) > cfg.d_vocab:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Stories from the Hugging Face hub or from files, cleaned, one at a time.
 
-The paper cleans TinyStories of two things (appendix F.2): exact duplicates, about a fifth of it, and
-stories with strange symbols. Nothing here holds more than one story, and 16 bytes for each one seen.
+The paper removes two things from TinyStories (appendix F.2): exact duplicates, about a fifth of it, and
+stories with strange symbols. Memory holds one story at a time, and 16 bytes for each one seen.
 
 >>> cleaner = Cleaner()
 >>> stories = cleaner(read_stories("roneneldan/TinyStories"))
@@ -25,12 +25,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from tl_bilinear.recipes.language.config import TINYSTORIES
+
 SEPARATOR = "<|endoftext|>"
-TINYSTORIES = "roneneldan/TinyStories"
 REASONS = ("duplicate", "corrupt", "empty")
 
 _SUFFIXES = (".txt", ".txt.gz")
-_LONGEST = 64 * 2**20  # characters; a text without separators would otherwise fill the memory
+_LONGEST = 64 * 2**20  # characters: a text without separators would fill the memory
 _EXAMPLES = 3
 
 _PUNCTUATION = str.maketrans(
@@ -52,12 +53,12 @@ _BYTES = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(256)
 def read_stories(
     source: str | PathLike[str] = TINYSTORIES, *, split: str = "train", column: str = "text"
 ) -> Iterator[str]:
-    """The stories of a source, as they stand there, one at a time.
+    """The stories of a source, unchanged, one at a time.
 
     Parameters
     ----------
     source:
-        A text file (.txt or .txt.gz) with stories parted by ``<|endoftext|>``, a folder of such
+        A text file (.txt or .txt.gz) with stories separated by ``<|endoftext|>``, a folder of such
         files, or the name of a data set on the Hugging Face hub, which is streamed.
     split, column:
         Of a data set on the hub.
@@ -88,7 +89,7 @@ def _read_file(path: Path) -> Iterator[str]:
     story: list[str] = []
     length = 0
     try:
-        # Bytes that are no UTF-8 become U+FFFD, and their story is dropped as corrupt.
+        # Bytes that are not UTF-8 become U+FFFD, and their story is dropped as corrupt.
         with opened(path, "rt", encoding="utf-8", errors="replace") as file:
             for line in file:
                 first, *others = line.split(SEPARATOR)
@@ -99,12 +100,12 @@ def _read_file(path: Path) -> Iterator[str]:
                     story, length = [other], len(other)
                 if length > _LONGEST:
                     raise ValueError(
-                        f"{path} has a story of more than {_LONGEST:,} characters: part the stories "
-                        f"by lines {SEPARATOR}"
+                        f"{path} has a story of more than {_LONGEST:,} characters: separate "
+                        f"the stories by lines {SEPARATOR}"
                     )
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is truncated, or not a gzip file: {error}") from error
-    if "".join(story).strip():  # what follows the last separator is usually a line break
+    if "".join(story).strip():  # after the last separator there is usually only a line break
         yield "".join(story)
 
 
@@ -134,9 +135,9 @@ def _column(rows: Iterable[Any], name: str, column: str) -> Iterator[str]:
 def clean_story(story: str) -> str | None:
     """A story in printable ASCII, or None for one that is corrupt.
 
-    UTF-8 that was once read as Windows-1252 (``â€œ``) is read again as what it was. Typographic
-    quotes, dashes and spaces become plain ones and accents are removed, as the tokenizer would. What
-    then still is not ASCII marks the story as corrupt.
+    UTF-8 that was once read as Windows-1252 (``â€œ``) is decoded again. Typographic quotes, dashes and
+    spaces become plain ones, and accents are removed, as the tokenizer does. A story that still is not
+    ASCII is corrupt.
     """
     if not story.isascii():
         story = _read_again(story).translate(_PUNCTUATION)
@@ -155,7 +156,7 @@ def _read_again(story: str) -> str:
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """What was read, what was kept, and what was dropped for which reason, with a few examples."""
+    """How many stories were read, kept, repaired and dropped, by reason, with a few examples."""
 
     read: int
     kept: int
@@ -173,7 +174,7 @@ class CleaningReport:
 
 
 class Cleaner:
-    """Cleans streams of stories, each story only once: a second stream is free of the first's.
+    """Cleans streams of stories and gives each story once, even where a second stream repeats it.
 
     >>> cleaner = Cleaner()
     >>> list(cleaner(["One day. ", "One day.", "", "caf\u00e9", "\ufffd\ufffd"]))
@@ -210,7 +211,7 @@ class Cleaner:
             self._examples[reason].append(story[start : start + 80])
 
     def report(self) -> CleaningReport:
-        """What has been cleaned so far."""
+        """The counts so far."""
         return CleaningReport(
             read=self._counts["read"],
             kept=self._counts["kept"],
@@ -222,5 +223,5 @@ class Cleaner:
 
 
 def story_digest(story: str) -> bytes:
-    """16 bytes that tell a story from every other one."""
+    """A hash of a story, of 16 bytes."""
     return hashlib.blake2b(story.encode(), digest_size=16).digest()

