@@ -87,36 +87,25 @@ __all__ = [
     "train_tokenizer",
 ]
 
-_LAZY = {
-    "ActivationComparison": "comparison",
-    "Cleaner": "text",
-    "CleaningReport": "text",
-    "FinetuneComparison": "comparison",
-    "FinetuneRun": "finetune_run",
-    "LanguageData": "data",
-    "LanguageRun": "language_run",
-    "SAERun": "saes",
-    "clean_story": "text",
-    "compare_activations": "comparison",
-    "compare_finetuning": "comparison",
-    "finetune": "finetune_run",
-    "language_loss": "llama",
-    "load_tokenizer": "tokenizer",
-    "make_tokenizer": "tokenizer",
-    "pack_stories": "packing",
-    "prepare_text": "data",
-    "read_stories": "text",
-    "sample_stories": "sampling",
-    "sample_text": "sampling",
-    "train_language_model": "train",
-    "train_saes": "saes",
-    "train_tokenizer": "tokenizer",
+_NAMES = {  # of each module, loaded at first use
+    "comparison": "ActivationComparison FinetuneComparison compare_activations compare_finetuning",
+    "data": "LanguageData prepare_text",
+    "finetune_run": "FinetuneRun finetune",
+    "language_run": "LanguageRun",
+    "llama": "language_loss",
+    "packing": "pack_stories",
+    "saes": "SAERun train_saes",
+    "sampling": "sample_stories sample_text",
+    "text": "Cleaner CleaningReport clean_story read_stories",
+    "tokenizer": "load_tokenizer make_tokenizer train_tokenizer",
+    "train": "train_language_model",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
