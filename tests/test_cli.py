@@ -159,7 +159,7 @@ def test_version_and_help(run):
     ("command", "settings", "hidden"),
     [
         (["quickstart"], [cli.QuickstartConfig], []),
-        (["images"], [cli.GalleryConfig], []),
+        (["images"], [cli.GallerySettings], []),
         (["tokenizer"], [config.TokenizerConfig], []),
         (["data"], [config.TextConfig], []),
         (["train", "lm"], [config.LanguageConfig, config.RunOptions], []),

@@ -14,8 +14,8 @@ from transformer_lens import HookedTransformer
 
 from tests.models.building import TOKENS, bilinear_model, config
 from tl_bilinear import HookedBilinearTransformer
+from tl_bilinear import io as shared_io
 from tl_bilinear.models import HookedBilinearSAETransformer, folders
-from tl_bilinear.tensor import storage as shared_storage
 
 load = HookedBilinearTransformer.from_pretrained
 
@@ -216,7 +216,7 @@ def test_a_file_in_the_way(tmp_path):
         bilinear_model().save_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "fsync", "_put_in_place"])
+@pytest.mark.parametrize("step", ["save_file", "write_json", "fsync", "_put_in_place"])
 @pytest.mark.parametrize(
     "error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
 )
@@ -226,7 +226,7 @@ def test_an_interruption_leaves_what_was_there(saved, monkeypatch, step, error):
     def fail(*args, **kwargs):
         raise error
 
-    owner = {"fsync": os, "_put_in_place": shared_storage}.get(step, folders)
+    owner = {"fsync": os, "_put_in_place": shared_io}.get(step, folders)
     monkeypatch.setattr(owner, step, fail)
     for place in (directory, directory.with_name("new")):
         with pytest.raises(type(error)):

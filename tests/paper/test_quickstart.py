@@ -10,10 +10,11 @@ from torch.testing import assert_close
 
 from tests.features.building import sae
 from tl_bilinear import BilinearTensor, cli, demo
+from tl_bilinear.io import write_json
 from tl_bilinear.models import HookedBilinearTransformer
 from tl_bilinear.paper import quickstart as whole
 from tl_bilinear.paper import quickstart_language as language
-from tl_bilinear.paper.page import templates, write_json
+from tl_bilinear.paper.page import finite, templates
 from tl_bilinear.paper.quickstart_language import choose_features, language_quickstart
 from tl_bilinear.paper.report_language import language_sections
 
@@ -240,7 +241,7 @@ def test_the_page(result):
 
 
 def test_the_json(result, tmp_path):
-    write_json(tmp_path / "summary.json", result.summary())
+    write_json(tmp_path / "summary.json", finite(result.summary()))
     stored = json.loads((tmp_path / "summary.json").read_text())
     assert stored["input_hook"] == result.features.passage.hook
     assert len(stored["features"]) == 3
@@ -256,7 +257,7 @@ def test_the_json(result, tmp_path):
 
 def test_json_has_no_nan(tmp_path):
     values = {"a": [float("nan"), 1.5, (float("inf"), "x")], "b": None, "c": True}
-    write_json(tmp_path / "values.json", values)
+    write_json(tmp_path / "values.json", finite(values))
     expected = {"a": [None, 1.5, [None, "x"]], "b": None, "c": True}
     assert json.loads((tmp_path / "values.json").read_text()) == expected
 

@@ -143,7 +143,7 @@ class FittedToy(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class ToyFits(Storable):
+class ToyFits(Result):
     """Layers trained on several tasks."""
 
     fits: Sequence[FittedToy]
