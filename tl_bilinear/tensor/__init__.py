@@ -5,6 +5,7 @@ is a function of values, one file each: `hosvd`, `tucker`, `cp`, `reexpress`, `s
 `functional_similarity`, `match_eigenvectors`.
 """
 
+from tl_bilinear.tensor.baselines import ShapleyValues, shapley
 from tl_bilinear.tensor.bilinear import BilinearParts, BilinearTensor
 from tl_bilinear.tensor.compare import (
     EigenvectorMatch,
@@ -18,6 +19,7 @@ from tl_bilinear.tensor.eigendecomposition import Eigendecomposition, EigenProje
 from tl_bilinear.tensor.gated import Approximation, GatedLayer, approximate
 from tl_bilinear.tensor.hosvd import HOSVD, Tucker, hosvd, tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
+from tl_bilinear.tensor.moments import InputMoments, Metric
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
 from tl_bilinear.tensor.registry import (
@@ -37,10 +39,13 @@ __all__ = [
     "Eigendecomposition",
     "EigenvectorMatch",
     "GatedLayer",
+    "InputMoments",
     "InteractionMatrix",
+    "Metric",
     "QuarticDirections",
     "QuarticForm",
     "Reexpression",
+    "ShapleyValues",
     "Spectrum",
     "TopInteractions",
     "Tucker",
@@ -55,6 +60,7 @@ __all__ = [
     "register_gated_reader",
     "register_mlp_reader",
     "register_model_reader",
+    "shapley",
     "spectrum",
     "tucker",
     "with_residual",

@@ -27,7 +27,7 @@ interaction part (quadratic), a linear part and a constant (appendix J); `parts(
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from tl_bilinear.results import Result
 from tl_bilinear.tensor import registry
 from tl_bilinear.tensor.grams import pair_gram_tiles, squared_norms
 from tl_bilinear.tensor.interaction import InteractionMatrix
+from tl_bilinear.tensor.moments import Metric
 
 _FACTORS = ("left", "right", "out", "bias_left", "bias_right", "bias_out")
 
@@ -247,6 +248,33 @@ class BilinearTensor(Result):
             input_space=self.input_space,
             output_space=space or _within("directions", self.output_space),
         )
+
+    def around(self, point: Float[Tensor, " d_in"]) -> BilinearTensor:
+        """The layer as a function of the distance from a point: ``t.around(b)(z) == t(z + b)``.
+
+        Its `parts()` are then the value at the point, the main effects around it and the interactions.
+        """
+        meaning = checks.meaning("d_in", self.input_space)
+        point = checks.require_rows("point", point, self.d_in, meaning, self.left)
+        return self._with(
+            bias_left=_affine(point, self.left, self.bias_left),
+            bias_right=_affine(point, self.right, self.bias_right),
+        )
+
+    def whiten(self, metric: Metric) -> BilinearTensor:
+        """The layer as a function of ``z = x M^-1/2``: what is best for it is best in the metric."""
+        metric.require_fit("the layer", self.d_in, self.input_space)
+        return replace(
+            self,
+            left=metric.root(self.left),
+            right=metric.root(self.right),
+            input_space=f"{self.input_space or 'inputs'}, whitened",
+        )
+
+    def restore(self, metric: Metric, *, space: str | None = None) -> BilinearTensor:
+        """A function of ``z = x M^-1/2`` as one of x again: the inverse of `whiten`."""
+        left, right = metric.inverse_root(self.left), metric.inverse_root(self.right)
+        return replace(self, left=left, right=right, input_space=space)
 
     # ------------------------------------------------------------------ biases
 

@@ -26,6 +26,7 @@ from tl_bilinear import checks
 from tl_bilinear.results import Result
 from tl_bilinear.tensor.bilinear import BilinearTensor, require_same_shape
 from tl_bilinear.tensor.eigendecomposition import Eigendecomposition
+from tl_bilinear.tensor.moments import InputMoments
 
 if TYPE_CHECKING:
     import pandas
@@ -37,15 +38,21 @@ Matching = Literal["rank", "assignment"]
 
 
 def functional_inner(
-    first: BilinearTensor, second: BilinearTensor, *, centred: bool = False
+    first: BilinearTensor,
+    second: BilinearTensor,
+    *,
+    centred: bool = False,
+    inputs: InputMoments | None = None,
 ) -> Float[Tensor, ""]:
-    """``E[f(x) . g(x)]`` for ``x ~ N(0, I)``, summed over outputs; exact, biases included.
+    """``E[f(x) . g(x)]`` for Gaussian x, summed over outputs; exact, biases included.
 
     Parameters
     ----------
     first, second: of the same d_in and d_out; hidden sizes may differ
     centred: bool
         The covariance: both functions less their means.
+    inputs: InputMoments, optional
+        Whose mean and covariance x has; ``x ~ N(0, I)`` without.
 
     Cost of `BilinearTensor.inner`, in float64; with input biases ``h d_in d_out`` more for each layer.
 
@@ -53,7 +60,7 @@ def functional_inner(
     """
     require_same_shape(first, second, "compared")
     dtype = first.dtype
-    first, second = (each.to(checks.gram_dtype(each.left)) for each in (first, second))
+    first, second = _under(inputs, first), _under(inputs, second)
     total = 2 * first.inner(second)
     if _has_input_biases(first) and _has_input_biases(second):
         total = total + (first.parts().linear * second.parts().linear).sum()
@@ -63,20 +70,36 @@ def functional_inner(
 
 
 def functional_similarity(
-    first: BilinearTensor, second: BilinearTensor, *, centred: bool = False
+    first: BilinearTensor,
+    second: BilinearTensor,
+    *,
+    centred: bool = False,
+    inputs: InputMoments | None = None,
 ) -> Float[Tensor, ""]:
-    """Cosine between two layers as functions of ``x ~ N(0, I)``; centred: their correlation.
+    """Cosine between two layers as functions of Gaussian x; centred: their correlation.
 
     ``E[f . g] / sqrt(E[f . f] E[g . g])``; 0 where either function is zero (centred: constant).
     Unlike `BilinearTensor.cosine_similarity` it counts what the layers do to the output's mean and
     their biases. Parameters and errors as :func:`functional_inner`.
     """
     dtype = first.dtype
-    first, second = (each.to(checks.gram_dtype(each.left)) for each in (first, second))
+    first, second = _under(inputs, first), _under(inputs, second)
     squares = [functional_inner(each, each, centred=centred) for each in (first, second)]
     scale = (squares[0] * squares[1]).clamp_min(0).sqrt()
     product = functional_inner(first, second, centred=centred)
     return torch.where(scale > 0, product / scale.clamp_min(1e-300), 0.0).to(dtype)
+
+
+def _under(inputs: InputMoments | None, layer: BilinearTensor) -> BilinearTensor:
+    """The layer as a function of ``z ~ N(0, I)``, in float64."""
+    layer = layer.to(checks.gram_dtype(layer.left))
+    if inputs is None:
+        return layer
+    spread = inputs.centred()
+    around = layer.around(inputs.mean)
+    if not bool(spread.second.any()):  # a single input: the functions are constants
+        return around.fold(torch.zeros_like(spread.second))
+    return around.whiten(spread.metric(ridge=0.0))
 
 
 def _has_input_biases(tensor: BilinearTensor) -> bool:
@@ -162,7 +185,9 @@ def match_eigenvectors(
         first, second = first.top(k), second.top(k)
     batch = first.batch_shape.numel()
     values = [each.values.detach().reshape(batch, each.k).cpu() for each in (first, second)]
-    vectors = [each.vectors.detach().reshape(batch, each.k, each.d) for each in (first, second)]
+    vectors = [
+        each.unit_vectors.detach().reshape(batch, each.k, each.d) for each in (first, second)
+    ]
     dtype = torch.promote_types(vectors[0].dtype, vectors[1].dtype)
     cosines = (vectors[0].to(dtype) @ vectors[1].to(dtype).mT).abs().clamp_max(1).cpu()
     rows: list[tuple[int, int, int]] = []

@@ -49,6 +49,7 @@ from tl_bilinear.tensor import grams
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import fix_signs
 from tl_bilinear.tensor.hosvd import hosvd
+from tl_bilinear.tensor.moments import Metric
 
 if TYPE_CHECKING:
     import pandas
@@ -81,6 +82,8 @@ class CP(Result):
     ridge: weight of the penalty on `weights`
     sparsity: weight of the L1 penalty
     input_space, output_space: what the coordinates are
+    metric: in which it is fitted; None for the Euclidean one. Left and right are then filters, and
+        their norms and products are to be read as ``l M m``
     """
 
     left: Float[Tensor, "rank d_in"]
@@ -96,6 +99,7 @@ class CP(Result):
     sparsity: float = 0.0
     input_space: str | None = None
     output_space: str | None = None
+    metric: Metric | None = None
 
     @property
     def rank(self) -> int:
@@ -143,10 +147,14 @@ class CP(Result):
         `error` is then an upper bound: that of all neurons, and the norm of those left out.
         """
         checks.require_count("k", k, self.rank, "the neurons held")
-        rest = grams.squared_norms(self.out[:, k:], self.left[k:], self.right[k:])
+        left, right = self._whitened(self.left[k:]), self._whitened(self.right[k:])
+        rest = grams.squared_norms(self.out[:, k:], left, right)
         error = self.error + math.sqrt(max(0.0, float(rest.sum())))
         left, right, out = self.left[:k], self.right[:k], self.out[:, :k]
         return replace(self, left=left, right=right, out=out, error=error)
+
+    def _whitened(self, rows: Tensor) -> Tensor:
+        return rows if self.metric is None else self.metric.root(rows)
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a neuron: rank, weight, its two eigenvalues, the output it writes most."""
@@ -157,8 +165,8 @@ class CP(Result):
             {
                 "rank": range(1, self.rank + 1),
                 "weight": self.weights.cpu().numpy(),
-                "plus": (self.plus.square().sum(1) / 4).cpu().numpy(),
-                "minus": (-self.minus.square().sum(1) / 4).cpu().numpy(),
+                "plus": (self._whitened(self.plus).square().sum(1) / 4).cpu().numpy(),
+                "minus": (-self._whitened(self.minus).square().sum(1) / 4).cpu().numpy(),
                 "output": strongest.cpu().numpy(),
                 "written": self.out.gather(0, strongest[None])[0].cpu().numpy(),
             }
@@ -177,6 +185,7 @@ def cp(
     ridge: float = 1e-3,
     sparsity: float = 0.0,
     init: Init | BilinearTensor = "eigen",
+    metric: Metric | None = None,
     progress: bool = True,
 ) -> CP:
     """Neurons that all outputs share: ``B ~ sum_r o_r (x) sym(l_r m_r^T)``, from the factors.
@@ -202,6 +211,9 @@ def cp(
     init: "eigen", "random" or a BilinearTensor
         Where the first start begins: leading eigenpairs of the HOSVD components, a mixture of
         hidden neurons, or a layer of yours.
+    metric: Metric, optional
+        The fit is that of ``tensor.whiten(metric)``, best under the inputs that the metric is made of.
+        Norms, weights and errors are then the whitened layer's.
 
     About ``8 rank h (2 d_in + d_out)`` flops a step. Raises ValueError for settings out of range.
     """
@@ -216,6 +228,9 @@ def cp(
     if sparsity < 0:
         raise ValueError(f"sparsity weighs an L1 penalty and must not be negative, got {sparsity}")
     layer = tensor.parts().interaction
+    if metric is not None:
+        layer = layer.whiten(metric)
+        init = init if isinstance(init, str) else init.whiten(metric)
     generator = torch.Generator().manual_seed(seed)
     start, norm = _first_start(layer, rank, init, generator)
     target = _Target.of(layer, norm)
@@ -234,8 +249,13 @@ def cp(
         sparse = _sparsify(target, fits[best], ridge, sparsity, steps, tol)
         factors[best] = _normalise(sparse.inputs, sparse.out, layer)
         error = _error(layer, norm, *factors[best])
+    left, right, out = factors[best]
+    if metric is not None:
+        left, right = metric.inverse_root(left), metric.inverse_root(right)
     return CP(
-        *factors[best],
+        left,
+        right,
+        out,
         norm,
         error,
         torch.tensor(errors, dtype=checks.gram_dtype(layer.left)),
@@ -244,8 +264,9 @@ def cp(
         fits[best].converged,
         float(ridge),
         float(sparsity),
-        layer.input_space,
-        layer.output_space,
+        tensor.input_space,
+        tensor.output_space,
+        metric,
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,9 +25,13 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.results import Result
+from tl_bilinear.tensor.moments import Metric
 
 if TYPE_CHECKING:
     import pandas
+
+
+Order = Literal["magnitude", "contribution", "variance", "covariance"]
 
 
 class EigenProjector(NamedTuple):
@@ -40,15 +44,16 @@ class EigenProjector(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Eigendecomposition(Result):
-    """Eigenpairs of interaction matrices, ordered by falling absolute eigenvalue.
+    """Eigenpairs of interaction matrices, ordered by falling absolute eigenvalue (see `ordered`).
 
     Attributes
     ----------
     values: [..., k]
-    vectors: [..., k, d], one unit eigenvector a row, largest-magnitude coordinate positive
-    residuals: [..., k], ``||Q v - lambda v||`` for each pair
+    vectors: [..., k, d], one unit eigenvector a row, largest-magnitude coordinate positive. In a
+        metric M the filters ``w_i = M^-1/2 y_i`` of unit eigenvectors y_i of ``M^1/2 Q M^1/2``
+    residuals: [..., k], ``||Q v - lambda v||`` for each pair (in a metric, of the y_i)
     bound: [...], upper bound on the spectral norm of ``Q - sum_i lambda_i v_i v_i^T``, what these
-        pairs leave out; only rounding where all d pairs are held
+        pairs leave out; only rounding where all d pairs are held. In a metric, of M^1/2 that M^1/2
     method: how it was computed
     space: what the d coordinates are
     tol: relative residual that counts as converged
@@ -56,6 +61,7 @@ class Eigendecomposition(Result):
         1e-6 over the solver's random probes for "krylov"
     directions: [..., d_out], the output direction that each matrix belongs to, where there is one
     output_space: what the coordinates of the directions are
+    metric: the metric in which they are eigenpairs; None for the Euclidean one
     """
 
     values: Float[Tensor, "*batch k"]
@@ -68,6 +74,7 @@ class Eigendecomposition(Result):
     bound_failure: float = 0.0
     directions: Float[Tensor, "*batch d_out"] | None = None
     output_space: str | None = None
+    metric: Metric | None = None
 
     @property
     def converged(self) -> Bool[Tensor, "*batch"]:
@@ -130,7 +137,7 @@ class Eigendecomposition(Result):
         if k < self.k:
             # The dropped pairs and what was left out before are orthogonal up to the residuals.
             slack = self.residuals.square().sum(-1).sqrt()
-            bound = torch.maximum(bound, self.values[..., k].abs()) + slack
+            bound = torch.maximum(bound, self.values[..., k:].abs().amax(-1)) + slack
         return replace(
             self,
             values=self.values[..., :k],
@@ -143,11 +150,96 @@ class Eigendecomposition(Result):
         """Bound on ``|u . f(x) - quadratic(x, k)|`` over every x with ``||x|| <= radius``.
 
         Behind RMSNorm or LayerNorm whose weight is folded into the layer, ``radius = sqrt(d)`` holds
-        for every input. The layer's biases, if it has any, are not part of Q.
+        for every input. The layer's biases, if it has any, are not part of Q. In a metric the bound is
+        that of the direction the data takes least, and `error_bound` says much more of a given x.
         """
         if radius < 0:
             raise ValueError(f"radius bounds a norm and must not be negative, got {radius}")
-        return (self if k is None else self.top(k)).bound * radius**2
+        longest = radius**2
+        if self.metric is not None:
+            longest /= max(self.metric.least, 1e-300)
+        return (self if k is None else self.top(k)).bound * longest
+
+    def error_bound(self, x: Float[Tensor, "... d"], k: int | None = None) -> Float[Tensor, "..."]:
+        """Bound on ``|x^T Q x - quadratic(x, k)|`` for each x: [*x_batch, *batch].
+
+        ``bound (|x|^2 - sum_i (v_i . x)^2)``: only the part of x that the pairs do not read counts. In a
+        metric |x|^2 is ``x^T M^-1 x``. For pairs that have converged; residuals enter through `bound`.
+        """
+        part = self if k is None else self.top(k)
+        x = checks.require_rows("x", x, self.d, checks.meaning("d", self.space), self.vectors)
+        length = x.square().sum(-1) if self.metric is None else self.metric.squared_length(x)
+        products = x @ part.vectors.reshape(part.values.numel(), self.d).T
+        read = products.square().reshape(x.shape[:-1] + part.values.shape).sum(-1)
+        length = length.reshape(length.shape + (1,) * len(self.batch_shape))
+        rounding = 100 * torch.finfo(x.dtype).eps * length
+        return part.bound * ((length - read).clamp_min(0) + rounding)
+
+    @property
+    def patterns(self) -> Float[Tensor, "*batch k d"]:
+        """What inputs that excite each eigenvector have in common: ``M w_i`` (Haufe et al. 2014).
+
+        An eigenvector says along which direction x is read; in correlated inputs that is not what such
+        an input looks like. Without a metric the eigenvectors themselves.
+        """
+        return self.vectors if self.metric is None else self.metric.apply(self.vectors)
+
+    @property
+    def unit_vectors(self) -> Float[Tensor, "*batch k d"]:
+        """The orthonormal eigenvectors: of Q, or of ``M^1/2 Q M^1/2`` in a metric."""
+        return self.vectors if self.metric is None else self.metric.root(self.vectors)
+
+    @property
+    def mean_contributions(self) -> Float[Tensor, "*batch k"]:
+        """``lambda_i E (w_i . x)^2`` over the inputs of the metric: lambda_i itself for ridge 0.
+
+        Raises ValueError without a metric, which says what is common.
+        """
+        if self.metric is None:
+            raise ValueError(
+                "mean contributions need the metric of some inputs: eigh(k, metric=...)"
+            )
+        reached = (self.metric.second.apply(self.vectors) * self.vectors).sum(-1)
+        return self.values * reached
+
+    def ordered(self, by: Order, x: Float[Tensor, "n d"] | None = None) -> Eigendecomposition:
+        """The pairs in another order, so that `top(k)` and `quadratic(x, k)` take others first.
+
+        Parameters
+        ----------
+        by: "magnitude" (|lambda|), "contribution" (mean over x of lambda (v . x)^2, in absolute value),
+            "variance" of that term over x, or its "covariance" with the whole form, which says
+            how much of what varies each term makes
+        x: [n, d], inputs for all orders but the first; the whole is the sum of the pairs held
+
+        Raises ValueError for an unknown order or missing inputs.
+        """
+        if by not in ("magnitude", "contribution", "variance", "covariance"):
+            raise ValueError(
+                f"by must be 'magnitude', 'contribution', 'variance' or 'covariance', got {by!r}"
+            )
+        if by == "magnitude":
+            key = self.values.abs()
+        elif x is None:
+            raise ValueError(
+                f"by={by!r} orders terms by what they do on inputs x: give some, [n, d]"
+            )
+        else:
+            terms = self.activations(x).double().flatten(0, x.ndim - 2)
+            if by == "contribution":
+                key = terms.mean(0).abs()
+            else:
+                away = terms - terms.mean(0)
+                whole = away if by == "variance" else away.sum(-1, keepdim=True)
+                key = (away * whole).mean(0)
+        order = key.argsort(dim=-1, descending=True, stable=True)
+        rows = order[..., None].expand_as(self.vectors)
+        return replace(
+            self,
+            values=self.values.gather(-1, order),
+            vectors=self.vectors.gather(-2, rows),
+            residuals=self.residuals.gather(-1, order),
+        )
 
     def effective_rank(self) -> Float[Tensor, "*batch"]:
         """``(L1 / L2)^2`` of the eigenvalues held (appendix D); 0 for a zero matrix."""
@@ -170,7 +262,7 @@ class Eigendecomposition(Result):
         starts = [0, *((values[:-1] - values[1:] > gap).nonzero()[:, 0] + 1).tolist(), self.k]
         groups = []
         for start, stop in itertools.pairwise(starts):
-            vectors = self.vectors[order[start:stop]]
+            vectors = self.unit_vectors[order[start:stop]]
             value = float(values[start:stop].mean())
             groups.append(EigenProjector(value, stop - start, vectors.T @ vectors))
         return sorted(groups, key=lambda group: -abs(group.value))

@@ -35,6 +35,7 @@ from tl_bilinear.tensor import grams
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import fix_signs
 from tl_bilinear.tensor.interaction import InteractionMatrix
+from tl_bilinear.tensor.moments import Metric
 
 Mode = Literal["output", "input"]
 
@@ -53,7 +54,9 @@ class HOSVD(Result):
     mode: "output" or "input"
     space: what the coordinates of `vectors` are
     interactions: for mode "output" the right singular matrices q_i, a batch of k implicit interaction
-        matrices of unit norm; not stored by `save` (they are ``tensor.interaction(vectors / values)``)
+        matrices of unit norm (in the metric); not stored by `save` (they are
+        ``tensor.interaction(vectors / values)``)
+    metric: in which it is a HOSVD; None for the Euclidean one
     """
 
     values: Float[Tensor, " k"]
@@ -63,6 +66,7 @@ class HOSVD(Result):
     mode: Mode = "output"
     space: str | None = None
     interactions: InteractionMatrix | None = field(default=None, metadata={"stored": False})
+    metric: Metric | None = None
 
     @property
     def truncation_error(self) -> float:
@@ -82,9 +86,11 @@ class Tucker(Result):
     Attributes
     ----------
     core: BilinearTensor of shape [k_out, k_in, k_in]
-    output_directions: U [k_out, d_out], input_directions: V [k_in, d_in]; orthonormal rows
+    output_directions: U [k_out, d_out], input_directions: V [k_in, d_in]; orthonormal rows (in a
+        metric V are filters, ``V M V^T = I``)
     error: ``||B - approximation||`` (Frobenius), exact
     input_space, output_space: what the original coordinates are
+    metric: in which it is best; None for the Euclidean one
     """
 
     core: BilinearTensor
@@ -93,6 +99,7 @@ class Tucker(Result):
     error: float
     input_space: str | None = None
     output_space: str | None = None
+    metric: Metric | None = None
 
     @property
     def tensor(self) -> BilinearTensor:
@@ -101,7 +108,13 @@ class Tucker(Result):
         return replace(expanded, input_space=self.input_space, output_space=self.output_space)
 
 
-def hosvd(tensor: BilinearTensor, k: int | None = None, *, mode: Mode = "output") -> HOSVD:
+def hosvd(
+    tensor: BilinearTensor,
+    k: int | None = None,
+    *,
+    mode: Mode = "output",
+    metric: Metric | None = None,
+) -> HOSVD:
     """Singular values and directions of B flattened along one mode (section 3.3).
 
     Parameters
@@ -111,6 +124,9 @@ def hosvd(tensor: BilinearTensor, k: int | None = None, *, mode: Mode = "output"
         How many, the largest first; None for all.
     mode: "output" or "input"
         Flatten to d_out x d_in^2 (the paper's) or to d_in x (d_out d_in).
+    metric: Metric, optional
+        Of ``tensor.whiten(metric)``: best under the inputs that the metric is made of. Vectors of mode
+        "input" are then filters, ``M^-1/2 y``.
 
     Flops ``h^2 (4 d_in + 2 d_out)`` in float64 for the output mode, about five times that for the
     input mode; memory a few tiles of the h x h Gram (64 MiB each) beside the factors in float64.
@@ -121,6 +137,9 @@ def hosvd(tensor: BilinearTensor, k: int | None = None, *, mode: Mode = "output"
         raise ValueError(f"mode must be 'output' or 'input', got {mode!r}")
     width = tensor.d_out if mode == "output" else tensor.d_in
     k = width if k is None else checks.require_count("k", k, width, f"the {mode} directions")
+    original = tensor
+    if metric is not None:
+        tensor = tensor.whiten(metric)
     if mode == "output":
         gram = grams.congruence(tensor.out, tensor.left, tensor.right)
     else:
@@ -131,28 +150,38 @@ def hosvd(tensor: BilinearTensor, k: int | None = None, *, mode: Mode = "output"
     largest = float(squares[-1].clamp_min(0).sqrt()) if width else 0.0
     floor = largest * math.sqrt(width * torch.finfo(gram.dtype).eps)
     values = values.to(tensor.dtype)
-    directions = fix_signs(vectors.T.flip(0)[:k]).to(tensor.dtype)
+    directions = vectors.T.flip(0)[:k].to(tensor.dtype)
+    if metric is not None and mode == "input":
+        directions = metric.inverse_root(directions)
+    directions = fix_signs(directions)
     interactions = None
     if mode == "output":
         scale = torch.where(values > floor, values, 1.0)  # below the floor u_i meets only rounding
-        interactions = tensor.interaction(directions / scale[:, None])
-    space = tensor.output_space if mode == "output" else tensor.input_space
-    return HOSVD(values, directions, norm, floor, mode, space, interactions)
+        interactions = original.interaction(directions / scale[:, None])
+    space = original.output_space if mode == "output" else original.input_space
+    return HOSVD(values, directions, norm, floor, mode, space, interactions, metric)
 
 
-def tucker(tensor: BilinearTensor, k_out: int, k_in: int) -> Tucker:
+def tucker(
+    tensor: BilinearTensor, k_out: int, k_in: int, *, metric: Metric | None = None
+) -> Tucker:
     """B on its k_out leading output and k_in leading input directions, with the exact error.
 
-    The truncated higher-order SVD: within a factor sqrt(3) of the best of these ranks.
+    The truncated higher-order SVD: within a factor sqrt(3) of the best of these ranks. In a metric, of
+    ``tensor.whiten(metric)``: norms and the error are then those of the whitened layer.
     """
+    spaces = tensor.input_space, tensor.output_space
+    if metric is not None:
+        tensor = tensor.whiten(metric)
     output = hosvd(tensor, k_out)
     directions = hosvd(tensor, k_in, mode="input").vectors
     core = tensor.parts().interaction.project(output.vectors).fold(directions)
     # An orthogonal projection: the squares of what is kept and what is left out add up.
     kept = float(core.to(torch.float64).norm())
     error = math.sqrt(max(0.0, output.norm**2 - kept**2))
-    spaces = tensor.input_space, tensor.output_space
-    return Tucker(core, output.vectors, directions, error, *spaces)
+    if metric is not None:
+        directions = metric.inverse_root(directions)
+    return Tucker(core, output.vectors, directions, error, *spaces, metric)
 
 
 def _input_gram(tensor: BilinearTensor) -> Tensor:

@@ -30,6 +30,7 @@ from tl_bilinear.tensor.batching import Rows, human_bytes, sweep
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import participation
 from tl_bilinear.tensor.eigensolvers import Method, Which
+from tl_bilinear.tensor.moments import Metric
 
 if TYPE_CHECKING:
     import pandas
@@ -53,6 +54,7 @@ class Spectrum(Result):
     effective_rank: [m], ``(L1 / L2)^2`` of all d eigenvalues (appendix D), where it was asked for
     bound_failure: probability that `bound` of one direction does not hold
     space: what the inputs of the matrices are
+    metric: in which all these numbers are meant; None for the Euclidean one
     """
 
     index: Int[Tensor, " m"]
@@ -65,6 +67,7 @@ class Spectrum(Result):
     effective_rank: Float[Tensor, " m"] | None = None
     bound_failure: float = 0.0
     space: str | None = None
+    metric: Metric | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -124,6 +127,7 @@ def spectrum(
     tol: float | None = None,
     seed: int = 0,
     max_bytes: int = checks.MAX_SOLVER_BYTES,
+    metric: Metric | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Spectrum:
@@ -142,6 +146,9 @@ def spectrum(
         Also ``(L1 / L2)^2`` of all eigenvalues (appendix D): a full spectrum for each direction.
     which, method, tol, seed, max_bytes
         As `InteractionMatrix.eigh`; the progress bar shows the memory that a batch takes.
+    metric: Metric, optional
+        As `InteractionMatrix.eigh`. Norms are then those of ``M^1/2 Q M^1/2``, and traces
+        ``tr(M Q) = E[x^T Q x]``, the mean of what each direction reads.
     checkpoint: str or Path, optional
         A folder that keeps each batch as it is done. The same call with the same weights goes on
         where an interrupted one stopped, to the same result; another sweep's folder is refused.
@@ -155,7 +162,9 @@ def spectrum(
     Raises ValueError for directions of another width, k or screen out of range, or a foreign
     checkpoint.
     """
-    tensor = tensor.detach()
+    tensor, space = tensor.detach(), tensor.input_space
+    if metric is not None:
+        tensor = tensor.whiten(metric)
     if directions is not None:
         meaning = checks.meaning("d_out", tensor.output_space)
         directions = checks.require_matrix(
@@ -229,7 +238,8 @@ def spectrum(
         norms=norms,
         traces=traces,
         bound_failure=float(failure.max()) if len(failure) else 0.0,
-        space=tensor.input_space,
+        space=space,
+        metric=metric,
     )
     return result[result.values.abs().amax(-1).argsort(descending=True, stable=True)]
 
