@@ -137,7 +137,8 @@ def test_statistics(tmp_path):
     assert found.outliers == int((z.abs() > 2).sum())
     assert found.expected_outliers == pytest.approx(len(upper) * 0.0455, rel=1e-3)
     assert int(found.counts.sum()) == len(upper)
-    assert int(found.self_counts.sum()) <= N_IN
+    assert float(found.self_shares.sum()) == pytest.approx(1)
+    assert float(found.cross_shares.sum()) == pytest.approx(1)
     assert_close(
         found.eigenvalues,
         torch.linalg.eigvalsh(f.interaction(2, "activations").dense()).flip(0),

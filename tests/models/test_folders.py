@@ -102,7 +102,11 @@ def test_sae_lens_classes_share_the_format(tmp_path):
 
 def test_what_is_written(saved):
     directory, _ = saved
-    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tl_bilinear.json",
+    ]
     assert sorted(p.name for p in directory.parent.iterdir()) == ["model"]
     stored = json.loads((directory / "config.json").read_text())
     assert stored["config"]["dtype"] == "float32"

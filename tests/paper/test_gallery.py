@@ -131,6 +131,7 @@ def test_the_gallery(offered, tmp_path):
         "certificates, classes.csv",
         "gallery.html",
         "summary.json",
+        "tl_bilinear.json",
         "toy, outputs.csv",
     ]
     summary = json.loads((out / "summary.json").read_text())
@@ -273,7 +274,7 @@ def test_ctrl_c_keeps_what_was_trained(run, idx_folder, tmp_path, monkeypatch):
         (["--studies", "fig2"], "no study fig2; there are"),
         (
             ["--sizes", "small,large"],
-            "--sizes must be whole numbers parted by commas, got 'small,large'",
+            'Invalid value for --sizes: unable to convert "small" into int.',
         ),
         (["--fashion", "/no/such"], "no such folder of images"),
     ],

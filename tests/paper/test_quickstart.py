@@ -299,7 +299,7 @@ def test_both_parts_are_in_one_report(result, idx_folder, tmp_path, monkeypatch,
     assert "whole model" in output.out
     assert "A language model" in output.out
     assert str(result.found[0].feature) in output.out
-    assert list(json.loads((out / "summary.json").read_text())) == ["kind", "images", "language"]
+    assert list(json.loads((out / "summary.json").read_text())) == ["images", "language"]
     page = (out / "report.html").read_text()
     page = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # plotly.js itself
     assert re.findall(r"href='(.*?)'", page) == ["#images", "#language"]

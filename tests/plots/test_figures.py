@@ -130,7 +130,7 @@ def built():
 def test_verification_and_loss(built):
     u = torch.randn(built.cfg.d_model, dtype=torch.float64)
     eigen = BilinearTensor.from_model(built, 1).interaction(u).eigh(3)
-    components = EigenComponents(eigen, u, 1)
+    components = EigenComponents(eigen, 1)
     rows = TOKENS.reshape(1, -1) if TOKENS.ndim == 1 else TOKENS
     found = verify(built, rows, components, progress=False)
     _, points, errors, controls = plots.verification_figure(found).data
@@ -162,8 +162,7 @@ def test_dictionaries(built):
     submatrix = features.submatrix(3, 4)
     (trace,) = plots.submatrix_figure(submatrix).data
     assert torch.allclose(torch.tensor(trace.z).double(), submatrix.matrix, atol=1e-4)
-    tokens = TOKENS.reshape(-1)
-    found = features.attribute(tokens, 3, position=len(tokens) - 1)
+    found = features.run(TOKENS.reshape(-1), progress=False).attribute(3)
     pairs, terms = plots.attribution_figure(found, 5).data
     assert list(pairs.x) == pytest.approx(found.to_pandas(5)["contribution"].tolist())
     assert sum(terms.x) == pytest.approx(found.total, rel=1e-4)
