@@ -143,8 +143,8 @@ def refuse_foreign(target: Path, kind: str) -> None:
         names = names - {MARKER, *ours} if isinstance(ours, list) else set()
     if names:
         raise FileExistsError(
-            f"{target} holds {_listed(names)}, and writing replaces the whole folder: choose a new or an "
-            f"empty one"
+            f"{target} holds {_listed(names)}, and writing replaces the whole folder: choose a new or "
+            f"an empty one"
         )
 
 
