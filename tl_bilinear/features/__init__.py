@@ -22,6 +22,7 @@ from tl_bilinear.features.pairs import ActiveInteractions, FeaturePairs
 from tl_bilinear.features.passage import Passage
 from tl_bilinear.features.run import FeatureRun
 from tl_bilinear.features.statistics import InteractionStatistics
+from tl_bilinear.features.terms import FeatureTerms
 from tl_bilinear.features.unembedding import PromotedTokens
 from tl_bilinear.features.verification import PairCheck
 
@@ -46,6 +47,7 @@ __all__ = [
     "FeaturePairs",
     "FeatureRun",
     "FeatureSweep",
+    "FeatureTerms",
     "InteractionStatistics",
     "LowRankCorrelation",
     "PairCheck",

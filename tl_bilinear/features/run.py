@@ -42,7 +42,10 @@ from tl_bilinear.features.pairs import (
     active_interactions,
 )
 from tl_bilinear.features.passage import fires_as, refuse_attached
+from tl_bilinear.features.populations import MomentSums, population_names, require_mask
+from tl_bilinear.features.terms import By, FeatureTerms, MetricName, feature_terms
 from tl_bilinear.features.verification import PairCheck, check_pairs
+from tl_bilinear.tensor import InputMoments, Metric
 
 if TYPE_CHECKING:
     from tl_bilinear.features.interactions import FeatureInteractions
@@ -181,6 +184,59 @@ class FeatureRun:
             raise ValueError("no token was chosen")
         return chosen.mean(0)
 
+    # ------------------------------------------------------------------ populations
+
+    @torch.no_grad()
+    def inputs_of(
+        self, features: Int[Tensor, " m"] | Sequence[int] | None = None
+    ) -> list[Float[Tensor, "n d"]]:
+        """What the layer reads on every token that counts, or where each of m output features is active."""
+        if features is None:
+            return [self.x[self.mask]]
+        index = self.features.numbers(features).reshape(-1)
+        parts = [
+            (part.x[part.mask], part.activations(index)[part.mask] != 0)
+            for part in self._parts(progress=False)
+        ]
+        return [torch.cat([x[on[:, i]] for x, on in parts]) for i in range(len(index))]
+
+    def moments(
+        self,
+        features: int | Sequence[int] | Tensor | None = None,
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        population: str | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """The moments of what the layer reads, ``mlp.hook_in``, of a population of tokens.
+
+        Parameters
+        ----------
+        features: optional
+            An output feature: the tokens where it is active. Several: a list of moments, one each, d x d
+            float64 numbers each. Without: all tokens that count.
+        mask: [batch, pos], optional
+            Tokens chosen otherwise, of those that count.
+        population: what a chosen population is called, in words
+
+        Returns InputMoments, or a list of them. Raises ValueError for a population without tokens.
+        """
+        space = self.features.layer_tensor.input_space
+        if features is not None and mask is not None:
+            raise ValueError("give features or a mask, not both")
+        if features is None:
+            chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
+            name = population or ("tokens" if mask is None else "chosen tokens")
+            return InputMoments.of(self.x, mask=chosen, population=name, space=space)
+        given = self.features.numbers(features)
+        index = given.reshape(-1)
+        sums = MomentSums(len(index), self.x.shape[-1], self.x.device)
+        for part in self._parts(progress):
+            for number, x in enumerate(part.inputs_of(index)):
+                sums.add(number, x)
+        found = sums.moments(population_names(self.features, index), space)
+        return found if given.ndim else found[0]
+
     # ------------------------------------------------------------------ names and examples
 
     def examples(
@@ -311,22 +367,72 @@ class FeatureRun:
             if limit <= 0:
                 return
 
+    def terms(
+        self,
+        k: int = 1,
+        features: Int[Tensor, " m"] | Sequence[int] | None = None,
+        *,
+        metric: MetricName | Metric = "euclidean",
+        by: By = "magnitude",
+        ridge: float = 0.3,
+        progress: bool = True,
+    ) -> FeatureTerms:
+        """k terms ``value (vector . x)^2`` for each output feature (all), chosen on this run.
+
+        Parameters
+        ----------
+        metric: whose inputs matter
+            "euclidean": every direction is as common as another (the paper's). "all": the second moment
+            of all tokens that count. "active": of the tokens where the feature is active. Or a Metric.
+        by: which terms are the first
+            "magnitude", by |value|; "contribution", "variance" or "covariance" of the term on tokens
+            where the feature is active (`Eigendecomposition.ordered`). "fit", with metric="active":
+            not eigenvectors but the direction whose term explains most of how the feature varies where
+            it is active (`tl_bilinear.features.fitted`), and so on for what is left.
+        ridge: of the metric
+
+        One eigendecomposition [d, d] a feature, and all tokens' activations of the features. Of "fit"
+        two for each term. Raises ValueError for options that do not exist or go together.
+        """
+        known = self.features
+        index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
+        return feature_terms(self, index, k, metric, by, ridge=ridge, progress=progress)
+
     def low_rank_correlation(
         self,
         k: int = 10,
         features: Int[Tensor, " m"] | Sequence[int] | None = None,
         *,
+        metric: MetricName | Metric = "euclidean",
+        by: By = "magnitude",
+        ridge: float = 0.3,
+        fit: FeatureRun | None = None,
         progress: bool = True,
     ) -> LowRankCorrelation:
-        """How well 1 to k eigenvectors predict pre-activations, on all and on active tokens (Fig. 9).
+        """How well 1 to k terms predict pre-activations, on all and on active tokens (Fig. 9).
 
-        Eigenvectors are those of the layer at ``mlp.hook_in``, after the norm. About ``2 k m d`` flops a
-        token for m features.
+        By default the terms are eigenvectors of the layer at ``mlp.hook_in``, after the norm, by
+        |eigenvalue|, as the paper's; `metric`, `by` and `ridge` as in `terms`. `fit` is the run that the
+        terms are chosen on: give another text than this one wherever they depend on text, or the
+        correlation flatters them. About ``2 k m d`` flops a token for m features.
+
+        Raises ValueError where terms depend on text and `fit` is missing.
         """
         known = self.features
         index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
-        eigen = known.layer_tensor.interaction(known.directions[index]).eigh(k)
-        found = low_rank_correlation(index, eigen, self._counted(index, progress))
+        terms: Any
+        if metric == "euclidean" and by == "magnitude":
+            terms = known.layer_tensor.interaction(known.directions[index]).eigh(k)
+        elif isinstance(metric, Metric) and by == "magnitude":
+            terms = known.layer_tensor.interaction(known.directions[index]).eigh(k, metric=metric)
+        elif fit is None:
+            raise ValueError(
+                f"metric={metric!r}, by={by!r} choose terms by a text: give a run of other text as fit= "
+                f"(run[:half] and run[half:], say)"
+            )
+        else:
+            terms = feature_terms(fit, index, k, metric, by, ridge=ridge, progress=progress)
+        found = low_rank_correlation(index, terms, self._counted(index, progress))
         return replace(found, output_labels=known.outputs.labels_of(index))
 
     def scatter(self, feature: int, k: int = 2, *, progress: bool = True) -> ActivationScatter:
@@ -387,19 +493,38 @@ def run_model(
     refuse_attached(features.model)
     tokens, lengths = tokenise(features.model, text, (features.inputs, features.outputs))
     if mask is None:
-        mask = _default_mask(features, tokens, lengths)
-    elif mask.shape != tokens.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be boolean and of the tokens' shape {list(tokens.shape)}, got "
-            f"{mask.dtype} {list(mask.shape)}"
-        )
+        mask = default_mask(features, tokens, lengths)
+    else:
+        require_mask(mask, tokens)
     parts: list[dict[str, Tensor]] = []
     with tqdm(total=len(tokens), unit="sequence", desc="model", disable=not progress) as bar:
         for rows in tokens.split(batch_size):
             parts.append(_forward(features, rows))
             bar.update(len(rows))
-    held: Any = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    held.setdefault("x", held["hook_activations"])
+    held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return _run_with(features, tokens, mask, lengths, held, batch_size)
+
+
+def run_of(
+    features: FeatureInteractions,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+    batch_size: int,
+) -> FeatureRun:
+    """The run of a few sequences, all in one forward."""
+    return _run_with(features, tokens, mask, lengths, _forward(features, tokens), batch_size)
+
+
+def _run_with(
+    features: FeatureInteractions,
+    tokens: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
+    activations: dict[str, Tensor],
+    batch_size: int,
+) -> FeatureRun:
+    held: Any = {"x": activations["hook_activations"]} | activations
     device = held["output"].device
     return FeatureRun(
         features=features,
@@ -451,7 +576,7 @@ def tokenise(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad), lengths
 
 
-def _default_mask(
+def default_mask(
     features: FeatureInteractions, tokens: Tensor, lengths: Tensor
 ) -> Bool[Tensor, "batch pos"]:
     tokenizer = features.model.tokenizer
