@@ -7,7 +7,8 @@ text of any length: it holds one batch at a time and, with a checkpoint, goes on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tl_bilinear import checks
 from tl_bilinear.features.passage import refuse_attached
+from tl_bilinear.hooks.points import LayerPoints
 from tl_bilinear.io import digest_of, load_tensors, save_tensors
 from tl_bilinear.tensor import InputMoments
 
@@ -53,6 +55,47 @@ class MomentSums:
         return [
             InputMoments(count, mean, second, name, space) for count, mean, second, name in parts
         ]
+
+
+@torch.no_grad()
+def layer_moments(
+    model: Any,
+    layers: Iterable[int],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    *,
+    batch_size: int = 16,
+    population: str = "tokens",
+    progress: bool = False,
+) -> list[InputMoments]:
+    """The moments of what several layers read, in one pass over a text, without any dictionary.
+
+    `mask` says which tokens count, by default all but the first of a row. Memory: d x d float64 numbers
+    for each layer. Raises what `LayerPoints.of` does for a model without hooks.
+    """
+    points = [LayerPoints.of(model, layer) for layer in layers]
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+    mask = require_mask(mask, tokens)
+    sums = MomentSums(len(points), model.cfg.d_model, tokens.device)
+    last = 1 + max((point.layer for point in points), default=0)
+    with tqdm(total=len(tokens), unit="sequence", disable=not progress) as bar:
+        for rows, counted in zip(tokens.split(batch_size), mask.split(batch_size), strict=True):
+            _, cache = model.run_with_cache(
+                rows,
+                names_filter=lambda name: any(point.reads(name) for point in points),
+                return_type=None,
+                stop_at_layer=last,
+            )
+            for number, point in enumerate(points):
+                sums.add(number, next(cache[name] for name in cache if point.reads(name))[counted])
+            bar.update(len(rows))
+    names = [population] * len(points)
+    return [
+        replace(found, space=point.input_space)
+        for found, point in zip(sums.moments(names, None), points, strict=True)
+    ]
 
 
 def population_names(features: FeatureInteractions, index: Int[Tensor, " m"] | None) -> list[str]:
