@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,8 +33,21 @@ from tl_bilinear.features.correlation import (
     low_rank_correlation,
 )
 from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.effects import (
+    Around,
+    CentredAttribution,
+    FeatureEffects,
+    centred_attribution,
+    feature_effects,
+)
 from tl_bilinear.features.examples import Examples, Side
 from tl_bilinear.features.labels import name_features, special_tokens
+from tl_bilinear.features.pair_counts import (
+    PairCounter,
+    PairOrder,
+    RankedPairs,
+    ranked_pairs,
+)
 from tl_bilinear.features.pairs import (
     ActiveInteractions,
     ActiveTokens,
@@ -200,6 +213,37 @@ class FeatureRun:
         ]
         return [torch.cat([x[on[:, i]] for x, on in parts]) for i in range(len(index))]
 
+    @torch.no_grad()
+    def read(self, mask: Bool[Tensor, "batch pos"] | None = None) -> Iterator[ReadTokens]:
+        """The tokens that count (of `mask`, where given) as features and rest, some sequences at a time."""
+        known = self.features
+        chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
+        for start in range(0, len(self), self.batch_size):
+            part = self[start : start + self.batch_size]
+            at = chosen[start : start + self.batch_size]
+            source = None if part.source is None else part.source[at]
+            reading = known.inputs.read(part.hook_activations[at], source)
+            rest = torch.stack([row.expand_as(part.x[at]) for row in reading.rest.values()]).sum(0)
+            yield ReadTokens(
+                replace(part, mask=at),
+                reading.coefficients / part.scale[at],
+                rest / part.scale[at],
+                part.output_scale[at],
+            )
+
+    def population(
+        self, around: Around | Bool[Tensor, "batch pos"], feature: int
+    ) -> tuple[Bool[Tensor, "batch pos"], str]:
+        """Which tokens "all", "active" (where an output feature is), or a mask mean, and in words."""
+        if isinstance(around, Tensor):
+            return self.mask & require_mask(around, self.tokens), "chosen tokens"
+        if around == "all":
+            return self.mask, "all tokens"
+        if around != "active":
+            raise ValueError(f"a population is 'all', 'active' or a mask, got {around!r}")
+        on = [part.activations([feature])[..., 0] != 0 for part in self._parts(progress=False)]
+        return self.mask & torch.cat(on), f"the tokens where output feature {feature} is active"
+
     def moments(
         self,
         features: int | Sequence[int] | Tensor | None = None,
@@ -331,6 +375,51 @@ class FeatureRun:
             input_labels=known.inputs.labels_of(active),
             output_labels=known.outputs.labels_of([index]),
         )
+
+    def centred(
+        self,
+        feature: int,
+        position: int = -1,
+        sequence: int = 0,
+        *,
+        around: Around | Bool[Tensor, "batch pos"] = "all",
+    ) -> CentredAttribution:
+        """`attribute`, around a mean: a constant, main effects of input features, and interactions.
+
+        `around` is the population of this run whose mean activation is the centre: "all" tokens that
+        count, those where the feature is "active", or a mask. Exact, as `attribute`.
+
+        Raises ValueError for an empty population, and what `attribute` does.
+        """
+        known = self.features.number(feature)
+        chosen, name = self.population(around, known)
+        return centred_attribution(self, known, position, sequence, chosen, name)
+
+    def effects(
+        self,
+        feature: int,
+        *,
+        around: Around | Bool[Tensor, "batch pos"] = "active",
+        k: int = 50,
+        max_bytes: int = checks.MAX_DENSE_BYTES,
+    ) -> FeatureEffects:
+        """How much of what varies in an output feature main effects and interactions make.
+
+        Over a population as in `centred`, by default the tokens where the feature is active. The k
+        largest pairs are kept. Memory: two tables of all pairs of input features.
+
+        Raises ValueError for a population of fewer than 2 tokens.
+        """
+        known = self.features.number(feature)
+        chosen, name = self.population(around, known)
+        return feature_effects(self, known, chosen, name, k, max_bytes)
+
+    def ranked_pairs(self, feature: int, k: int = 10, *, by: PairOrder = "active") -> RankedPairs:
+        """The k first pairs of an output feature in each of three orders (`features.pair_counts`)."""
+        known = self.features
+        counter = PairCounter(known, known.numbers([known.number(feature)]))
+        counter.add(self)
+        return ranked_pairs(known, feature, counter.result(), k, by)
 
     @torch.no_grad()
     def active_interactions(
@@ -475,6 +564,19 @@ class FeatureRun:
             chosen = known.numbers(pairs, "input").reshape(-1, 2).tolist()
         different = [(int(one), int(other)) for one, other in chosen if one != other]
         return check_pairs(self, index, different, limit=limit, seed=seed, progress=progress)
+
+
+class ReadTokens(NamedTuple):
+    """t tokens as features and the rest: ``x s = coefficients @ decoder + rest``, over the scale s.
+
+    run: the sequences, whose mask says which tokens these are
+    coefficients: [t, n]; rest: [t, d]; gain: [t], the output dictionary's
+    """
+
+    run: FeatureRun
+    coefficients: Tensor
+    rest: Tensor
+    gain: Tensor
 
 
 # ---------------------------------------------------------------------- running the model
