@@ -103,6 +103,25 @@ def test_features_of_the_demo(model, saes, tokens):
     assert attribution.measured == pytest.approx(float(examples.values[0]), rel=1e-3)
 
 
+def test_the_moments_that_ship_are_those_of_the_stories(model, tokens):
+    mask = ~torch.isin(tokens, torch.tensor(model.tokenizer.all_special_ids))
+    mask[:, 0] = False
+    name = f"blocks.{LAYER}.mlp.hook_in"
+    read = []
+    with torch.no_grad():
+        for rows in tokens.split(32):
+            _, cache = model.run_with_cache(rows, names_filter=name, stop_at_layer=LAYER + 1)
+            read.append(cache[name])
+    x = torch.cat(read)[mask].double()
+    found = demo.load_demo_moments(LAYER)
+    assert found.count == len(x) > 50_000
+    torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.second, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert demo.load_demo_moments(0).space.startswith("blocks.0.mlp.hook_in")
+    with pytest.raises(ValueError, match=r"layers are \[0, 1, 2, 3\]"):
+        demo.load_demo_moments(7)
+
+
 def test_a_layer_without_saes():
     with pytest.raises(ValueError, match=r"layer 9 of the demo model has no SAEs; \d.* do"):
         tl_bilinear.load_demo_saes(9)

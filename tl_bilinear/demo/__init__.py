@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tl_bilinear import models
 from tl_bilinear.io import read_table
+from tl_bilinear.tensor import InputMoments
 
 if TYPE_CHECKING:
     import sae_lens
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "demo_layers",
     "load_demo_model",
+    "load_demo_moments",
     "load_demo_saes",
     "load_demo_stories",
     "load_demo_tokens",
@@ -37,6 +39,7 @@ __all__ = [
 
 FOLDER = Path(__file__).parent / "files"
 MODEL, SAES, STORIES, CARD = "model", "saes", "stories.txt.gz", "card.json"
+MOMENTS = "moments"
 NAME = "tl-bilinear-demo"
 SEPARATOR = "\n<|endoftext|>\n"
 
@@ -82,6 +85,20 @@ def load_demo_saes(
         place.name.partition("-")[2]: SAE.load_from_disk(place, device=str(device or "cpu"))
         for place in places
     }
+
+
+def load_demo_moments(layer: int) -> InputMoments:
+    """The moments of what a layer's MLP reads on `load_demo_tokens`, [BOS] and first tokens left out.
+
+    Kept in float32. Raises ValueError for a layer that the model does not have.
+    """
+    import torch
+
+    path = FOLDER / MOMENTS / f"{layer}.safetensors"
+    if not path.is_file():
+        layers = sorted(int(place.stem) for place in (FOLDER / MOMENTS).iterdir())
+        raise ValueError(f"the demo model has no layer {layer}; its layers are {layers}")
+    return InputMoments.load(path).to(torch.float64)
 
 
 def load_demo_stories() -> list[str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from torch import Tensor
 
-from tl_bilinear.demo import CARD, MODEL, NAME, SAES, SEPARATOR, STORIES
+from tl_bilinear.demo import CARD, FOLDER, MODEL, MOMENTS, NAME, SAES, SEPARATOR, STORIES
 from tl_bilinear.io import whole_directory, write_json
 from tl_bilinear.models.huggingface import save_llama
 
@@ -59,6 +60,7 @@ def pack(
         LanguageRun,
         SAERun,
         language_loss,
+        pack_stories,
         sample_stories,
     )
 
@@ -86,6 +88,8 @@ def pack(
             batch_size=_ROWS,
         )
         (folder / STORIES).write_bytes(gzip.compress(SEPARATOR.join(written).encode(), mtime=0))
+        packed = pack_stories(written, text.tokenizer, n_ctx=text.n_ctx)
+        write_moments(hooked, packed, folder)
         card = {
             "model": {
                 "n_ctx": text.n_ctx,
@@ -113,6 +117,29 @@ def pack(
     print(evaluation)
     size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {out}")
+
+
+@app.command
+def moments() -> None:
+    """Measure again what each layer of the demo reads on its stories, and write it."""
+    from tl_bilinear.demo import load_demo_model, load_demo_tokens
+
+    write_moments(load_demo_model("cpu"), load_demo_tokens(), FOLDER)
+
+
+def write_moments(model: Any, tokens: Tensor, folder: Path) -> None:
+    """The moments of every layer's input, special tokens and the first of a row left out."""
+    import torch
+
+    from tl_bilinear.features.populations import layer_moments
+
+    mask = ~torch.isin(tokens, torch.tensor(model.tokenizer.all_special_ids))
+    mask[:, 0] = False
+    layers = range(model.cfg.n_layers)
+    found = layer_moments(model, layers, tokens, mask, population="tokens of the demo's stories")
+    (folder / MOMENTS).mkdir(exist_ok=True)
+    for layer, measured in zip(layers, found, strict=True):
+        measured.to(torch.float32).save(folder / MOMENTS / f"{layer}.safetensors")
 
 
 def _model_card(card: dict[str, Any]) -> str:

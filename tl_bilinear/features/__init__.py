@@ -13,15 +13,18 @@ from tl_bilinear.features import architectures as _architectures  # noqa: F401  
 from tl_bilinear.features.attribution import Attribution
 from tl_bilinear.features.correlation import ActivationScatter, LowRankCorrelation
 from tl_bilinear.features.dictionary import Dictionary, Reading, register_dictionary
+from tl_bilinear.features.effects import CentredAttribution, FeatureEffects
 from tl_bilinear.features.evaluation import SAEEvaluation, evaluate_saes
 from tl_bilinear.features.examples import Examples
 from tl_bilinear.features.feature_sweep import FeatureSweep
 from tl_bilinear.features.geometry import EigenGeometry, Submatrix
 from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.pair_counts import PairCounts, RankedPairs
 from tl_bilinear.features.pairs import ActiveInteractions, FeaturePairs
 from tl_bilinear.features.passage import Passage
 from tl_bilinear.features.run import FeatureRun
 from tl_bilinear.features.statistics import InteractionStatistics
+from tl_bilinear.features.terms import FeatureTerms
 from tl_bilinear.features.unembedding import PromotedTokens
 from tl_bilinear.features.verification import PairCheck
 
@@ -39,18 +42,23 @@ __all__ = [
     "ActivationScatter",
     "ActiveInteractions",
     "Attribution",
+    "CentredAttribution",
     "Dictionary",
     "EigenGeometry",
     "Examples",
+    "FeatureEffects",
     "FeatureInteractions",
     "FeaturePairs",
     "FeatureRun",
     "FeatureSweep",
+    "FeatureTerms",
     "InteractionStatistics",
     "LowRankCorrelation",
     "PairCheck",
+    "PairCounts",
     "Passage",
     "PromotedTokens",
+    "RankedPairs",
     "Reading",
     "SAEEvaluation",
     "SignedTopKSAE",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.features.labels import Named
+from tl_bilinear.features.terms import FeatureTerms
 from tl_bilinear.tensor import Eigendecomposition
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
@@ -112,9 +113,9 @@ class LayerTokens(NamedTuple):
 
 @torch.no_grad()
 def low_rank_correlation(
-    features: Int[Tensor, " m"], eigen: Eigendecomposition, tokens: Iterable[LayerTokens]
+    features: Int[Tensor, " m"], eigen: Eigendecomposition | FeatureTerms, tokens: Iterable[LayerTokens]
 ) -> LowRankCorrelation:
-    """Correlations of pre-activations with their approximations by 1 to K eigenpairs, in one pass."""
+    """Correlations of pre-activations with their approximations by 1 to K terms, in one pass."""
     m, k = eigen.values.shape
     everywhere, active = (_Correlation(m, k, features.device) for _ in range(2))
     total = 0

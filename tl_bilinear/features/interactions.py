@@ -42,6 +42,14 @@ from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.feature_sweep import FeatureSweep, feature_sweep
 from tl_bilinear.features.geometry import EigenGeometry, Submatrix, eigen_geometry
+from tl_bilinear.features.pair_counts import (
+    MAX_PAIRS,
+    PairCounter,
+    PairCounts,
+    PairOrder,
+    RankedPairs,
+    ranked_pairs,
+)
 from tl_bilinear.features.pairs import FeaturePairs
 from tl_bilinear.features.passage import (
     Passage,
@@ -49,7 +57,8 @@ from tl_bilinear.features.passage import (
     output_hooks,
     residual_passage,
 )
-from tl_bilinear.features.run import FeatureRun, run_model
+from tl_bilinear.features.populations import require_mask, stream, stream_moments
+from tl_bilinear.features.run import FeatureRun, default_mask, run_model, tokenise
 from tl_bilinear.features.statistics import InteractionStatistics, interaction_statistics
 from tl_bilinear.features.unembedding import PromotedTokens, promoted_tokens, unembedding_row
 from tl_bilinear.hooks import EigenComponents
@@ -188,6 +197,93 @@ class FeatureInteractions:
         are then no longer its own), and for a mask of another shape; TypeError for what is no text.
         """
         return run_model(self, text, mask=mask, batch_size=batch_size, progress=progress)
+
+    def moments(
+        self,
+        text: str | Sequence[str] | Tensor,
+        features: int | Sequence[int] | Tensor | None = None,
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        batch_size: int = 16,
+        checkpoint: str | Path | None = None,
+        max_bytes: int = checks.MAX_DENSE_BYTES,
+        progress: bool = True,
+    ) -> Any:
+        """The moments of what the layer reads on a text of any length, without holding activations.
+
+        Parameters
+        ----------
+        text, mask: as in `run`
+        features: optional
+            An output feature: the tokens where it is active. Several: a list, one each.
+        checkpoint: optional
+            A file that keeps the sums about once a minute; a call that was stopped goes on from there.
+
+        Returns InputMoments, or a list of them. Memory: d x d float64 numbers for each population.
+        Raises ValueError for a checkpoint of other text, weights or features, and for a population
+        without tokens; MemoryError beyond `max_bytes`.
+        """
+        given = None if features is None else self.numbers(features)
+        tokens, lengths = tokenise(self.model, text, (self.inputs, self.outputs))
+        counted = (
+            default_mask(self, tokens, lengths) if mask is None else require_mask(mask, tokens)
+        )
+        found = stream_moments(
+            self,
+            tokens,
+            counted,
+            lengths,
+            None if given is None else given.reshape(-1),
+            batch_size=batch_size,
+            checkpoint=checkpoint,
+            max_bytes=max_bytes,
+            progress=progress,
+        )
+        return found if given is not None and given.ndim else found[0]
+
+    def count_pairs(
+        self,
+        text: str | Sequence[str] | Tensor,
+        outputs: Sequence[int] | Tensor = (),
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        batch_size: int = 16,
+        max_pairs: int = MAX_PAIRS,
+        progress: bool = True,
+    ) -> PairCounts:
+        """How often input features are active together, on a text of any length.
+
+        Parameters
+        ----------
+        text, mask: as in `run`
+        outputs: output features, whose tokens are counted apart as well (`ranked_pairs`)
+        max_pairs: distinct pairs held, ``8 (4 + 2 outputs)`` bytes each; beyond, the rarest are dropped,
+            and `PairCounts.dropped` bounds what a count misses
+
+        One batch's activations are held at a time. Counts of several texts: `PairCounts.merged`.
+        """
+        tokens, lengths = tokenise(self.model, text, (self.inputs, self.outputs))
+        counted = (
+            default_mask(self, tokens, lengths) if mask is None else require_mask(mask, tokens)
+        )
+        counter = PairCounter(self, self.numbers(outputs).reshape(-1), max_pairs)
+        for _, part in stream(
+            self, tokens, counted, lengths, batch_size=batch_size, progress=progress
+        ):
+            counter.add(part)
+        return counter.result()
+
+    def ranked_pairs(
+        self, feature: int, counts: PairCounts, k: int = 10, *, by: PairOrder = "active"
+    ) -> RankedPairs:
+        """The k first pairs of an output feature by coefficient, on text, and where it is active.
+
+        One table with all three ranks, sorted `by` "weights" (coefficient), "text" (mean contribution
+        over all tokens) or "active" (over the tokens where the output feature is active).
+
+        Raises ValueError for counts of another dictionary, or that were not made for this feature.
+        """
+        return ranked_pairs(self, feature, counts, k, by)
 
     # ------------------------------------------------------------------ the tensor
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,8 +33,21 @@ from tl_bilinear.features.correlation import (
     low_rank_correlation,
 )
 from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.effects import (
+    Around,
+    CentredAttribution,
+    FeatureEffects,
+    centred_attribution,
+    feature_effects,
+)
 from tl_bilinear.features.examples import Examples, Side
 from tl_bilinear.features.labels import name_features, special_tokens
+from tl_bilinear.features.pair_counts import (
+    PairCounter,
+    PairOrder,
+    RankedPairs,
+    ranked_pairs,
+)
 from tl_bilinear.features.pairs import (
     ActiveInteractions,
     ActiveTokens,
@@ -42,7 +55,10 @@ from tl_bilinear.features.pairs import (
     active_interactions,
 )
 from tl_bilinear.features.passage import fires_as, refuse_attached
+from tl_bilinear.features.populations import MomentSums, population_names, require_mask
+from tl_bilinear.features.terms import By, FeatureTerms, MetricName, feature_terms
 from tl_bilinear.features.verification import PairCheck, check_pairs
+from tl_bilinear.tensor import InputMoments, Metric
 
 if TYPE_CHECKING:
     from tl_bilinear.features.interactions import FeatureInteractions
@@ -181,6 +197,90 @@ class FeatureRun:
             raise ValueError("no token was chosen")
         return chosen.mean(0)
 
+    # ------------------------------------------------------------------ populations
+
+    @torch.no_grad()
+    def inputs_of(
+        self, features: Int[Tensor, " m"] | Sequence[int] | None = None
+    ) -> list[Float[Tensor, "n d"]]:
+        """What the layer reads on every token that counts, or where each of m output features is active."""
+        if features is None:
+            return [self.x[self.mask]]
+        index = self.features.numbers(features).reshape(-1)
+        parts = [
+            (part.x[part.mask], part.activations(index)[part.mask] != 0)
+            for part in self._parts(progress=False)
+        ]
+        return [torch.cat([x[on[:, i]] for x, on in parts]) for i in range(len(index))]
+
+    @torch.no_grad()
+    def read(self, mask: Bool[Tensor, "batch pos"] | None = None) -> Iterator[ReadTokens]:
+        """The tokens that count (of `mask`, where given) as features and rest, some sequences at a time."""
+        known = self.features
+        chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
+        for start in range(0, len(self), self.batch_size):
+            part = self[start : start + self.batch_size]
+            at = chosen[start : start + self.batch_size]
+            source = None if part.source is None else part.source[at]
+            reading = known.inputs.read(part.hook_activations[at], source)
+            rest = torch.stack([row.expand_as(part.x[at]) for row in reading.rest.values()]).sum(0)
+            yield ReadTokens(
+                replace(part, mask=at),
+                reading.coefficients / part.scale[at],
+                rest / part.scale[at],
+                part.output_scale[at],
+            )
+
+    def population(
+        self, around: Around | Bool[Tensor, "batch pos"], feature: int
+    ) -> tuple[Bool[Tensor, "batch pos"], str]:
+        """Which tokens "all", "active" (where an output feature is), or a mask mean, and in words."""
+        if isinstance(around, Tensor):
+            return self.mask & require_mask(around, self.tokens), "chosen tokens"
+        if around == "all":
+            return self.mask, "all tokens"
+        if around != "active":
+            raise ValueError(f"a population is 'all', 'active' or a mask, got {around!r}")
+        on = [part.activations([feature])[..., 0] != 0 for part in self._parts(progress=False)]
+        return self.mask & torch.cat(on), f"the tokens where output feature {feature} is active"
+
+    def moments(
+        self,
+        features: int | Sequence[int] | Tensor | None = None,
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        population: str | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """The moments of what the layer reads, ``mlp.hook_in``, of a population of tokens.
+
+        Parameters
+        ----------
+        features: optional
+            An output feature: the tokens where it is active. Several: a list of moments, one each, d x d
+            float64 numbers each. Without: all tokens that count.
+        mask: [batch, pos], optional
+            Tokens chosen otherwise, of those that count.
+        population: what a chosen population is called, in words
+
+        Returns InputMoments, or a list of them. Raises ValueError for a population without tokens.
+        """
+        space = self.features.layer_tensor.input_space
+        if features is not None and mask is not None:
+            raise ValueError("give features or a mask, not both")
+        if features is None:
+            chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
+            name = population or ("tokens" if mask is None else "chosen tokens")
+            return InputMoments.of(self.x, mask=chosen, population=name, space=space)
+        given = self.features.numbers(features)
+        index = given.reshape(-1)
+        sums = MomentSums(len(index), self.x.shape[-1], self.x.device)
+        for part in self._parts(progress):
+            for number, x in enumerate(part.inputs_of(index)):
+                sums.add(number, x)
+        found = sums.moments(population_names(self.features, index), space)
+        return found if given.ndim else found[0]
+
     # ------------------------------------------------------------------ names and examples
 
     def examples(
@@ -276,6 +376,51 @@ class FeatureRun:
             output_labels=known.outputs.labels_of([index]),
         )
 
+    def centred(
+        self,
+        feature: int,
+        position: int = -1,
+        sequence: int = 0,
+        *,
+        around: Around | Bool[Tensor, "batch pos"] = "all",
+    ) -> CentredAttribution:
+        """`attribute`, around a mean: a constant, main effects of input features, and interactions.
+
+        `around` is the population of this run whose mean activation is the centre: "all" tokens that
+        count, those where the feature is "active", or a mask. Exact, as `attribute`.
+
+        Raises ValueError for an empty population, and what `attribute` does.
+        """
+        known = self.features.number(feature)
+        chosen, name = self.population(around, known)
+        return centred_attribution(self, known, position, sequence, chosen, name)
+
+    def effects(
+        self,
+        feature: int,
+        *,
+        around: Around | Bool[Tensor, "batch pos"] = "active",
+        k: int = 50,
+        max_bytes: int = checks.MAX_DENSE_BYTES,
+    ) -> FeatureEffects:
+        """How much of what varies in an output feature main effects and interactions make.
+
+        Over a population as in `centred`, by default the tokens where the feature is active. The k
+        largest pairs are kept. Memory: two tables of all pairs of input features.
+
+        Raises ValueError for a population of fewer than 2 tokens.
+        """
+        known = self.features.number(feature)
+        chosen, name = self.population(around, known)
+        return feature_effects(self, known, chosen, name, k, max_bytes)
+
+    def ranked_pairs(self, feature: int, k: int = 10, *, by: PairOrder = "active") -> RankedPairs:
+        """The k first pairs of an output feature in each of three orders (`features.pair_counts`)."""
+        known = self.features
+        counter = PairCounter(known, known.numbers([known.number(feature)]))
+        counter.add(self)
+        return ranked_pairs(known, feature, counter.result(), k, by)
+
     @torch.no_grad()
     def active_interactions(
         self, feature: int, *, limit: int = 2000, progress: bool = True
@@ -311,22 +456,72 @@ class FeatureRun:
             if limit <= 0:
                 return
 
+    def terms(
+        self,
+        k: int = 1,
+        features: Int[Tensor, " m"] | Sequence[int] | None = None,
+        *,
+        metric: MetricName | Metric = "euclidean",
+        by: By = "magnitude",
+        ridge: float = 0.3,
+        progress: bool = True,
+    ) -> FeatureTerms:
+        """k terms ``value (vector . x)^2`` for each output feature (all), chosen on this run.
+
+        Parameters
+        ----------
+        metric: whose inputs matter
+            "euclidean": every direction is as common as another (the paper's). "all": the second moment
+            of all tokens that count. "active": of the tokens where the feature is active. Or a Metric.
+        by: which terms are the first
+            "magnitude", by |value|; "contribution", "variance" or "covariance" of the term on tokens
+            where the feature is active (`Eigendecomposition.ordered`). "fit", with metric="active":
+            not eigenvectors but the direction whose term explains most of how the feature varies where
+            it is active (`tl_bilinear.features.fitted`), and so on for what is left.
+        ridge: of the metric
+
+        One eigendecomposition [d, d] a feature, and all tokens' activations of the features. Of "fit"
+        two for each term. Raises ValueError for options that do not exist or go together.
+        """
+        known = self.features
+        index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
+        return feature_terms(self, index, k, metric, by, ridge=ridge, progress=progress)
+
     def low_rank_correlation(
         self,
         k: int = 10,
         features: Int[Tensor, " m"] | Sequence[int] | None = None,
         *,
+        metric: MetricName | Metric = "euclidean",
+        by: By = "magnitude",
+        ridge: float = 0.3,
+        fit: FeatureRun | None = None,
         progress: bool = True,
     ) -> LowRankCorrelation:
-        """How well 1 to k eigenvectors predict pre-activations, on all and on active tokens (Fig. 9).
+        """How well 1 to k terms predict pre-activations, on all and on active tokens (Fig. 9).
 
-        Eigenvectors are those of the layer at ``mlp.hook_in``, after the norm. About ``2 k m d`` flops a
-        token for m features.
+        By default the terms are eigenvectors of the layer at ``mlp.hook_in``, after the norm, by
+        |eigenvalue|, as the paper's; `metric`, `by` and `ridge` as in `terms`. `fit` is the run that the
+        terms are chosen on: give another text than this one wherever they depend on text, or the
+        correlation flatters them. About ``2 k m d`` flops a token for m features.
+
+        Raises ValueError where terms depend on text and `fit` is missing.
         """
         known = self.features
         index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
-        eigen = known.layer_tensor.interaction(known.directions[index]).eigh(k)
-        found = low_rank_correlation(index, eigen, self._counted(index, progress))
+        terms: Any
+        if metric == "euclidean" and by == "magnitude":
+            terms = known.layer_tensor.interaction(known.directions[index]).eigh(k)
+        elif isinstance(metric, Metric) and by == "magnitude":
+            terms = known.layer_tensor.interaction(known.directions[index]).eigh(k, metric=metric)
+        elif fit is None:
+            raise ValueError(
+                f"metric={metric!r}, by={by!r} choose terms by a text: give a run of other text as fit= "
+                f"(run[:half] and run[half:], say)"
+            )
+        else:
+            terms = feature_terms(fit, index, k, metric, by, ridge=ridge, progress=progress)
+        found = low_rank_correlation(index, terms, self._counted(index, progress))
         return replace(found, output_labels=known.outputs.labels_of(index))
 
     def scatter(self, feature: int, k: int = 2, *, progress: bool = True) -> ActivationScatter:
@@ -371,6 +566,19 @@ class FeatureRun:
         return check_pairs(self, index, different, limit=limit, seed=seed, progress=progress)
 
 
+class ReadTokens(NamedTuple):
+    """t tokens as features and the rest: ``x s = coefficients @ decoder + rest``, over the scale s.
+
+    run: the sequences, whose mask says which tokens these are
+    coefficients: [t, n]; rest: [t, d]; gain: [t], the output dictionary's
+    """
+
+    run: FeatureRun
+    coefficients: Tensor
+    rest: Tensor
+    gain: Tensor
+
+
 # ---------------------------------------------------------------------- running the model
 
 
@@ -387,19 +595,38 @@ def run_model(
     refuse_attached(features.model)
     tokens, lengths = tokenise(features.model, text, (features.inputs, features.outputs))
     if mask is None:
-        mask = _default_mask(features, tokens, lengths)
-    elif mask.shape != tokens.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be boolean and of the tokens' shape {list(tokens.shape)}, got "
-            f"{mask.dtype} {list(mask.shape)}"
-        )
+        mask = default_mask(features, tokens, lengths)
+    else:
+        require_mask(mask, tokens)
     parts: list[dict[str, Tensor]] = []
     with tqdm(total=len(tokens), unit="sequence", desc="model", disable=not progress) as bar:
         for rows in tokens.split(batch_size):
             parts.append(_forward(features, rows))
             bar.update(len(rows))
-    held: Any = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    held.setdefault("x", held["hook_activations"])
+    held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return _run_with(features, tokens, mask, lengths, held, batch_size)
+
+
+def run_of(
+    features: FeatureInteractions,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+    batch_size: int,
+) -> FeatureRun:
+    """The run of a few sequences, all in one forward."""
+    return _run_with(features, tokens, mask, lengths, _forward(features, tokens), batch_size)
+
+
+def _run_with(
+    features: FeatureInteractions,
+    tokens: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
+    activations: dict[str, Tensor],
+    batch_size: int,
+) -> FeatureRun:
+    held: Any = {"x": activations["hook_activations"]} | activations
     device = held["output"].device
     return FeatureRun(
         features=features,
@@ -451,7 +678,7 @@ def tokenise(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad), lengths
 
 
-def _default_mask(
+def default_mask(
     features: FeatureInteractions, tokens: Tensor, lengths: Tensor
 ) -> Bool[Tensor, "batch pos"]:
     tokenizer = features.model.tokenizer

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
-from tl_bilinear.tensor import BilinearTensor
+from tl_bilinear.tensor import BilinearTensor, Metric
 
 Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 Outside: TypeAlias = Literal["keep", "drop"]
@@ -134,17 +134,23 @@ class ProjectInput(Intervention):
     the other terms stay as they were (where there are no input biases). This tests an eigenvector
     causally, without using the answer. Everything else that the layer writes changes as well.
 
+    Eigenvectors w in a metric M are no orthogonal directions of x. What leaves the others' terms as they
+    were is the oblique projection ``x <- x - (w . x) M w``: each is read along its filter and taken out
+    along its pattern.
+
     Attributes
     ----------
     directions: [n, d_in] or [d_in]
     layer, positions: as in `OutputEdit`
     space: what the coordinates are; compared with the layer's where given
+    metric: the metric in which the directions are eigenvectors; None for the Euclidean one
     """
 
     directions: Float[Tensor, "*n d_in"]
     layer: int
     positions: Positions = None
     space: str | None = None
+    metric: Metric | None = None
     edits_input: ClassVar[bool] = True
 
     def fwd_hooks(self, model: Any) -> Hooks:
@@ -152,12 +158,20 @@ class ProjectInput(Intervention):
         given = checks.require_tensor("directions", self.directions)
         points.require_fit(model, "the direction", width=given.shape[-1], space=self.space)
         rows = given.reshape(-1, given.shape[-1]).to(checks.gram_dtype(given))
+        if self.metric is not None:
+            self.metric.require_fit("the layer", rows.shape[-1], points.input_space)
+            rows = self.metric.root(rows)
         _, scale, basis = torch.linalg.svd(rows, full_matrices=False)
         basis = basis[scale > scale.amax() * max(rows.shape) * torch.finfo(given.dtype).eps]
+        filters = patterns = basis
+        if self.metric is not None:
+            filters, patterns = self.metric.inverse_root(basis), self.metric.root(basis)
 
         def project(x: Tensor, hook: Any) -> Tensor:
-            rows = basis.to(x.device, checks.compute_dtype(x.dtype))
-            edited = x - ((x.to(rows.dtype) @ rows.T) @ rows).to(x.dtype)
+            reads, takes = (
+                rows.to(x.device, checks.compute_dtype(x.dtype)) for rows in (filters, patterns)
+            )
+            edited = x - ((x.to(reads.dtype) @ reads.T) @ takes).to(x.dtype)
             mask = position_mask(self.positions, x.shape[:-1], x.device)
             return edited if mask is None else torch.where(mask[..., None], edited, x)
 

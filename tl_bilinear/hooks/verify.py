@@ -12,7 +12,8 @@ and the effect downstream (on the loss, or on a logit difference) is measured be
 lets the model's weights answer. u . mlp_out changes by ``-lambda_i (v_i . x)^2`` if, and only if, v_i is
 an eigenvector of this layer's Q_u with that eigenvalue. (With input biases it changes by
 ``-(l . v_i)(v_i . x)`` more, where l is the linear part of u.) Everything that the layer writes changes
-with it, so the effect downstream is that of the input direction.
+with it, so the effect downstream is that of the input direction. Eigenvectors w in a metric M are taken
+out obliquely, ``x <- x - (w . x) M w``, which leaves the other terms as they were (`ProjectInput`).
 
 ``at="output"`` subtracts the component from what the layer *writes*. r . mlp_out then changes by
 ``-lambda_i (v_i . x)^2 (r . w)``, whatever matrix was decomposed: this checks the hooks and not the
@@ -47,7 +48,7 @@ from tl_bilinear.hooks.effects import (
 from tl_bilinear.hooks.interventions import Hooks, Intervention, OutputEdit, ProjectInput
 from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import BilinearTensor
+from tl_bilinear.tensor import BilinearTensor, Metric
 
 if TYPE_CHECKING:
     import pandas
@@ -447,12 +448,17 @@ def _at_input(
     reads, eigen = components.reads, components.eigen
     parts = checks.require_rows("linear", linear, eigen.d, "what the layer reads", reads)
     parts = parts.reshape(-1, eigen.d).expand(len(reads), eigen.d)
+    metric = eigen.metric
 
     def trial(one: Tensor, vector: Tensor) -> Trial:
         number, value = components.direction_of(one), eigen.values.flatten()[one]
-        part = parts[number] @ vector
+        part = parts[number] @ (vector if metric is None else metric.apply(vector))
         taken = ProjectInput(
-            directions=vector, layer=components.layer, positions=positions, space=eigen.space
+            directions=vector,
+            layer=components.layer,
+            positions=positions,
+            space=eigen.space,
+            metric=metric,
         )
 
         def predict(x: Tensor) -> Tensor:
@@ -464,15 +470,20 @@ def _at_input(
     groups = []
     for one in index:
         own = components.vectors_at(one)
-        random = (_random_like(own, generator) for _ in range(controls))
+        random = (_random_like(own, generator, metric) for _ in range(controls))
         groups.append([trial(one, vector) for vector in (own, *random)])
     return groups
 
 
-def _random_like(vector: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction, as long as `vector`."""
+def _random_like(
+    vector: Tensor, generator: torch.Generator, metric: Metric | None = None
+) -> Tensor:
+    """A random direction, as long as `vector`: in a metric, ``w^T M w`` as large."""
     random = torch.randn(vector.shape, generator=generator, dtype=torch.float64).to(vector)
-    return random * (vector.norm() / random.norm())
+    if metric is None:
+        return random * (vector.norm() / random.norm())
+    random = metric.inverse_root(random)
+    return random * (metric.root(vector).norm() / metric.root(random).norm())
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Any:

@@ -1,0 +1,203 @@
+"""Populations of tokens, and the moments of what a layer reads on them.
+
+`FeatureRun.moments` takes them from activations that are held. `FeatureInteractions.moments` streams a
+text of any length: it holds one batch at a time and, with a checkpoint, goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_bilinear import checks
+from tl_bilinear.features.passage import refuse_attached
+from tl_bilinear.hooks.points import LayerPoints
+from tl_bilinear.io import digest_of, load_tensors, save_tensors
+from tl_bilinear.tensor import InputMoments
+
+if TYPE_CHECKING:
+    from tl_bilinear.features.interactions import FeatureInteractions
+    from tl_bilinear.features.run import FeatureRun
+
+_SAVE_EVERY = 60.0  # seconds
+
+
+class MomentSums:
+    """Running sums of m populations of inputs [d], in float64."""
+
+    def __init__(self, m: int, d: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros(m, dtype=torch.long, device=device)
+        self.sum = torch.zeros(m, d, dtype=torch.double, device=device)
+        self.squares = torch.zeros(m, d, d, dtype=torch.double, device=device)
+
+    def add(self, number: int, x: Float[Tensor, "n d"]) -> None:
+        rows = x.double()
+        self.count[number] += len(rows)
+        self.sum[number] += rows.sum(0)
+        self.squares[number] += rows.T @ rows
+
+    def moments(self, names: list[str], space: str | None) -> list[InputMoments]:
+        """Raises ValueError for a population without tokens."""
+        for name, count in zip(names, self.count.tolist(), strict=True):
+            if not count:
+                raise ValueError(f"there are no {name} in this text: give more text")
+        n = self.count[:, None]
+        means, seconds = self.sum / n, self.squares / n[..., None]
+        parts = zip(self.count.tolist(), means, seconds, names, strict=True)
+        return [
+            InputMoments(count, mean, second, name, space) for count, mean, second, name in parts
+        ]
+
+
+@torch.no_grad()
+def layer_moments(
+    model: Any,
+    layers: Iterable[int],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    *,
+    batch_size: int = 16,
+    population: str = "tokens",
+    progress: bool = False,
+) -> list[InputMoments]:
+    """The moments of what several layers read, in one pass over a text, without any dictionary.
+
+    `mask` says which tokens count, by default all but the first of a row. Memory: d x d float64 numbers
+    for each layer. Raises what `LayerPoints.of` does for a model without hooks.
+    """
+    points = [LayerPoints.of(model, layer) for layer in layers]
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+    mask = require_mask(mask, tokens)
+    sums = MomentSums(len(points), model.cfg.d_model, tokens.device)
+    last = 1 + max((point.layer for point in points), default=0)
+    with tqdm(total=len(tokens), unit="sequence", disable=not progress) as bar:
+        for rows, counted in zip(tokens.split(batch_size), mask.split(batch_size), strict=True):
+            _, cache = model.run_with_cache(
+                rows,
+                names_filter=lambda name: any(point.reads(name) for point in points),
+                return_type=None,
+                stop_at_layer=last,
+            )
+            for number, point in enumerate(points):
+                sums.add(number, next(cache[name] for name in cache if point.reads(name))[counted])
+            bar.update(len(rows))
+    names = [population] * len(points)
+    return [
+        replace(found, space=point.input_space)
+        for found, point in zip(sums.moments(names, None), points, strict=True)
+    ]
+
+
+def population_names(features: FeatureInteractions, index: Int[Tensor, " m"] | None) -> list[str]:
+    """What tables call the tokens that count, or those where each of some features is active."""
+    if index is None:
+        return ["tokens"]
+    return [f"tokens where output feature {number} is active" for number in index.tolist()]
+
+
+def stream(
+    features: FeatureInteractions,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    batch_size: int,
+    progress: bool,
+    start: int = 0,
+) -> Iterator[tuple[int, FeatureRun]]:
+    """The run of `batch_size` sequences at a time, and how many sequences are then done."""
+    from tl_bilinear.features.run import run_of  # it imports this module
+
+    refuse_attached(features.model)
+    with tqdm(
+        total=len(tokens), initial=start, unit="sequence", desc="text", disable=not progress
+    ) as bar:
+        for place in range(start, len(tokens), batch_size):
+            rows = slice(place, place + batch_size)
+            part = run_of(features, tokens[rows], mask[rows], lengths[rows], batch_size)
+            yield place + len(part), part
+            bar.update(len(part))
+
+
+def stream_moments(
+    features: FeatureInteractions,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+    index: Int[Tensor, " m"] | None,
+    *,
+    batch_size: int,
+    checkpoint: str | Path | None,
+    max_bytes: int,
+    progress: bool,
+) -> list[InputMoments]:
+    """See `FeatureInteractions.moments`."""
+    names = population_names(features, index)
+    d = features.layer_tensor.d_in
+    checks.require_affordable(
+        "these moments", len(names) * d * d, torch.double, max_bytes, "ask for fewer features"
+    )
+    sums, start, digest = MomentSums(len(names), d, features.directions.device), 0, ""
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        weights = features.layer_tensor
+        tensors: dict[str, Tensor | None] = {
+            "tokens": tokens,
+            "mask": mask,
+            "left": weights.left,
+            "right": weights.right,
+            "out": weights.out,
+            "directions": None if index is None else features.directions[index],
+        }
+        digest = digest_of(tensors, {"layer": features.layer, "hook": features.passage.layer_hook})
+        if path.exists():
+            start = _resume(path, digest, sums)
+    saved = time.monotonic()
+    done = start
+    for done, part in stream(
+        features, tokens, mask, lengths, batch_size=batch_size, progress=progress, start=start
+    ):
+        for number, x in enumerate(part.inputs_of(index)):
+            sums.add(number, x)
+        if path is not None and time.monotonic() - saved > _SAVE_EVERY:
+            _keep(path, digest, sums, done)
+            saved = time.monotonic()
+    if path is not None:
+        _keep(path, digest, sums, done)
+    return sums.moments(names, features.layer_tensor.input_space)
+
+
+def _keep(path: Path, digest: str, sums: MomentSums, done: int) -> None:
+    held = {"count": sums.count, "sum": sums.sum, "squares": sums.squares}
+    save_tensors(path, held, {"digest": digest, "done": str(done)})
+
+
+def _resume(path: Path, digest: str, sums: MomentSums) -> int:
+    held, about = load_tensors(path)
+    if about.get("digest") != digest:
+        raise ValueError(
+            f"{path} belongs to other text, weights or features: give another checkpoint, or delete it"
+        )
+    for name, value in held.items():
+        setattr(sums, name, value.to(sums.sum.device))
+    return int(about["done"])
+
+
+def require_mask(mask: Any, tokens: Tensor) -> Tensor:
+    """Raise ValueError for a mask that is not boolean or not of the tokens' shape."""
+    if mask.shape != tokens.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be boolean and of the tokens' shape {list(tokens.shape)}, got "
+            f"{mask.dtype} {list(mask.shape)}"
+        )
+    return mask
