@@ -145,6 +145,8 @@ def evaluate_saes(
     tokens that are not [n, pos] with pos at least 2.
     """
     require_tokens(tokens, at_least=2)
+    checks.require_tokens(tokens, model.cfg.d_vocab)
+    checks.require_count("batch_size", batch_size, 2**31, "sequences a forward")
     refuse_attached(model)
     if not saes:
         raise ValueError("no SAE to evaluate: give them by name, {'mlp_out': sae}")
