@@ -52,7 +52,9 @@ def require_finite_rows(name: str, value: Tensor) -> None:
     bad = (~torch.isfinite(value.detach())).any(-1)
     if bool(bad.any()):
         first = bad.nonzero()[0].tolist() if bad.ndim else []
-        row = "" if not first else f", the first row {first[0] if len(first) == 1 else tuple(first)}"
+        row = (
+            "" if not first else f", the first row {first[0] if len(first) == 1 else tuple(first)}"
+        )
         rows = f"{int(bad.sum())} of {bad.numel()} rows" if first else "entries that are"
         raise ValueError(f"{name} has {rows} NaN or infinite{row}; expected finite numbers")
 

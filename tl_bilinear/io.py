@@ -2,10 +2,10 @@
 
 **Files and folders.** `whole_file` and `whole_directory` give a temporary place to write to, which takes
 its final name only when everything is there: an error, an interrupt or a power cut leaves what stood
-there before. What a killed process left is removed by the next one that writes to the same place. A folder
-of ours holds a small file, ``tl_bilinear.json``, that says of which kind it is and what we wrote into it.
-Only a folder of the same kind, to which nobody added a thing, is replaced. One process at a time writes a
-folder: `alone_in` holds a lock.
+there before. What a killed process left is removed by the next one that writes to the same place. One
+process at a time writes a folder: `alone_in` holds a lock. A folder of ours holds a small file,
+``tl_bilinear.json``, that says of which kind it is and what we wrote into it. Only a folder of the same
+kind, to which nobody added a thing, is replaced.
 
 **Results.** A :class:`Storable` is a frozen dataclass whose fields are tensors, JSON values, and lists,
 dictionaries and other Storables of these. It is one safetensors file: tensors under the path of their
@@ -48,7 +48,8 @@ LOCK = ".lock"
 
 Stored = TypeVar("Stored", bound="Storable")
 
-_DIGEST = "sha256"  # of a file's tensors and header, in its header
+DIGEST = "sha256"
+"""The entry of a file's header with a digest of its tensors and of the header's other entries."""
 
 
 # ---------------------------------------------------------------------- files and folders
@@ -66,7 +67,9 @@ def _temporary(target: Path, ending: str = "tmp") -> Path:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what writers of `target` that are no longer alive left beside it."""
-    endings = "tmp|probe|old" if target.exists() else "tmp|probe"  # old: all there is, without target
+    endings = (
+        "tmp|probe|old" if target.exists() else "tmp|probe"
+    )  # old: all there is, without target
     form = re.compile(rf"\.{re.escape(target.name)}\.{_HERE}-(\d+)-[0-9a-f]{{8}}\.({endings})")
     for path in target.parent.iterdir():
         found = form.fullmatch(path.name)
@@ -147,7 +150,10 @@ def whole_directory(target: str | os.PathLike[str], kind: str) -> Iterator[Path]
     target = Path(target).expanduser().resolve()
     refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(f".{target.name}{LOCK}"), target), _written_beside(target) as staging:
+    with (
+        _locked(target.with_name(f".{target.name}{LOCK}"), target),
+        _written_beside(target) as staging,
+    ):
         staging.mkdir()
         yield staging
         mark(staging, kind)
@@ -318,7 +324,7 @@ def save_tensors(
         contiguous[name] = tensor.clone() if shared else tensor
         storages.add(contiguous[name].untyped_storage().data_ptr())
     header = {name: json.dumps(value) for name, value in metadata.items()}
-    header[_DIGEST] = digest_of(contiguous, header)
+    header[DIGEST] = digest_of(contiguous, header)
     with whole_file(path) as temporary:
         safetensors.torch.save_file(contiguous, temporary, metadata=header)
 
@@ -338,7 +344,7 @@ def load_tensors(
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        digest = header.pop(_DIGEST, None)
+        digest = header.pop(DIGEST, None)
         if digest != digest_of(tensors, header):
             raise ValueError("its content is not what was written" if digest else "no digest in it")
         return tensors, {name: json.loads(value) for name, value in header.items()}

@@ -51,9 +51,9 @@ def _read_with(sae: Any, gain: Tensor | None, bias: Tensor | None) -> Dictionary
         norms = decoder.norm(dim=-1)
         if not bool(norms.all()):
             raise ValueError(
-                f"feature {int((norms == 0).nonzero()[0])} of this {type(sae).__name__} has a decoder row "
-                "of zeros, whose norm its activation is divided by (rescale_acts_by_decoder_norm): remove "
-                "the feature"
+                f"feature {int((norms == 0).nonzero()[0])} of {type(sae).__name__} has a decoder row "
+                "of zeros, and its activation is divided by the row's norm "
+                "(rescale_acts_by_decoder_norm): remove the feature"
             )
         decoder = decoder / norms[:, None]
         if gain is None:

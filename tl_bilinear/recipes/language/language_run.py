@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tl_bilinear.io import read_table
-from tl_bilinear.models.huggingface import no_file_bars
+from tl_bilinear.models.huggingface import load_llama, no_file_bars
 from tl_bilinear.recipes.language.config import LanguageConfig, LoopConfig
 from tl_bilinear.recipes.language.run_folder import SETTINGS, require_finished
 
@@ -60,10 +60,8 @@ class LanguageRun:
 
     def llama(self) -> Any:
         """The trained LlamaForCausalLM."""
-        from transformers import LlamaForCausalLM
-
         with no_file_bars():
-            return LlamaForCausalLM.from_pretrained(self.model_folder)
+            return load_llama(self.model_folder)
 
     def hooked(self, **options: Any) -> Any:
         """The trained model as a `HookedBilinearTransformer`; `options` are those of `from_hf`."""
