@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import special_tokens
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.hooks.effects import LossAdded, next_token_loss, require_tokens

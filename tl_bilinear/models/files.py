@@ -150,9 +150,9 @@ def read_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer in a folder. Raises ValueError, naming the file, for one that cannot be read."""
     from transformers import AutoTokenizer
 
-    for path in sorted(folder.glob("*token*.json")):
-        read_json(path)  # which names a file that is damaged
     try:
+        for path in sorted(folder.glob("*token*.json")):
+            read_json(path)  # which names a file that is damaged
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # tokenizers raises bare Exceptions for a broken file
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error

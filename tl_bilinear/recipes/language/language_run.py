@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -86,8 +87,14 @@ class LanguageRun:
         stored = require_finished(folder, cls.command)
         try:
             config: Any = cls.config_type(**read_table(folder / SETTINGS)["config"])
-            return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
-        except (KeyError, TypeError) as error:
+            run = cls(folder, config, **{**stored, "history": tuple(stored["history"])})
+            for name in ("loss", "seconds", "parameters", "steps", "tokens"):
+                if not math.isfinite(getattr(run, name)):
+                    raise ValueError(f"its {name} is {getattr(run, name)}")
+            if not all(isinstance(entry, dict) for entry in run.history):
+                raise ValueError("its history is no list of tables")
+            return run
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} was not written by this version of `{cls.command}`: {error}"
             ) from error
