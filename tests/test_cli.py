@@ -215,13 +215,13 @@ def test_what_should_not_happen_says_where_to_report_it(run, monkeypatch):
 
     monkeypatch.setattr("tl_bilinear.recipes.language.data.prepare_text", broken)
     status, output = run("data")
-    assert status == 1
+    assert status == 2
     assert re.fullmatch(
         r"tl-bilinear: unexpected RuntimeError: a line and another\. This is a bug: please report it.*",
         output.err.strip(),
     )
     status, output = run("data", "--debug")
-    assert status == 1
+    assert status == 2
     assert "Traceback" in output.err
     assert "in broken" in output.err
     monkeypatch.setattr(

@@ -38,9 +38,35 @@ def require_finite(name: str, value: Tensor) -> None:
     count = int(bad.sum())
     if count:
         first = tuple(bad.nonzero()[0].tolist())
+        where = f"index {first if len(first) > 1 else first[0]}" if first else "its only entry"
         raise ValueError(
-            f"{name} has {count} NaN or infinite of {value.numel()} entries, the first at index "
-            f"{first if len(first) > 1 else first[0]}; decompositions need finite weights"
+            f"{name} has {count} NaN or infinite of {value.numel()} entries, the first at {where}; "
+            f"decompositions need finite weights"
+        )
+
+
+def require_finite_rows(name: str, value: Tensor) -> None:
+    """Raise ValueError, naming the first of them, where rows [..., n] have NaN or infinite entries."""
+    if value.is_meta or value.numel() == 0 or bool(torch.isfinite(value.detach().sum())):
+        return
+    bad = (~torch.isfinite(value.detach())).any(-1)
+    if bool(bad.any()):
+        first = bad.nonzero()[0].tolist() if bad.ndim else []
+        row = (
+            "" if not first else f", the first row {first[0] if len(first) == 1 else tuple(first)}"
+        )
+        rows = f"{int(bad.sum())} of {bad.numel()} rows" if first else "entries that are"
+        raise ValueError(f"{name} has {rows} NaN or infinite{row}; expected finite numbers")
+
+
+def require_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Raise ValueError, naming the first, where token ids [..., pos] are not of a vocabulary."""
+    bad = (tokens < 0) | (tokens >= vocabulary)
+    if bool(bad.any()):
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"token {int(tokens[tuple(first)])} at {'row, position' if len(first) > 1 else 'position'} "
+            f"{', '.join(map(str, first))} is not of the model's vocabulary, 0 to {vocabulary - 1}"
         )
 
 
@@ -57,6 +83,7 @@ def require_rows(name: str, value: Any, width: int, meaning: str, like: Tensor) 
     if value.ndim == 0 or value.shape[-1] != width:
         raise ValueError(f"{name} must have shape [..., {width}] ({meaning}), got {shape(value)}")
     require_same_device({name: value, "the layer": like})
+    require_finite_rows(name, value)
     return value.to(like.dtype)
 
 

@@ -300,7 +300,8 @@ def _speaks() -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, with one line on stderr for any failure.
 
-    The exit status is 0, 2 for bad input, 130 for Ctrl-C, and 1 for what should not happen.
+    The exit status is 0, 130 for Ctrl-C, and 2 for every failure. One that should not happen says where
+    to report it.
     """
     raised: BaseException
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -313,11 +314,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raised, status, line = error, 2, str(error) or type(error).__name__
     except Exception as error:
         line = f"unexpected {type(error).__name__}: {error}. This is a bug: {_how_to_report()}"
-        raised, status = error, 1
+        raised, status = error, 2
+    if status == 2 and _was_interrupted(raised):
+        status, line = 130, "interrupted"
     if "--debug" in given:
         traceback.print_exception(raised)
     print("tl-bilinear:", " ".join(line.splitlines()), file=sys.stderr)
     return status
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a library that is being imported may turn it into its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _how_to_report() -> str:

@@ -2,12 +2,15 @@
 
 **Files and folders.** `whole_file` and `whole_directory` give a temporary place to write to, which takes
 its final name only when everything is there: an error, an interrupt or a power cut leaves what stood
-there before. A folder of ours holds a small file, ``tl_bilinear.json``, that says of which kind it is
-and what we wrote into it. Only a folder of the same kind, to which nobody added a thing, is replaced.
+there before. What a killed process left is removed by the next one that writes to the same place. One
+process at a time writes a folder: `alone_in` holds a lock. A folder of ours holds a small file,
+``tl_bilinear.json``, that says of which kind it is and what we wrote into it. Only a folder of the same
+kind, to which nobody added a thing, is replaced.
 
 **Results.** A :class:`Storable` is a frozen dataclass whose fields are tensors, JSON values, and lists,
 dictionaries and other Storables of these. It is one safetensors file: tensors under the path of their
-field, the rest as JSON in the header.
+field, the rest as JSON in the header, with a digest of it all: a file that is not as it was written is
+refused.
 
 >>> hosvd(tensor, 8).save("hosvd.safetensors")
 >>> HOSVD.load("hosvd.safetensors")
@@ -15,12 +18,15 @@ field, the rest as JSON in the header.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,32 +43,96 @@ from torch import Tensor
 MARKER = "tl_bilinear.json"
 """The file that says that a folder is ours, and of which kind."""
 
+LOCK = ".lock"
+"""The file of a run's folder that one process at a time holds."""
+
 Stored = TypeVar("Stored", bound="Storable")
+
+DIGEST = "sha256"
+"""The entry of a file's header with a digest of its tensors and of the header's other entries."""
 
 
 # ---------------------------------------------------------------------- files and folders
 
 
+_HERE = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+_in_use: set[Path] = set()
+
+
 def _temporary(target: Path, ending: str = "tmp") -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{ending}")
+    """A new name beside `target`, of this machine and process: once that is gone, so may the file be."""
+    name = f".{target.name}.{_HERE}-{os.getpid()}-{secrets.token_hex(4)}.{ending}"
+    return target.with_name(name)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what writers of `target` that are no longer alive left beside it."""
+    endings = (
+        "tmp|probe|old" if target.exists() else "tmp|probe"
+    )  # old: all there is, without target
+    form = re.compile(rf"\.{re.escape(target.name)}\.{_HERE}-(\d+)-[0-9a-f]{{8}}\.({endings})")
+    for path in target.parent.iterdir():
+        found = form.fullmatch(path.name)
+        if found is None or path in _in_use or _is_alive(int(found[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # an earlier process of this number: what this one uses is in `_in_use`
+    if os.name != "posix":
+        return True  # where asking might end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def _written_beside(target: Path) -> Iterator[Path]:
+    """A temporary name beside `target`, gone after the block. Raises OSError for a full disk."""
+    _remove_leftovers(target)
+    temporary = _temporary(target)
+    _in_use.add(temporary)
+    try:
+        yield temporary
+    except Exception as error:
+        # safetensors, tokenizers and torch each have a kind of their own for what the system says.
+        if not isinstance(error, OSError) and _UNWRITTEN.search(str(error)):
+            raise OSError(f"cannot write {target}: {error}") from error
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        _in_use.discard(temporary)
+
+
+_UNWRITTEN = re.compile(r"os error|No space left|failed writing|PytorchStreamWriter")
 
 
 @contextmanager
 def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write a file to, which becomes `target` when the block ends without an error.
 
-    Raises FileNotFoundError where the folder does not exist.
+    Raises FileNotFoundError where the folder does not exist, OSError where it cannot be written.
     """
     target = Path(target)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
-    temporary = _temporary(target)
-    try:
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write the file {target}: it is a folder")
+    with _written_beside(target) as temporary:
         yield temporary
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -74,13 +144,16 @@ def whole_directory(target: str | os.PathLike[str], kind: str) -> Iterator[Path]
     target: the folder's final place; it may not exist yet, be empty, or be a folder of this kind
     kind: what the folder is, in a word ("gallery", "model"); kept in its marker
 
-    Raises FileExistsError naming what else is there, OSError where it cannot be written.
+    Raises FileExistsError naming what else is there, BlockingIOError where another process is writing
+    it, OSError where it cannot be written.
     """
     target = Path(target).expanduser().resolve()
     refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = _temporary(target)
-    try:
+    with (
+        _locked(target.with_name(f".{target.name}{LOCK}"), target),
+        _written_beside(target) as staging,
+    ):
         staging.mkdir()
         yield staging
         mark(staging, kind)
@@ -89,9 +162,46 @@ def whole_directory(target: str | os.PathLike[str], kind: str) -> Iterator[Path]
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
         _put_in_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock in the block, so that no other process works there.
+
+    Raises BlockingIOError, saying who does, where another one holds it.
+    """
+    with _locked(folder / LOCK, folder):
+        yield
+
+
+@contextmanager
+def _locked(lock: Path, folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"another run is at work in {folder}{_holder(lock)}: wait for it, or choose another folder"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return f" ({lock.read_text()})"
+    except (OSError, ValueError):
+        return ""
 
 
 def mark(folder: Path, kind: str) -> None:
@@ -110,6 +220,7 @@ def claim(folder: Path, kind: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if is_ours(folder, kind):
         return
+    _remove_leftovers(folder / MARKER)
     if names := [entry.name for entry in folder.iterdir()]:
         raise FileExistsError(
             f"{folder} holds {_listed(names)} and is no {kind} of tl_bilinear: choose a new or an empty "
@@ -173,6 +284,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         staging.rename(target)
         return
     previous = _temporary(target, "old")
+    _in_use.add(previous)
     try:
         target.rename(previous)
         staging.rename(target)
@@ -180,6 +292,8 @@ def _put_in_place(staging: Path, target: Path) -> None:
         if previous.exists() and not target.exists():
             previous.rename(target)
         raise
+    finally:
+        _in_use.discard(previous)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -193,7 +307,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON. Raises FileNotFoundError; ValueError, naming the file, where it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
 
 
@@ -221,6 +335,7 @@ def save_tensors(
         contiguous[name] = tensor.clone() if shared else tensor
         storages.add(contiguous[name].untyped_storage().data_ptr())
     header = {name: json.dumps(value) for name, value in metadata.items()}
+    header[DIGEST] = digest_of(contiguous, header)
     with whole_file(path) as temporary:
         safetensors.torch.save_file(contiguous, temporary, metadata=header)
 
@@ -230,7 +345,8 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of :func:`save_tensors`.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated or not safetensors.
+    Raises FileNotFoundError, or ValueError for a file that is truncated, not safetensors, or not as it
+    was written.
     """
     path = Path(path)
     if not path.is_file():
@@ -239,17 +355,20 @@ def load_tensors(
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        digest = header.pop(DIGEST, None)
+        if digest != digest_of(tensors, header):
+            raise ValueError("its content is not what was written" if digest else "no digest in it")
         return tensors, {name: json.loads(value) for name, value in header.items()}
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise ValueError(
             f"{path} is truncated or not a result file of tl_bilinear: {error}"
         ) from error
 
 
 def digest_of(tensors: Mapping[str, Tensor | None], settings: Mapping[str, Any]) -> str:
-    """A digest of weights and JSON settings: what a stored result belongs to."""
+    """A digest of weights and JSON settings, in any order: what a stored result belongs to."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor is None:
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -268,6 +387,8 @@ class Storable:
     """
 
     _kinds: ClassVar[dict[str, type[Storable]]] = {}
+    _finite: ClassVar[tuple[str, ...]] = ()
+    """Fields whose tensors hold no NaN and nothing infinite, in a file at least."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -284,7 +405,8 @@ class Storable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, whole or not at all.
 
-        Raises TypeError, naming the field, for a value that cannot be stored.
+        Raises TypeError, naming the field, for a value that cannot be stored; ValueError for one that
+        could not be read back, NaN where the class allows none.
         """
         tensors: dict[str, Tensor] = {}
         packed = _pack(self, "", tensors)
@@ -330,6 +452,8 @@ def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         tensors[place] = value
         return {"tensor": place}
     if isinstance(value, Storable):
+        if problem := _not_finite(type(value), vars(value)):
+            raise ValueError(f"cannot store this {type(value).__name__}: {problem}")
         fields = {
             field.name: _pack(getattr(value, field.name), _join(place, field.name), tensors)
             for field in _stored_fields(value)
@@ -385,10 +509,22 @@ def _unpack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         raise _Unreadable(f"{kind.__name__} lacks the fields {missing}")
     found = {name: _unpack(item, _join(place, name), tensors) for name, item in fields.items()}
     _check_kinds(kind, found, place)
+    if problem := _not_finite(kind, found):
+        raise _Unreadable(f"{place or kind.__name__} is not valid: {problem}")
     try:
         return kind(**found)
     except (TypeError, ValueError) as error:
         raise _Unreadable(f"{place or kind.__name__} is not valid: {error}") from error
+
+
+def _not_finite(kind: type[Storable], values: Mapping[str, Any]) -> str:
+    """Which field has a NaN or infinite entry that may not, or ""."""
+    for name in kind._finite:
+        value = values.get(name)
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            first = (~torch.isfinite(value)).nonzero()[0].tolist()
+            return f"{name} is {float(value[tuple(first)])} at {first}"
+    return ""
 
 
 def _join(place: str, name: str) -> str:

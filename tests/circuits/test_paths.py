@@ -169,12 +169,15 @@ def test_a_batch_is_refused_before_any_work(monkeypatch):
 
 
 def test_patching_knows_another_path():
-    """The check fails where it should: for the paths of another direction or another prompt."""
+    """The check fails where it should: for the paths of another direction. Another prompt is refused."""
     built = model()
     found = paths(built, TOKENS, 2, DIRECTION)
     wrong = Paths(**{**vars(found), "direction": DIRECTION.flip(0)})
     assert check_paths(built, TOKENS, wrong, 3).difference > 0.1
-    assert check_paths(built, TOKENS.flip(0), found, 3).difference > 0.1
+    moved = Paths(**{**vars(found), "tokens": TOKENS.flip(0)})
+    assert check_paths(built, TOKENS.flip(0), moved, 3).difference > 0.1
+    with pytest.raises(ValueError, match=r"these paths are of the tokens .* give the same"):
+        check_paths(built, TOKENS.flip(0), found, 3)
 
 
 def test_shares_top_and_text(tmp_path):

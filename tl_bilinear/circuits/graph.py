@@ -18,7 +18,7 @@ no place for pairs.
 
 from __future__ import annotations
 
-import secrets
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
 from tl_bilinear.features.pairs import FeaturePairs
 from tl_bilinear.features.passage import refuse_attached, residual_passage
+from tl_bilinear.io import whole_file
 from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
@@ -155,16 +156,19 @@ class FeatureGraph(Result):
         """
         import networkx as nx
 
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            nx.write_graphml(self.networkx(), temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        graph = nx.relabel_nodes(self.networkx(), _readable)
+        for _, data in graph.nodes(data=True):
+            data |= {name: _readable(v) for name, v in data.items() if isinstance(v, str)}
+        with whole_file(path) as temporary:
+            nx.write_graphml(graph, temporary)
+
+
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _readable(text: str) -> str:
+    """A label without the characters that XML cannot hold; each becomes its escape."""
+    return _NOT_XML.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class FeatureCircuit:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from tl_bilinear import checks
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
-from tl_bilinear.features.attribution import contributions, relative_error
+from tl_bilinear.features.attribution import contributions, error_of, relative_error
 from tl_bilinear.features.labels import kinds
 from tl_bilinear.results import Result
 from tl_bilinear.tensor import BilinearTensor, TopInteractions
@@ -44,6 +44,7 @@ class Paths(Result):
 
     Attributes
     ----------
+    tokens: [pos], the text
     layer, position: where; by: how attention is split ("sources", "heads" or "layers")
     direction: [d_model], u
     labels: the n components' names
@@ -57,6 +58,7 @@ class Paths(Result):
     measured: ``u . f(x)`` in the model's own run
     """
 
+    tokens: Int[Tensor, " pos"]
     layer: int
     position: int
     by: str
@@ -82,6 +84,11 @@ class Paths(Result):
         return relative_error(self.total, self.measured, self.quadratic, self.constants)
 
     @property
+    def measured_error(self) -> float:
+        """``|total - measured| / |measured|``: larger than `error` where contributions cancel."""
+        return error_of(self.total, self.measured)
+
+    @property
     def shares(self) -> Float[Tensor, " n"]:
         """[n], each component's part, pairs halved between their two: sums to total less constants."""
         return self.quadratic.sum(1) + self.linear
@@ -92,7 +99,11 @@ class Paths(Result):
         return self.quadratic.diagonal() - 2 * self.quadratic.sum(1) - self.linear
 
     def effect(self, components: Sequence[int]) -> float:
-        """How ``u . f(x)`` changes when these are taken out together, everything else held."""
+        """How ``u . f(x)`` changes when these are taken out together, everything else held.
+
+        Raises IndexError for a component that there is not.
+        """
+        _require_components(components, len(self.labels))
         chosen = sorted(set(components))
         rows = self.quadratic[chosen]
         return float(rows[:, chosen].sum() - 2 * rows.sum() - self.linear[chosen].sum())
@@ -148,7 +159,7 @@ class Paths(Result):
         """The k strongest pairs and the sums over kinds, line by line."""
         lines = [
             f"layer {self.layer} at position {self.position}: {self.measured:+.4f} "
-            f"(contributions sum to {self.total:+.4f})"
+            f"(contributions sum to {self.total:+.4f}, off by {self.measured_error:.1e} of that)"
         ]
         n = len(self.labels)
         pairs = self.strongest(min(k, n * (n + 1) // 2))
@@ -219,6 +230,7 @@ def paths(
         whole, found.vectors / run.scale, max_bytes=max_bytes
     )
     return Paths(
+        tokens=run.tokens[0],
         layer=run.layer,
         position=run.position,
         by=by,
@@ -233,6 +245,11 @@ def paths(
         scale=run.scale,
         measured=float(run.at(run.output_hook) @ direction),
     )
+
+
+def _require_components(chosen: Sequence[int], n: int) -> None:
+    if outside := [i for i in chosen if not 0 <= i < n]:
+        raise IndexError(f"component {outside[0]} does not exist: there are {n}, from 0")
 
 
 # ---------------------------------------------------------------------- by intervention
@@ -290,11 +307,23 @@ def check_paths(
 
     A component is removed where it is written (``hook_embed``, ``attn.hook_z``, ``hook_mlp_out``, ...),
     with attention patterns, values, the other MLPs' outputs and the norm's scale held at the clean run.
+
+    Raises ValueError for other tokens than those of `found`, IndexError for a component that there is
+    not.
     """
     run = Upstream(model, tokens, found.layer, found.position)
+    given, known = run.tokens[0].cpu(), found.tokens.cpu()
+    if given.shape != known.shape or bool((given != known).any()):
+        raise ValueError(
+            f"these paths are of the tokens {known.tolist()[:8]}... ({len(known)} of them), and those "
+            f"given are {given.tolist()[:8]}... ({len(given)}): give the same"
+        )
     if isinstance(removed, int):
+        checks.require_count("removed", removed, 2**31, "components to remove, one at a time")
         count = min(removed, len(found.labels))
         removed = [[i] for i in found.effects.abs().topk(count).indices.tolist()]
+    for chosen in removed:
+        _require_components(chosen, len(found.labels))
     clean = run.output_without([], [])
     places = found.where.tolist()
     direction = found.direction.to(clean)

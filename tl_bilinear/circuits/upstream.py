@@ -291,4 +291,7 @@ def as_tokens(model: Any, tokens: Tensor | str) -> Int[Tensor, "1 pos"]:
     rows = tokens if tokens.ndim == 2 else tokens[None]
     if len(rows) != 1:
         raise ValueError(f"paths are of one sequence, got a batch of {len(rows)}: give one row")
+    if not rows.numel():
+        raise ValueError(f"there are no tokens in a text of shape {list(tokens.shape)}")
+    checks.require_tokens(rows, model.cfg.d_vocab)
     return rows

@@ -78,9 +78,9 @@ def load_demo_saes(
     """
     from sae_lens import SAE
 
-    places = sorted((FOLDER / SAES).glob(f"{layer}-*"))
-    if not places:
-        raise ValueError(f"layer {layer} of the demo model has no SAEs; {_some_layers()} do")
+    if layer not in demo_layers():
+        raise ValueError(f"layer {layer!r} of the demo model has no SAEs; {_some_layers()} do")
+    places = sorted((FOLDER / SAES).glob(f"{int(layer)}-*"))
     return {
         place.name.partition("-")[2]: SAE.load_from_disk(place, device=str(device or "cpu"))
         for place in places

@@ -49,6 +49,12 @@ def _read_with(sae: Any, gain: Tensor | None, bias: Tensor | None) -> Dictionary
     if getattr(cfg, "rescale_acts_by_decoder_norm", False):
         # SAELens encodes as if the decoder had unit rows, and decodes so.
         norms = decoder.norm(dim=-1)
+        if not bool(norms.all()):
+            raise ValueError(
+                f"feature {int((norms == 0).nonzero()[0])} of {type(sae).__name__} has a decoder row "
+                "of zeros, and its activation is divided by the row's norm "
+                "(rescale_acts_by_decoder_norm): remove the feature"
+            )
         decoder = decoder / norms[:, None]
         if gain is None:
             gain, bias = norms, None if bias is None else bias * norms

@@ -12,6 +12,7 @@ Contributions sum to the model's own pre-activation, to rounding; nothing is lef
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,17 @@ class Attribution(Named):
 
     @property
     def error(self) -> float:
-        """``|total - measured|`` relative to the largest of the contributions and of the two."""
+        """``|total - measured|`` relative to the largest of the contributions and of the two.
+
+        It is rounding where it is near the dtype's. Where contributions cancel, `measured_error` is
+        larger: it says how far the sum itself can be trusted.
+        """
         return relative_error(self.total, self.measured, self.quadratic, self.constants)
+
+    @property
+    def measured_error(self) -> float:
+        """``|total - measured| / |measured|``; infinite where zero was measured and is not the sum."""
+        return error_of(self.total, self.measured)
 
     @property
     def pairs(self) -> Float[Tensor, "m m"]:
@@ -114,7 +124,7 @@ class Attribution(Named):
         name = self.output_name(self.feature)
         lines = [
             f"feature {name} at position {self.position}: {self.measured:+.4f} "
-            f"(contributions sum to {self.total:+.4f})"
+            f"(contributions sum to {self.total:+.4f}, off by {self.measured_error:.1e} of that)"
         ]
         for row in self.to_pandas(k).to_dict("records"):
             names = " x ".join(
@@ -132,6 +142,13 @@ def relative_error(
     largest = float(quadratic.abs().max()) if quadratic.numel() else 0.0
     size = max(abs(measured), abs(total), largest, *(abs(value) for value in constants.values()))
     return abs(total - measured) / size if size else 0.0
+
+
+def error_of(total: float, measured: float) -> float:
+    """``|total - measured| / |measured|``; infinite where only `measured` is zero."""
+    if total == measured:
+        return 0.0
+    return abs(total - measured) / abs(measured) if measured else math.inf
 
 
 def contributions(

@@ -116,6 +116,12 @@ class Dictionary:
                 )
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"{len(self.labels)} labels for {n} features")
+        for name in ("decoder", "encoder"):
+            if (rows := getattr(self, name)) is not None:
+                checks.require_finite_rows(f"the {name} of the dictionary", rows)
+        for name in ("decoder_bias", "encoder_bias", "encoder_offset"):
+            if (values := getattr(self, name)) is not None:
+                checks.require_finite_rows(f"the {name} of the dictionary", values)
 
     @classmethod
     def of(cls, source: Any, labels: Sequence[str] | None = None) -> Dictionary:

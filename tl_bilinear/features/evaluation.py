@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import special_tokens
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.hooks.effects import LossAdded, next_token_loss, require_tokens
@@ -145,6 +146,8 @@ def evaluate_saes(
     tokens that are not [n, pos] with pos at least 2.
     """
     require_tokens(tokens, at_least=2)
+    checks.require_tokens(tokens, model.cfg.d_vocab)
+    checks.require_count("batch_size", batch_size, 2**31, "sequences a forward")
     refuse_attached(model)
     if not saes:
         raise ValueError("no SAE to evaluate: give them by name, {'mlp_out': sae}")

@@ -24,6 +24,7 @@ The folder's name is the ``sae_id``. For another repository of this format pass
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ from tl_bilinear.models.files import (
     Source,
     is_repository,
     read_tensors,
+    require_numbers,
     require_shapes,
     require_sizes,
 )
@@ -232,6 +234,7 @@ def _load(
     if stored.get("encoder_bias"):
         shapes["w_enc.bias"] = [d_sae]
     require_shapes(weights, tensors, shapes)
+    require_numbers(weights, tensors)
 
     dtype = tensors["w_dec.weight"].dtype
     wide = {name: t.to(torch.promote_types(dtype, torch.float32)) for name, t in tensors.items()}
@@ -294,7 +297,8 @@ def _unit(
     """What 1 of the SAE's own units is in the model's activations."""
     normalize = stored.get("normalize")
     normalize = 1.0 if normalize is None else normalize
-    if not isinstance(normalize, int | float) or isinstance(normalize, bool) or normalize <= 0:
+    is_number = isinstance(normalize, int | float) and not isinstance(normalize, bool)
+    if not is_number or not 0 < normalize < math.inf:
         raise ValueError(f"{path}: normalize is {normalize!r}; expected null or a positive number")
     if _point(stored)[0] != ATTN_OUT:
         return float(normalize)

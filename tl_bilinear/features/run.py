@@ -431,6 +431,7 @@ class FeatureRun:
         """
         known = self.features
         feature = known.number(feature)
+        checks.require_count("limit", limit, 2**31, "tokens to look at")
         form = known.interaction(feature, basis="activations").dense()
         tokens = self._active(feature, limit, progress)
         found = active_interactions(feature, form, known.input_directions, tokens)
@@ -556,6 +557,7 @@ class FeatureRun:
         """
         known = self.features
         index = known.number(feature)
+        checks.require_count("limit", limit, 2**31, "tokens to measure a pair on")
         if isinstance(pairs, int):
             pairs = known.top(index, pairs, kind="cross")
         if isinstance(pairs, FeaturePairs | ActiveInteractions):
@@ -656,6 +658,7 @@ def tokenise(
         tokens = text if text.ndim == 2 else text[None]
         if not tokens.numel():
             raise ValueError(f"there are no tokens in a text of shape {list(text.shape)}")
+        checks.require_tokens(tokens, model.cfg.d_vocab)
         return tokens, torch.full((len(tokens),), tokens.shape[1])
     texts = (
         [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else [text]

@@ -212,6 +212,7 @@ def each_run(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a number of sequences, 1 or more, got {batch_size!r}")
+    checks.require_tokens(tokens, _vocabulary(model))
     starts = range(0, len(tokens), batch_size)
     with tqdm(total=len(starts) * len(edits), unit="forward", disable=not progress) as bar:
         for start in starts:
@@ -223,6 +224,11 @@ def each_run(
                     logits = _logits(model, tokens[rows])
                 yield rows, number, logits
                 bar.update()
+
+
+def _vocabulary(model: Any) -> int:
+    hooked = getattr(model, "cfg", None)
+    return int(model.config.vocab_size if hooked is None else hooked.d_vocab)
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ from transformers import LlamaForCausalLM
 
 from tl_bilinear.io import read_json
 from tl_bilinear.models import conversion, folders
-from tl_bilinear.models.fields import require_fields
+from tl_bilinear.models.fields import require_fields, require_values
 from tl_bilinear.models.files import CONFIG, WEIGHTS, Source, read_tensors, require_shapes
 from tl_bilinear.models.folding import fold_norm
 from tl_bilinear.models.pretrained import stored_tokenizer
@@ -291,6 +291,7 @@ def _config(values: Mapping[str, Any], bilinear_bias: bool) -> Any:
     values = {"act_fn": IDENTITY, "gated_mlp": True, **copy.deepcopy(dict(values))}
     known = {*inspect.signature(TransformerBridgeConfig).parameters, *_parent_fields()} - {"kwargs"}
     require_fields("TransformerBridgeConfig", values, known, _REQUIRED)
+    require_values({**values, "bilinear_bias": bilinear_bias})
     if values["act_fn"] not in (None, IDENTITY, "linear"):
         raise ValueError(
             f"act_fn={values['act_fn']!r}: a bilinear MLP has no element-wise nonlinearity (leave "
@@ -360,10 +361,12 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
             "result boot_bilinear takes"
         )
     weights = source.require(WEIGHTS)
+    fields, tensors = folders.read_fields(path, stored), read_tensors(weights)
+    folders.require_weights(weights, tensors, fields)
     return _from_state(
         weights,
-        read_tensors(weights),
-        folders.read_fields(path, stored),
+        tensors,
+        fields,
         tokenizer=stored_tokenizer(source) if tokenizer is None else tokenizer,
         **where,
     )

@@ -24,6 +24,8 @@ from transformer_lens.config.hooked_transformer_config import HookedTransformerC
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
+from tl_bilinear.models.fields import require_values
+
 IDENTITY = "identity"
 BIAS_NAMES = ("b_gate", "b_in", "b_out")
 
@@ -57,6 +59,7 @@ class BilinearTransformerConfig(HookedTransformerConfig):
         if self.act_fn in (None, "linear"):
             self.act_fn = IDENTITY
         self._refuse_other_layers()
+        require_values(vars(self))
         super().__post_init__()
 
     def _refuse_other_layers(self) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from tl_bilinear.io import DIGEST, digest_of, read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -127,25 +129,56 @@ def _out_of_reach(repository: str, filename: str, error: Exception) -> Connectio
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ValueError for one that is not, or not whole."""
+    """The tensors of a safetensors file.
+
+    Raises ValueError for one that is not, not whole, or not as we wrote it.
+    """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            digest = (file.metadata() or {}).get(DIGEST)  # which only our own files have
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is truncated, or not a safetensors file ({path.stat().st_size} bytes): {error}"
         ) from error
+    if digest is not None and digest != digest_of(tensors, {}):
+        raise ValueError(f"{path} is damaged: its weights are not those that were written")
     return tensors
+
+
+def read_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer in a folder. Raises ValueError, naming the file, for one that cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        for path in sorted(folder.glob("*token*.json")):
+            read_json(path)  # which names a file that is damaged
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # tokenizers raises bare Exceptions for a broken file
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def require_sizes(path: Path, stored: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raise ValueError unless the fields `names` of a config are positive integers."""
     wrong = [
-        f"{name} is {stored[name]!r}"
+        f"{name} is {stored.get(name)!r}"
         for name in names
-        if type(stored[name]) is not int or stored[name] <= 0
+        if type(stored.get(name)) is not int or not 0 < stored[name] < 2**31
     ]
     if wrong:
         raise ValueError(f"{path}: {', '.join(wrong)}; expected a positive integer")
+
+
+def require_numbers(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first, for weights that are integers, NaN or infinite."""
+    for name, values in tensors.items():
+        if not values.is_floating_point():
+            raise ValueError(f"{path}: {name} is {values.dtype}; expected floating-point weights")
+        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            first = (~torch.isfinite(values)).nonzero()[0].tolist()
+            raise ValueError(
+                f"{path}: {name} is {float(values[tuple(first)])} at {first}; expected finite weights"
+            )
 
 
 def require_shapes(

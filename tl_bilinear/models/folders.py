@@ -7,6 +7,8 @@ is there whole or not at all.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_bilinear.io import whole_directory, write_json
-from tl_bilinear.models.files import CONFIG, WEIGHTS
+from tl_bilinear.io import DIGEST, digest_of, whole_directory, write_json
+from tl_bilinear.models.fields import require_values
+from tl_bilinear.models.files import CONFIG, WEIGHTS, require_numbers, require_shapes
 
 if TYPE_CHECKING:
     from tl_bilinear.models.component import BilinearTransformerConfig
@@ -56,7 +59,9 @@ def write(
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": described}
     with whole_directory(directory, KIND) as staging:
         write_json(staging / CONFIG, content)
-        save_file(_separate(tensors), staging / WEIGHTS, metadata={"format": "pt"})
+        held = _separate(tensors)
+        metadata = {"format": "pt", DIGEST: digest_of(held, {})}
+        save_file(held, staging / WEIGHTS, metadata=metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging / TOKENIZER)
 
@@ -121,6 +126,16 @@ def read_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, str(values.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise _undescribed(path, f"dtype {values.get('dtype')!r} is not a torch dtype")
+    if not dtype.is_floating_point:
+        raise _undescribed(path, f"dtype {dtype} is not that of weights, which are floating-point")
+    if missing := [
+        name for name in ("n_layers", "d_model", "d_head", "n_ctx") if name not in values
+    ]:
+        raise _undescribed(path, f"it lacks {', '.join(missing)}")
+    try:
+        require_values(values)
+    except ValueError as error:
+        raise _undescribed(path, error) from error
     return {**values, "dtype": dtype}
 
 
@@ -131,10 +146,35 @@ def read_config(path: Path, stored: dict[str, Any]) -> BilinearTransformerConfig
     values = read_fields(path, stored)
     try:
         config = BilinearTransformerConfig(**{**values, "seed": None})
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # TransformerLens compares and divides what it is given
         raise _undescribed(path, error) from error
     config.seed = values.get("seed")
     return config
+
+
+def require_weights(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Raise ValueError where stored weights are no numbers, or far fewer than a config says.
+
+    Before a model is made: one of these sizes might not fit into memory.
+    """
+    require_numbers(path, {n: t for n, t in tensors.items() if not n.endswith(_TABLES)})
+    blocks = {int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)}
+    if len(blocks) < config["n_layers"]:
+        raise ValueError(
+            f"{path} does not fit its {CONFIG}: it has weights of the layers {sorted(blocks)}, where "
+            f"n_layers is {config['n_layers']}"
+        )
+    d, first = config["d_model"], f"blocks.{min(blocks, default=0)}"
+    sizes = {
+        "embed.W_E": (config.get("d_vocab"), d),
+        "pos_embed.W_pos": (config["n_ctx"], d),
+        f"{first}.attn.W_Q": (config.get("n_heads"), d, config["d_head"]),
+        f"{first}.mlp.W_in": (d, config.get("d_mlp")),
+    }
+    for name, size in sizes.items():
+        held = tensors.get(name)
+        if held is not None and None not in size and math.prod(size) > 16 * held.numel():
+            require_shapes(path, {name: held}, {name: size})
 
 
 def _undescribed(path: Path, problem: object) -> ValueError:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -24,9 +25,19 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tl_bilinear.io import read_table, whole_directory
+from tl_bilinear.models.files import (
+    CONFIG,
+    WEIGHTS,
+    Source,
+    read_tokenizer,
+    require_numbers,
+    require_shapes,
+    require_sizes,
+)
 from tl_bilinear.models.folders import is_ours
 from tl_bilinear.models.layouts import weight_pairs
 from tl_bilinear.models.readers import gated_through, refuse_nonlinear
@@ -64,11 +75,12 @@ def from_hf(
     if isinstance(source, str | PathLike):
         source = Path(source).expanduser() if Path(source).expanduser().exists() else source
         llama = _load(str(source), dtype)
-        tokenizer = _load_tokenizer(str(source)) if tokenizer is None else tokenizer
+        tokenizer = load_tokenizer(str(source)) if tokenizer is None else tokenizer
     else:
         llama = source
     _require_bilinear(llama)
     config = llama.config
+    require_numbers(config.name_or_path or "the Llama", llama.state_dict())
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries and the model embeds {config.vocab_size}: "
@@ -152,12 +164,8 @@ def _rotary_from_hf(config: Any) -> dict[str, Any]:
 
 def _load(source: str, dtype: torch.dtype | None) -> Any:
     """A Llama from a folder or by its name on the hub."""
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    if Path(source).exists():
-        _require_hf_folder(Path(source))
     # The config first: a model that will be refused is not downloaded.
-    config = AutoConfig.from_pretrained(source)
+    config = read_llama_config(source)
     if config.model_type != "llama":
         raise TypeError(
             f"{source} is a {config.model_type!r} model; expected a Llama (model_type 'llama') with "
@@ -165,23 +173,142 @@ def _load(source: str, dtype: torch.dtype | None) -> Any:
         )
     if config.hidden_act not in ("linear", "identity"):
         raise ValueError(gated_through(source, config.hidden_act))
-    return LlamaForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    return read_llama(source, config, dtype)
 
 
-def _load_tokenizer(source: str) -> Any:
-    """None for a folder without one."""
+def read_llama_config(source: str) -> Any:
+    """The config of a model of Hugging Face's kind, a folder or a name on the hub; sizes are checked.
+
+    Raises FileNotFoundError, and ValueError naming the file and what is wrong with it.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(source)
+    if folder.exists():
+        _require_hf_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError:
+        raise
+    except Exception as error:  # transformers checks types in several ways
+        raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
+    if config.model_type == "llama":
+        require_sizes(folder / CONFIG, vars(config), _LLAMA_SIZES)
+    return config
+
+
+_LLAMA_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def read_llama(source: str, config: Any, dtype: torch.dtype | None) -> Any:
+    """A Llama from a folder or by its name on the hub, all of whose weights are in its files.
+
+    `config` is the one there. Raises ValueError naming each tensor that is missing, misshapen, no part
+    of the model, not floating-point or not finite. transformers itself would fill in random numbers.
+    """
+    from transformers import LlamaForCausalLM
+
+    files = _weight_files(source)
+    if files:
+        _require_whole(source, files, config)
+    try:
+        llama, report = LlamaForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the weights in {source} cannot be read: {error}") from error
+    if problems := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks weights that its {CONFIG} asks for: {', '.join(problems)}"
+        )
+    require_numbers(source, llama.state_dict())
+    return llama
+
+
+def load_llama(folder: str | PathLike[str]) -> Any:
+    """A Llama with any gate from a folder, whole, in its own dtype. Raises as the two above."""
+    return read_llama(str(folder), read_llama_config(str(folder)), None)
+
+
+def _weight_files(source: str) -> list[Path]:
+    """The safetensors files of a model; none for one that is stored in another way."""
+    place = Source(Path(source) if Path(source).exists() else source, kind="Hugging Face model")
+    whole = place.find(WEIGHTS)
+    if whole is not None:
+        return [whole]
+    index = place.find(f"{WEIGHTS}.index.json")
+    if index is None:
+        return []
+    names = read_table(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index} has no 'weight_map' that says which file holds which weight")
+    return [place.require(name) for name in sorted(set(map(str, names.values())))]
+
+
+def _require_whole(source: str, files: Sequence[Path], config: Any) -> None:
+    """Compare the names, shapes and dtypes in a model's files with its config, reading no weight."""
+    from transformers import LlamaForCausalLM
+
+    found: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    found[name] = list(part.get_shape())
+                    if not part.get_dtype().startswith(("F", "BF")):
+                        raise ValueError(
+                            f"{path}: {name} is {part.get_dtype()}; expected floating-point weights"
+                        )
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated, or not a safetensors file: {error}") from error
+    if found and not any(name.startswith("model.") for name in found):
+        found = {f"model.{name}": shape for name, shape in found.items()}  # saved without its head
+    layers = {int(m[1]) for name in found if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    if len(layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"{files[0]} does not fit its {CONFIG}: there are weights of the layers {sorted(layers)}, "
+            f"where num_hidden_layers is {config.num_hidden_layers}"
+        )
+    with torch.device("meta"):
+        expected = {
+            name: list(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()
+        }
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    known = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in found.items()
+        if "rotary_emb" not in name
+        and not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    require_shapes(files[0] if len(files) == 1 else source, known, expected)
+
+
+def load_tokenizer(source: str) -> Any:
+    """A model's tokenizer; None for a folder without one.
+
+    Raises ValueError, naming the folder, for one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
+    if not Path(source).is_dir():
+        return AutoTokenizer.from_pretrained(source)
     files = [Path(source) / name for name in ("tokenizer_config.json", "tokenizer.json")]
-    if Path(source).is_dir() and not any(file.is_file() for file in files):
-        return None
-    return AutoTokenizer.from_pretrained(source)
+    return read_tokenizer(Path(source)) if any(file.is_file() for file in files) else None
 
 
 def _require_hf_folder(folder: Path) -> None:
-    config = folder / "config.json"
+    config = folder / CONFIG
     if not config.is_file():
-        raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no config.json")
+        raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no {CONFIG}")
     if is_ours(read_table(config)):
         raise ValueError(
             f"{folder} is in tl_bilinear's own format: load it with "

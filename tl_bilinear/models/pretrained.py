@@ -16,6 +16,7 @@ from tl_bilinear.models.files import (
     Source,
     is_repository,
     read_tensors,
+    read_tokenizer,
     require_shapes,
 )
 
@@ -47,6 +48,7 @@ def load(
         config = folders.read_config(path, stored)
         weights = source.require(WEIGHTS)
         tensors = read_tensors(weights)
+        folders.require_weights(weights, tensors, vars(config))
         if tokenizer is None:
             tokenizer = stored_tokenizer(source)
     else:
@@ -120,9 +122,7 @@ def stored_tokenizer(source: Source) -> Any:
     folder = source.find_tokenizer(folders.TOKENIZER)
     if folder is None:
         return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return read_tokenizer(folder)
 
 
 def _without_weights(

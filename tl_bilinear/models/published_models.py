@@ -40,7 +40,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_bilinear.models.files import Source, require_shapes, require_sizes
+from tl_bilinear.models import files
+from tl_bilinear.models.fields import require_values
+from tl_bilinear.models.files import Source, require_numbers, require_shapes, require_sizes
 
 if TYPE_CHECKING:
     from tl_bilinear.models.component import BilinearTransformerConfig
@@ -95,6 +97,10 @@ def read_config(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse_other_models(path, stored)
     require_sizes(path, stored, SIZES)
+    try:
+        require_values({"n_ctx": stored["n_ctx"]})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     sizes = {name: stored[name] for name in SIZES}
     d_head, rest = divmod(sizes["d_model"], sizes["n_head"])
     if rest or d_head % 2:
@@ -156,6 +162,7 @@ def read_weights(
     head = tensors.get("lm_head.weight")
     vocabulary = len(head) if head is not None and head.ndim == 2 else "vocabulary"
     require_shapes(path, tensors, _shapes(tensors, fields, vocabulary))
+    require_numbers(path, tensors)
     _require_rotary(path, tensors, fields)
 
     dtype = dtype or tensors["lm_head.weight"].dtype
@@ -271,8 +278,4 @@ def read_tokenizer(source: Source, stored: Mapping[str, Any]) -> Any:
             )
     if folder is None:
         return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, padding_side="right", **tokens
-    )
+    return files.read_tokenizer(folder, padding_side="right", **tokens)

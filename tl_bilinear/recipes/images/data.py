@@ -34,6 +34,9 @@ class ImageData:
     size: (height, width)
     classes: names of the labels, in order
     name: where the images come from
+
+    Raises ValueError, naming the first image, for pixels that are NaN or outside [0, 1], for labels that
+    are no class, and for shapes that do not fit.
     """
 
     train_images: Float[Tensor, "n pixels"]
@@ -43,6 +46,38 @@ class ImageData:
     size: tuple[int, int]
     classes: tuple[str, ...]
     name: str
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError(f"{self.name} has no classes: give a name for each label")
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if images.ndim != 2 or images.shape[1] != self.pixels or not len(images):
+                raise ValueError(
+                    f"{part}_images must have shape [n, {self.pixels}], the pixels of images of size "
+                    f"{self.size}, got {list(images.shape)}"
+                )
+            if labels.shape != images.shape[:1] or labels.is_floating_point():
+                raise ValueError(
+                    f"{part}_labels must be {len(images)} integers, one for each of {part}_images, got "
+                    f"{list(labels.shape)} {labels.dtype}"
+                )
+            # Also where it is NaN.
+            outside = ~((images >= 0) & (images <= 1)).all(1)
+            if bool(outside.any()):
+                row = int(outside.nonzero()[0])
+                low, high = float(images[row].min()), float(images[row].max())
+                raise ValueError(
+                    f"image {row} of {part}_images has pixels from {low:.3g} to {high:.3g}, and "
+                    f"{int(outside.sum())} of {len(images)} images have such; they must lie in [0, 1]"
+                )
+            unknown = (labels < 0) | (labels >= len(self.classes))
+            if bool(unknown.any()):
+                row = int(unknown.nonzero()[0])
+                raise ValueError(
+                    f"label {int(labels[row])} of image {row} of {part}_labels is not one of the "
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}"
+                )
 
     @property
     def pixels(self) -> int:

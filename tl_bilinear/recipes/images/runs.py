@@ -91,8 +91,13 @@ class Runs:
         # The weights are overwritten; a generator of its own leaves the caller's random numbers alone.
         unused = torch.Generator()
         model = ImageClassifier(data.pixels, len(data.classes), config.size, config.bias, unused)
-        model.load_state_dict(tensors)
-        losses, accuracies = tuple(stored["losses"]), tuple(stored["accuracies"])
+        try:
+            model.load_state_dict(tensors)
+            losses, accuracies = tuple(stored["losses"]), tuple(stored["accuracies"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not hold the model that its name says: {error}. Delete it, to train again"
+            ) from error
         return TrainingResult(model.eval(), config, losses, accuracies)
 
     def _save(self, data: ImageData, result: TrainingResult) -> None:

@@ -7,6 +7,7 @@ only, not on the models it was trained with (apart from the rounding of a batche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,11 +58,17 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "epochs"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name} must be less than {2**31:,}, got {getattr(self, name)}")
         for name in ("noise", "weight_decay", "learning_rate", "activation_noise", "dropout"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.learning_rate > 1:
+            raise ValueError(f"learning_rate must be at most 1, got {self.learning_rate}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be an integer of 64 bits, got {self.seed}")
         if not self.dropout < 1:
             raise ValueError(f"dropout is a share of the embedding below 1, got {self.dropout}")
 
@@ -146,7 +153,7 @@ def train_classifiers(
     these sizes a DataLoader and fresh memory would cost as much as the model. Memory: about
     ``batch (pixels + 12 size)`` numbers for each model.
 
-    Raises ValueError for configurations whose `shape` differs.
+    Raises ValueError for configurations whose `shape` differs, and for a loss that is no longer finite.
     """
     if len({config.shape for config in configs}) > 1:
         raise ValueError(
@@ -203,6 +210,12 @@ def train_classifiers(
                 total += means.detach() * index.shape[1]
             schedule.step()
             losses.append((total / len(images)).tolist())
+            for config, loss in zip(configs, losses[-1], strict=True):
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"training diverged: the loss is {loss} in epoch {len(losses)} of {config}. "
+                        "Choose a smaller learning rate"
+                    )
             accuracies.append([accuracy(model, *test) for model in models])
             epochs.set_postfix(
                 loss=f"{sum(losses[-1]) / count:.3f}", accuracy=f"{sum(accuracies[-1]) / count:.3f}"

@@ -6,6 +6,8 @@ what is whole is moved out of there. So what has a checkpoint's name is whole, w
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import re
 import shutil
@@ -20,7 +22,7 @@ WRITING = ".writing"
 
 _SECONDS = "seconds.json"
 _KEPT = 2
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -36,15 +38,50 @@ def step_of(checkpoint: Path | None) -> int:
 
 def seconds_of(checkpoint: Path | None) -> float:
     """Seconds of training up to a checkpoint; 0 for none."""
-    return float(read_table(checkpoint / _SECONDS)["seconds"]) if checkpoint else 0.0
+    if checkpoint is None:
+        return 0.0
+    seconds = read_table(checkpoint / _SECONDS).get("seconds")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{checkpoint / _SECONDS} is damaged: it says {seconds!r} seconds")
+    return float(seconds)
+
+
+def require_whole(checkpoint: Path | None) -> None:
+    """Raise ValueError, naming the file, where a checkpoint is not as it was written."""
+    if checkpoint is None:
+        return
+    written = (
+        read_table(checkpoint / _SECONDS).get("files")
+        if (checkpoint / _SECONDS).is_file()
+        else f"there is no {_SECONDS}"
+    )
+    problem = "" if isinstance(written, dict) else f"{written!r} in place of a list of its files"
+    for name, digest in written.items() if isinstance(written, dict) else ():
+        path = checkpoint / name
+        if not path.is_file():
+            problem = f"{name} is missing"
+        elif _digest(path) != digest:
+            problem = f"{name} is not what was written"
+    if problem:
+        raise ValueError(
+            f"the run cannot go on from {checkpoint}: {problem}. Delete this folder, to go on from the "
+            "checkpoint before it or from the start"
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_checkpoint(folder: Path, step: int, seconds: float) -> None:
     """Give the checkpoint of a step, now written, its name; remove all but the last two."""
     name = f"checkpoint-{step}"
     written = folder / WRITING / name
-    write_json(written / _SECONDS, {"seconds": seconds})
-    for path in written.iterdir():
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(written)): _digest(path) for path in files}
+    write_json(written / _SECONDS, {"seconds": seconds, "files": digests})
+    for path in [*files, written / _SECONDS]:
         with path.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut leaves the new name on empty files
     written.rename(folder / name)

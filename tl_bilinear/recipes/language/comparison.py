@@ -14,6 +14,7 @@ model as it was.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline"
 _TABLE = "comparison.json"
+_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 # ---------------------------------------------------------------------- activations
@@ -74,8 +76,11 @@ class ActivationComparison:
             )
         stored = read_table(path)
         try:
-            return cls(**{name: tuple(values) for name, values in stored.items()})
-        except TypeError as error:
+            found = cls(**{name: tuple(values) for name, values in stored.items()})
+            if len({len(values) for values in vars(found).values()}) != 1:
+                raise ValueError("its columns have different lengths")
+            return found
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a table of this version: {error}") from error
 
     def __str__(self) -> str:
@@ -228,8 +233,11 @@ def compare_finetuning(
         raise ValueError(
             f"give one config or more, none of them named {BASELINE!r}, got {list(configs)}"
         )
-    if outside := [name for name in configs if Path(name).name != name]:
-        raise ValueError(f"a run's name is also its folder's, so {outside[0]!r} cannot be one")
+    if outside := [name for name in configs if not _NAME.fullmatch(name)]:
+        raise ValueError(
+            f"a run's name is also its folder's, so {outside[0]!r} cannot be one: choose letters, "
+            "digits, - and _"
+        )
     tokens = {n: (c.total_steps(len(data.train)) * c.batch, c.seed) for n, c in configs.items()}
     if len(set(tokens.values())) > 1:
         raise ValueError(f"these configs do not see the same text: (rows, seed) are {tokens}")

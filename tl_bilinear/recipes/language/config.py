@@ -23,17 +23,32 @@ SCHEDULES = ("linear", "cosine", "even", "layers")
 POINTS = ("mlp_in", "resid_mid", "mlp_out", "resid_pre", "resid_post", "attn_out")
 
 
+_MOST = 2**31  # counts of tokens, rows and steps are kept in 32 bits
+
+
 def _require_counts(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < 1:
+        if value is not None and not value >= 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and value >= _MOST:
+            raise ValueError(f"{name} must be less than {_MOST:,}, got {value}")
 
 
 def _require_not_negative(config: Any, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) >= 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+
+
+def _require_rates(config: Any, *names: str) -> None:
+    _require_not_negative(config, *names)
+    for name in names:
+        if getattr(config, name) > 1:
+            raise ValueError(
+                f"{name} must be at most 1, got {getattr(config, name)}: a step of AdamW moves every "
+                "weight by as much"
+            )
 
 
 def _require_shares(config: Any, *names: str) -> None:
@@ -83,7 +98,7 @@ class TextConfig:
     """The column that holds the text, of a data set on the hub."""
 
     def __post_init__(self) -> None:
-        _require_counts(self, "limit")
+        _require_counts(self, "limit", "n_ctx")
         if self.n_ctx < 2:
             raise ValueError(f"n_ctx must be at least 2, got {self.n_ctx}")
         if isinstance(self.validation, float | int) and not 0 < self.validation < 1:
@@ -147,7 +162,8 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         _require_counts(self, "batch", "steps")
-        _require_not_negative(self, "learning_rate", "weight_decay", "epochs")
+        _require_rates(self, "learning_rate")
+        _require_not_negative(self, "weight_decay", "epochs")
         _require_shares(self, "warmup", "beta1", "beta2")
 
     def total_steps(self, rows: int) -> int:
@@ -285,6 +301,7 @@ class SAETrainingConfig:
         if unknown := sorted(set(self.points) - set(POINTS)):
             raise ValueError(f"unknown points {', '.join(unknown)}; there are {', '.join(POINTS)}")
         _require_counts(self, "k", "batch", "buffer")
+        _require_rates(self, "learning_rate", "final_learning_rate")
         for name in ("expansion", "learning_rate", "final_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

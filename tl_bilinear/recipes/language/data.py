@@ -13,6 +13,7 @@ nor training needs the text in memory:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tl_bilinear.io import read_table, refuse_foreign, whole_directory, write_js
 from tl_bilinear.recipes.language.config import TINYSTORIES, TextConfig
 from tl_bilinear.recipes.language.packing import RowWriter
 from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, read_stories, story_digest
-from tl_bilinear.recipes.language.tokenizer import load_tokenizer
+from tl_bilinear.recipes.language.tokenizer import load_tokenizer, tokenizer_digest
 
 FORMAT = "tl_bilinear language data"
 PARTS = ("train", "validation")
@@ -75,6 +76,15 @@ class LanguageData:
                 f"the tokens in {folder} are of a vocabulary of {report['vocabulary']}, the tokenizer "
                 f"there has {len(tokenizer)} entries: prepare the text again"
             )
+        if tokenizer_digest(tokenizer) != report["tokenizer"]:
+            raise ValueError(
+                f"the tokenizer in {folder / TOKENIZER} is not the one that the tokens there were made "
+                "with: prepare the text again"
+            )
+        try:
+            cleaning = CleaningReport(**report["cleaning"])
+        except TypeError as error:
+            raise ValueError(f"{folder / REPORT} is damaged: {error}") from error
         parts = {}
         for part in PARTS:
             try:
@@ -86,6 +96,12 @@ class LanguageData:
                     f"{folder / part} has {len(parts[part])} rows, {REPORT} says "
                     f"{report['rows'][part]}: prepare the text again"
                 )
+        found = "-".join(_fingerprint(part, report["n_ctx"], folder) for part in parts.values())
+        if found != report["fingerprint"]:
+            raise ValueError(
+                f"the tokens in {folder} are not those that were written (their fingerprint is {found}, "
+                f"{REPORT} says {report['fingerprint']}): prepare the text again"
+            )
         return cls(
             folder,
             **parts,
@@ -93,7 +109,7 @@ class LanguageData:
             n_ctx=report["n_ctx"],
             stories=report["stories"],
             rows=report["rows"],
-            cleaning=CleaningReport(**report["cleaning"]),
+            cleaning=cleaning,
             fingerprint=report["fingerprint"],
         )
 
@@ -149,6 +165,7 @@ def prepare_text(
             "validation": str(config.validation),
             "n_ctx": config.n_ctx,
             "vocabulary": len(tokenizer),
+            "tokenizer": tokenizer_digest(tokenizer),
             "stories": {part: writer.stories for part, writer in writers.items()},
             "rows": {part: writer.rows for part, writer in writers.items()},
             "tokens_left_over": {part: writer.left_over for part, writer in writers.items()},
@@ -197,4 +214,38 @@ def _read_report(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} was not written by `tl-bilinear data`: its 'format' is not {FORMAT!r}"
         )
+    for name, kind in _REPORTED.items():
+        value = report.get(name)
+        counts = name in ("stories", "rows")
+        if not isinstance(value, kind) or (counts and value.keys() != {*PARTS}):
+            raise ValueError(
+                f"{path} is damaged, or of another version: its {name!r} is {value!r:.80}. Prepare the "
+                "text again"
+            )
     return report
+
+
+_REPORTED = {
+    "n_ctx": int,
+    "vocabulary": int,
+    "tokenizer": str,
+    "stories": dict,
+    "rows": dict,
+    "cleaning": dict,
+    "fingerprint": str,
+}
+
+
+def _fingerprint(part: Any, n_ctx: int, folder: Path) -> str:
+    """The hash of a part's rows, as `RowWriter` makes it."""
+    import pyarrow
+
+    made = hashlib.blake2b(digest_size=8)
+    try:
+        for chunk in part.data.column("input_ids").chunks:
+            if chunk.type.list_size != n_ctx or chunk.type.value_type != pyarrow.int32():
+                raise ValueError(f"its column is {chunk.type}")
+            made.update(chunk.flatten().to_numpy().tobytes())
+    except (KeyError, AttributeError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{folder} does not hold rows of {n_ctx} tokens: {error}") from error
+    return made.hexdigest()

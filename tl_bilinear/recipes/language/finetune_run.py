@@ -31,7 +31,14 @@ from tl_bilinear.models.approximation import (
     require_gated_llama,
     to_bilinear_llama,
 )
-from tl_bilinear.models.huggingface import no_file_bars
+from tl_bilinear.models.files import require_numbers
+from tl_bilinear.models.huggingface import (
+    load_llama,
+    load_tokenizer,
+    no_file_bars,
+    read_llama,
+    read_llama_config,
+)
 from tl_bilinear.recipes.language.annealing import (
     annealing_callback,
     even_progress,
@@ -44,6 +51,7 @@ from tl_bilinear.recipes.language.config import FinetuneConfig, LoopConfig, RunO
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.distillation import Distillation
 from tl_bilinear.recipes.language.language_run import LanguageRun
+from tl_bilinear.recipes.language.tokenizer import require_same_tokenizer
 from tl_bilinear.recipes.language.train import complete_run
 
 
@@ -84,7 +92,8 @@ def finetune(
         A folder with a Hugging Face Llama (any activation on the gate, grouped-query attention, tied
         embeddings), or its name on the hub.
     data:
-        Rows made with its own tokenizer: `tl-bilinear data SOURCE --tokenizer MODEL`.
+        Rows made with its own tokenizer: `tl-bilinear data SOURCE --tokenizer MODEL`. The tokenizer
+        beside the model is compared; of a model without one, only the size of its vocabulary.
     teacher:
         With `config.distill`: a causal language model of the same vocabulary, a folder or a name.
         Default: the model as it was, which knows of the text only what it was trained on.
@@ -94,8 +103,6 @@ def finetune(
     Raises TypeError for a model that is no Llama; ValueError for text of another tokenizer or longer
     rows than the model or the teacher reads, or an activation that the path does not lead away from.
     """
-    from transformers import LlamaForCausalLM
-
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
     start = load_gated_llama(model, data)  # refused, if it is, before the folder is claimed
     made_from = {"model": _digest(start), "teacher": ""}
@@ -123,7 +130,7 @@ def finetune(
 
     def restore(checkpoint: Path) -> Any:
         if not config.anneals:
-            return LlamaForCausalLM.from_pretrained(checkpoint)
+            return load_llama(checkpoint)
         return fold_gates(load_gated_llama(model, data), config.path, checkpoint)
 
     complete_run(
@@ -165,6 +172,8 @@ def _load_teacher(teacher: str | PathLike[str], llama: Any, data: LanguageData) 
             f"it must have the model's tokenizer, of {llama.config.vocab_size}, and read rows of "
             f"{data.n_ctx}"
         )
+    require_same_tokenizer(data, load_tokenizer(_source(teacher)), f"the teacher {teacher}")
+    require_numbers(str(teacher), loaded.state_dict())
     return loaded
 
 
@@ -173,10 +182,8 @@ def load_gated_llama(model: str | PathLike[str], data: LanguageData) -> Any:
 
     Raises ValueError where it does not, or where it is no gated Llama.
     """
-    from transformers import AutoConfig, LlamaForCausalLM
-
     source = _source(model)
-    config = AutoConfig.from_pretrained(source)
+    config = read_llama_config(source)
     if config.model_type != "llama":
         raise ValueError(
             f"{model} is a {config.model_type!r} model; only a Llama can be stored with a linear gate. "
@@ -190,7 +197,8 @@ def load_gated_llama(model: str | PathLike[str], data: LanguageData) -> Any:
             f"{model} takes {config.vocab_size} and {config.max_position_embeddings}: prepare the text "
             "with the model's tokenizer (`tl-bilinear data SOURCE --tokenizer MODEL --n-ctx N`)"
         )
+    require_same_tokenizer(data, load_tokenizer(source), str(model))
     with no_file_bars():
-        llama: Any = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+        llama = read_llama(source, config, torch.float32)
     require_gated_llama(llama)
     return llama

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tl_bilinear.io import read_table
-from tl_bilinear.models.huggingface import no_file_bars
+from tl_bilinear.models.huggingface import load_llama, no_file_bars
 from tl_bilinear.recipes.language.config import LanguageConfig, LoopConfig
 from tl_bilinear.recipes.language.run_folder import SETTINGS, require_finished
 
@@ -60,10 +61,8 @@ class LanguageRun:
 
     def llama(self) -> Any:
         """The trained LlamaForCausalLM."""
-        from transformers import LlamaForCausalLM
-
         with no_file_bars():
-            return LlamaForCausalLM.from_pretrained(self.model_folder)
+            return load_llama(self.model_folder)
 
     def hooked(self, **options: Any) -> Any:
         """The trained model as a `HookedBilinearTransformer`; `options` are those of `from_hf`."""
@@ -88,8 +87,14 @@ class LanguageRun:
         stored = require_finished(folder, cls.command)
         try:
             config: Any = cls.config_type(**read_table(folder / SETTINGS)["config"])
-            return cls(folder, config, **{**stored, "history": tuple(stored["history"])})
-        except (KeyError, TypeError) as error:
+            run = cls(folder, config, **{**stored, "history": tuple(stored["history"])})
+            for name in ("loss", "seconds", "parameters", "steps", "tokens"):
+                if not math.isfinite(getattr(run, name)):
+                    raise ValueError(f"its {name} is {getattr(run, name)}")
+            if not all(isinstance(entry, dict) for entry in run.history):
+                raise ValueError("its history is no list of tables")
+            return run
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} was not written by this version of `{cls.command}`: {error}"
             ) from error

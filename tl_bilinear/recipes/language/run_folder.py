@@ -9,30 +9,47 @@ Of several processes that share a run, one writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tl_bilinear.io import claim, read_table, write_json
+from tl_bilinear.io import alone_in, claim, read_table, write_json
 
 SETTINGS, RESULT = "run.json", "result.json"
 
 
-def enter_run(
+@contextmanager
+def work_in(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    made_from: Mapping[str, Any],
+    command: str,
+) -> Iterator[None]:
+    """Work in a folder in the block, alone: claim it for these settings, or see that it is theirs.
+
+    `kind` tells the runs of one command from those of others; `made_from` is what a run depends on
+    besides its config (data, a model).
+
+    A finished run is only compared: it may be read by many.
+
+    Raises FileExistsError for a folder that holds no run, ValueError for one of other settings,
+    BlockingIOError where another process is at work there.
+    """
+    claim(folder, "run")
+    with nullcontext() if (folder / RESULT).is_file() else alone_in(folder):
+        _compare(folder, kind, config, made_from, command)
+        yield
+
+
+def _compare(
     folder: Path,
     kind: str,
     config: Mapping[str, Any],
     made_from: Mapping[str, Any],
     command: str,
 ) -> None:
-    """Claim the folder for these settings, or see that it is theirs already.
-
-    `kind` tells the runs of one command from those of others; `made_from` is what a run depends on
-    besides its config (data, a model).
-
-    Raises FileExistsError for a folder that holds no run, ValueError for one of other settings.
-    """
-    claim(folder, "run")
     if not (folder / SETTINGS).is_file():
         settings = {"format": kind, "config": dict(config), "data": dict(made_from)}
         write_json(folder / SETTINGS, settings)
@@ -40,6 +57,8 @@ def enter_run(
     stored = read_table(folder / SETTINGS)
     if stored.get("format") != kind:
         raise ValueError(f"{folder / SETTINGS} does not describe a run of `{command}`")
+    if not all(isinstance(stored.get(part), dict) for part in ("config", "data")):
+        raise ValueError(f"{folder / SETTINGS} is damaged: it has no tables 'config' and 'data'")
     before, now = {**stored["config"], **stored["data"]}, {**config, **made_from}
     changed = [f"{k}={now[k]!r} (there: {before.get(k)!r})" for k in now if now[k] != before.get(k)]
     if changed:

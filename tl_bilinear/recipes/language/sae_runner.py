@@ -148,7 +148,8 @@ def _last(folder: Path) -> Path | None:
     for path in (folder / CHECKPOINTS).glob(f"*/*/{_LAST_WRITTEN}"):
         with contextlib.suppress(ValueError):
             read_table(path)
-            whole.append(path.parent)
+            if path.parent.name.isdecimal():
+                whole.append(path.parent)
     return max(whole, key=_tokens_of, default=None)
 
 

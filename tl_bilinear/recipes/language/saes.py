@@ -28,11 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tl_bilinear import checks
 from tl_bilinear.io import digest_of, read_json, read_table, write_json
+from tl_bilinear.models.files import require_numbers
 from tl_bilinear.models.huggingface import no_file_bars
 from tl_bilinear.recipes.language.config import SAETrainingConfig
 from tl_bilinear.recipes.language.data import LanguageData
-from tl_bilinear.recipes.language.run_folder import RESULT, SETTINGS, enter_run, require_finished
+from tl_bilinear.recipes.language.run_folder import RESULT, SETTINGS, require_finished, work_in
 from tl_bilinear.recipes.language.sae_runner import (
     CHECKPOINTS,
     SAES,
@@ -40,6 +42,7 @@ from tl_bilinear.recipes.language.sae_runner import (
     name_of,
     train_together,
 )
+from tl_bilinear.recipes.language.tokenizer import require_same_tokenizer
 
 if TYPE_CHECKING:
     from tl_bilinear.features.evaluation import SAEEvaluation
@@ -89,7 +92,7 @@ class SAERun:
             config = SAETrainingConfig(**fields)
             evaluation = SAEEvaluation.load(folder / EVALUATION)
             return cls(folder, config, tuple(stored["layers"]), evaluation)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"{folder} was not written by this version of `{_COMMAND}`: {error}"
             ) from error
@@ -131,6 +134,7 @@ def train_saes(
     """
     from tl_bilinear.features.evaluation import evaluate_saes
 
+    checks.require_count("evaluate_on", evaluate_on, 2**31, "rows of validation text")
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
     folder = Path(folder).expanduser().resolve()
     model = load_hooked(model, device)
@@ -141,26 +145,32 @@ def train_saes(
         "model": digest_of(dict(model.state_dict()), {}),
         "evaluate_on": evaluate_on,
     }
-    enter_run(folder, FORMAT, _plain(config), made_from, _COMMAND)
-    if (folder / RESULT).is_file():
+    with work_in(folder, FORMAT, _plain(config), made_from, _COMMAND):
+        if (folder / RESULT).is_file():
+            return SAERun.load(folder)
+        names = [(layer, point) for layer in layers for point in config.points]
+        if not all((folder / SAES / name_of(*each)).is_dir() for each in names):
+            train_together(model, data, config, names, folder, progress)
+        rows = data.validation.with_format("torch")[:evaluate_on]["input_ids"].long()
+        device = model.cfg.device
+        saes = {name_of(*each): _load_sae(folder, name_of(*each), device) for each in names}
+        evaluation = evaluate_saes(model, saes, rows.to(device), progress=progress)
+        evaluation.save(folder / EVALUATION)
+        write_json(folder / RESULT, {"layers": list(layers)})
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return SAERun.load(folder)
-
-    names = [(layer, point) for layer in layers for point in config.points]
-    if not all((folder / SAES / name_of(*each)).is_dir() for each in names):
-        train_together(model, data, config, names, folder, progress)
-    rows = data.validation.with_format("torch")[:evaluate_on]["input_ids"].long()
-    saes = {name_of(*each): _load_sae(folder, name_of(*each), model.cfg.device) for each in names}
-    evaluation = evaluate_saes(model, saes, rows.to(model.cfg.device), progress=progress)
-    evaluation.save(folder / EVALUATION)
-    write_json(folder / RESULT, {"layers": list(layers)})
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return SAERun.load(folder)
 
 
 def _load_sae(folder: Path, name: str, device: str | torch.device) -> Any:
     from sae_lens import SAE
 
-    return SAE.load_from_disk(folder / SAES / name, device=str(device))
+    place = folder / SAES / name
+    try:
+        sae = SAE.load_from_disk(place, device=str(device))
+    except Exception as error:  # SAELens passes on what JSON, safetensors and torch raise
+        raise ValueError(f"the SAE in {place} cannot be read: {error}") from error
+    require_numbers(place, sae.state_dict())
+    return sae
 
 
 def load_hooked(model: Any, device: str | None = None) -> Any:
@@ -204,6 +214,7 @@ def _require_fit(model: Any, data: LanguageData, config: SAETrainingConfig) -> t
             f"the text is tokenized with {len(data.tokenizer)} entries, the model has {cfg.d_vocab}: "
             "prepare it again with the model's tokenizer (`tl-bilinear data --tokenizer MODEL`)"
         )
+    require_same_tokenizer(data, model.tokenizer, "the model")
     if config.k > round(config.expansion * cfg.d_model):
         raise ValueError(
             f"k={config.k} features cannot be active of {round(config.expansion * cfg.d_model)}: "

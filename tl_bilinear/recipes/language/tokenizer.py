@@ -8,7 +8,10 @@ that trained the published models is WordPiece.)
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import re
 import string
 from collections.abc import Iterable
 from os import PathLike
@@ -18,6 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from tl_bilinear.io import refuse_foreign, whole_directory
+from tl_bilinear.models.files import read_tokenizer
 from tl_bilinear.recipes.language.config import TINYSTORIES, TokenizerConfig
 from tl_bilinear.recipes.language.text import Cleaner, CleaningReport, read_stories
 
@@ -25,12 +29,17 @@ UNKNOWN, BOS, EOS = "[UNK]", "[BOS]", "[EOS]"
 
 _SPECIAL = (UNKNOWN, BOS, EOS)
 
+# WordPiece makes [UNK] of a word of more than 100 characters, and training takes a time that grows with
+# the square of a word's length: such words are left out.
+_LONG = re.compile(r"[^\s\d!-/:-@\[-`{-~]{101,}")
+
 
 def train_tokenizer(stories: Iterable[str], size: int = TokenizerConfig.size) -> Any:
     """A ``PreTrainedTokenizerFast`` of at most `size` entries, trained on a stream of stories.
 
     The same stories give the same tokenizer. Every letter, digit and punctuation mark of ASCII has an
-    entry, so no ASCII text becomes ``[UNK]``. It prepends ``[BOS]``. TransformerLens takes it as it is,
+    entry, so no ASCII text becomes ``[UNK]``, but for words of more than 100 letters, which it is not
+    trained on. It prepends ``[BOS]``. TransformerLens takes it as it is,
     from memory or from a folder.
 
     Raises ValueError for a size too small for the characters of the text, and for no text at all.
@@ -48,7 +57,8 @@ def train_tokenizer(stories: Iterable[str], size: int = TokenizerConfig.size) ->
     )
     tokens = _tokenizer(models.WordPiece(unk_token=UNKNOWN))
     seen = itertools.count(1)
-    tokens.train_from_iterator((story for story, _ in zip(stories, seen, strict=False)), trainer)
+    counted = (_LONG.sub(" ", story) for story, _ in zip(stories, seen, strict=False))
+    tokens.train_from_iterator(counted, trainer)
     if next(seen) == 1:
         raise ValueError("no text to train a tokenizer on: the source has no stories")
     found = tokens.get_vocab_size()
@@ -127,20 +137,43 @@ def load_tokenizer(folder: str | PathLike[str]) -> Any:
 
     Raises FileNotFoundError or ValueError, saying what is missing.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder).expanduser()
     if not (folder / "tokenizer_config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no tokenizer: make one with `tl-bilinear tokenizer --out {folder}`"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exceptions for a broken file
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    tokenizer = read_tokenizer(folder)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {folder} does not mark where text begins or ends: it needs a bos_token "
             "and an eos_token"
         )
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of what a tokenizer does: its vocabulary, its special tokens, and how it splits text."""
+    does = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "splits": tokenizer([*_PROBES], add_special_tokens=False)["input_ids"],
+    }
+    return hashlib.sha256(json.dumps(does).encode()).hexdigest()
+
+
+_PROBES = (
+    "Once upon a time, there was a little girl named Lily. She didn't like 1234 apples!",
+    "  two  spaces\n\tand a tab; UPPER lower MiXeD x_y-z (a+b)*c == 3.14e-5 https://example.org/?q=1",
+    "na\u00efve caf\u00e9 \u201cquoted\u201d \u2014 \u4f60\u597d \u043f\u0440\u0438 \U0001f600",
+    "antidisestablishmentarianism unbelievably restructured tokenizations",
+)
+
+
+def require_same_tokenizer(data: Any, tokenizer: Any, whose: str) -> None:
+    """Raise ValueError for text that was not made with this tokenizer; None is not compared."""
+    if tokenizer is not None and tokenizer_digest(data.tokenizer) != tokenizer_digest(tokenizer):
+        raise ValueError(
+            f"the text in {data.folder} was made with another tokenizer than that of {whose}: its "
+            "numbers stand for other tokens. Prepare the text with the model's own (`tl-bilinear data "
+            "SOURCE --tokenizer MODEL`)"
+        )

@@ -23,7 +23,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from typing import Any
 import torch
 
 from tl_bilinear.io import write_json
-from tl_bilinear.models.huggingface import no_file_bars, save_llama
+from tl_bilinear.models.huggingface import load_llama, no_file_bars, save_llama
 from tl_bilinear.recipes.language.checkpoints import (
     WRITING,
     last_checkpoint,
     place_to_write,
+    require_whole,
     seconds_of,
     step_of,
 )
@@ -46,9 +47,9 @@ from tl_bilinear.recipes.language.language_run import MODEL, LanguageRun
 from tl_bilinear.recipes.language.llama import build_llama, language_loss
 from tl_bilinear.recipes.language.run_folder import (
     RESULT,
-    enter_run,
     is_first_process,
     wait_for_all,
+    work_in,
 )
 from tl_bilinear.recipes.language.sampling import sample_text
 from tl_bilinear.recipes.language.trainer import make_trainer
@@ -81,8 +82,6 @@ def train_language_model(
     FileExistsError for a folder that holds something else; OSError where a checkpoint cannot be
     written (the ones before it are whole).
     """
-    from transformers import LlamaForCausalLM
-
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
     complete_run(
         folder,
@@ -90,7 +89,7 @@ def train_language_model(
         data,
         command=LanguageRun.command,
         build=lambda: build_llama(config, data.tokenizer, data.n_ctx),
-        restore=LlamaForCausalLM.from_pretrained,
+        restore=load_llama,
         options=RunOptions(**options),
         progress=progress,
     )
@@ -120,20 +119,23 @@ def complete_run(
     folder = Path(folder).expanduser().resolve()
     steps = config.total_steps(len(data.train))
     arguments = _arguments(folder, config, options, steps, progress)
-    if is_first_process():
-        depends_on = {
-            "fingerprint": data.fingerprint,
-            "n_ctx": data.n_ctx,
-            "vocabulary": len(data.tokenizer),
-            **made_from,
-        }
-        enter_run(folder, FORMAT, dataclasses.asdict(config), depends_on, command)
-    wait_for_all()
-    if (folder / RESULT).is_file():
-        return
-
-    with _own_random_numbers(), place_to_write(folder), no_file_bars():
+    depends_on = {
+        "fingerprint": data.fingerprint,
+        "n_ctx": data.n_ctx,
+        "vocabulary": len(data.tokenizer),
+        **made_from,
+    }
+    with ExitStack() as stack:
+        if is_first_process():
+            settings = dataclasses.asdict(config)
+            stack.enter_context(work_in(folder, FORMAT, settings, depends_on, command))
+        wait_for_all()
+        if (folder / RESULT).is_file():
+            return
+        for each in (_own_random_numbers(), place_to_write(folder), no_file_bars()):
+            stack.enter_context(each)
         last = last_checkpoint(folder)
+        require_whole(last)
         # Trainer, started at the last step in the middle of an epoch, would take one step more.
         if step_of(last) < steps:
             llama = build()
@@ -149,6 +151,7 @@ def complete_run(
                 ) from None
         last = last_checkpoint(folder)
         assert last is not None  # training ends with one
+        require_whole(last)
         _finish(folder, last, restore(last), config, data, arguments)
 
 
@@ -235,6 +238,11 @@ def _finish(
     llama = llama.to(arguments.device)
     bos, batch_size = data.tokenizer.bos_token_id, arguments.per_device_eval_batch_size
     loss = language_loss(llama, data.validation, bos, batch_size)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the model of {last} has a validation loss of {loss}: training diverged. Choose a smaller "
+            "learning rate, and another folder or delete this one"
+        )
     if is_first_process():
         result = {
             "loss": loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,12 @@ def make_trainer(
             now = time.perf_counter()
             self.seconds, self._mark = self.seconds + now - self._mark, now
 
-        def on_evaluate(self, *_: Any, **__: Any) -> None:
+        def on_evaluate(self, *_: Any, metrics: Any = None, **__: Any) -> None:
+            if not math.isfinite((metrics or {}).get("eval_loss", 0.0)):
+                raise ValueError(
+                    f"training diverged: the validation loss is {metrics['eval_loss']}. Choose a "
+                    f"smaller learning rate, and another folder or delete {folder}"
+                )
             self._mark = time.perf_counter()
 
         def on_save(self, args: Any, state: Any, control: Any, **__: Any) -> None:
