@@ -1,0 +1,1 @@
+"""The explorer: one page in which a person reads a bilinear layer."""
