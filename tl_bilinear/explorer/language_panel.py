@@ -477,6 +477,11 @@ def activations_document(run: FeatureRun, row: int) -> Document:
     }
 
 
+def sparse_document(z: Float[Tensor, "t n"]) -> Document:
+    """Activations of some tokens as a document's part: starts [t + 1], features and values."""
+    return _Active.of(iter([z]), len(z)).of_row(0, len(z))
+
+
 def unpacked_list(array: Document) -> list[Any]:
     """The entries of a flat array of the format."""
     found: list[Any] = unpacked(array).tolist()

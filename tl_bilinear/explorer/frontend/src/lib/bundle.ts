@@ -185,7 +185,14 @@ export function readManifest(): Manifest {
   } catch {
     throw new BundleError("This page is damaged: its manifest cannot be read. Write it again.");
   }
-  return checkManifest(found);
+  const manifest = checkManifest(found);
+  if (served()) for (const panel of manifest.panels) if (panel.kind === "language") panel.served = true;
+  return manifest;
+}
+
+/** Whether a server with the model stands behind this page. */
+function served(): boolean {
+  return document.getElementById("explorer")?.dataset.served !== undefined;
 }
 
 export function checkManifest(found: Manifest): Manifest {
