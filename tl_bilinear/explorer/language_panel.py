@@ -261,7 +261,7 @@ class _Language:
                 break
         taken = {rank for rank, _ in chosen}
         for quantile in QUANTILES:
-            middle = round((1 - quantile) * (len(tokens) - 1))
+            middle = max(0, round((1 - quantile) * (len(tokens) - 1)))
             for rank in range(middle, min(middle + EACH, len(tokens))):
                 if rank not in taken:
                     taken.add(rank)

@@ -20,8 +20,8 @@ from tl_bilinear.explorer.documents import Panel, write_folder, write_page
 from tl_bilinear.explorer.image_panel import image_panel
 from tl_bilinear.explorer.language_panel import language_panel
 from tl_bilinear.features import FeatureInteractions, FeatureRun
-from tl_bilinear.io import refuse_foreign
-from tl_bilinear.paper.quickstart import Quickstart
+from tl_bilinear.io import is_ours, mark, refuse_foreign
+from tl_bilinear.paper.quickstart import KIND, Quickstart
 
 
 @dataclass(frozen=True)
@@ -157,4 +157,7 @@ def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = Tru
     panels = [image_panel(images.training.model, data, title="Digits", facts=facts)]
     if result.language is not None:
         panels.append(demo_panel(demo_run(progress=progress)))
-    return explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)
+    view = explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)
+    if is_ours(view.path.parent, KIND):
+        mark(view.path.parent, KIND)  # or the next quickstart would take the page for somebody else's
+    return view
