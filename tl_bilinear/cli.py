@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import traceback
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +19,7 @@ try:
     from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
     from cyclopts.config import Dict
 
+    from tl_bilinear.explorer.config import ExploreConfig
     from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
     from tl_bilinear.recipes.language.config import (
         CONFIGS,
@@ -34,6 +37,7 @@ except KeyboardInterrupt:  # `main` answers all others
     sys.exit(130)
 
 PRESET = "--config"
+EXPLORER = "explorer.html"
 
 
 def _version() -> str:
@@ -113,13 +117,20 @@ def quickstart(
     Settings of the training that are not given are the paper's: size 256, noise 0.4, weight decay 1,
     batch 2048, 20 epochs; below 20,000 images batch 256 and 60 epochs.
     """
+    from tl_bilinear.explorer import quickstart_page
     from tl_bilinear.paper.quickstart import REPORT, run_quickstart
 
     try:
         result = run_quickstart(config, progress=not quiet)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was written") from None
-    print(result, f"Open {config.out / REPORT} to see it all.", sep="\n\n")
+    page = config.out / EXPLORER
+    quickstart_page(result, page, progress=not quiet)
+    print(
+        result,
+        f"Open {page} to draw digits, and to read every feature. {config.out / REPORT} explains it all.",
+        sep="\n\n",
+    )
 
 
 @app.command
@@ -139,6 +150,29 @@ def images(
     made = make_gallery(config, report=print, progress=not quiet)
     seconds = sum(study.seconds for study in made)
     print(f"{len(made)} studies in {seconds:.0f} s. Open {config.out / PAGE}.")
+
+
+@app.command
+def explore(
+    *, config: Annotated[ExploreConfig, fields_of()] = ExploreConfig(), quiet: Quiet = False
+) -> None:
+    """Write a page in which a layer of the model that ships is read, and open it.
+
+    Every output and input feature between two SAEs: where it is active, which pairs make it, and for each
+    token the exact sum. The page opens from disk, without a server.
+    """
+    from tl_bilinear.explorer import explore_demo, serving
+
+    view, run = explore_demo(config, progress=not quiet)
+    print(view)
+    if config.serve:
+        with serving(view.path, run, port=config.port) as address:
+            print(f"Serving on {address}; Ctrl-C ends it.")
+            if config.open:
+                webbrowser.open(address)
+            threading.Event().wait()
+    elif config.open:
+        view.open()
 
 
 # ---------------------------------------------------------------------- text

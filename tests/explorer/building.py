@@ -1,0 +1,70 @@
+"""Small panels of every kind that an exact sum has to hold for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from tests.features.building import N_OUT, model, sae
+from tl_bilinear import FeatureInteractions
+from tl_bilinear.explorer import language_panel
+
+LAYER = "blocks.1"
+INTO, RESIDUAL = f"{LAYER}.mlp.hook_in", f"{LAYER}.hook_resid_mid"
+OUTPUT = f"{LAYER}.hook_mlp_out"
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2]])
+HOSTILE = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
+
+
+def into(architecture="topk", hook=RESIDUAL, **fields):
+    return sae(hook, architecture, dtype="float64", **fields)
+
+
+def out(architecture="topk", **fields):
+    return sae(OUTPUT, architecture, n=N_OUT, seed=1, dtype="float64", **fields)
+
+
+CASES = {
+    "plain": lambda: (model(bilinear_bias=False), into(hook=INTO), out()),
+    "norm": lambda: (model(normalization_type="LN"), into(), out()),
+    "gated": lambda: (model(), into("gated"), out("gated")),
+    "mean": lambda: (
+        model(),
+        into(normalize_activations="layer_norm"),
+        out(normalize_activations="layer_norm"),
+    ),
+    "skip": lambda: (
+        model(),
+        sae("blocks.0.hook_resid_pre", "skip_transcoder", hook_out=RESIDUAL, dtype="float64"),
+        sae(INTO, "skip_transcoder", n=N_OUT, seed=1, hook_out=OUTPUT, dtype="float64"),
+    ),
+}
+
+
+@functools.cache
+def run(case):
+    """A run of a small random model, with labels that are HTML."""
+    built, one, other = CASES[case]()
+    features = FeatureInteractions(built, 1, one, other)
+    features = features.with_labels(
+        input=[f"{HOSTILE} in {i}" for i in range(features.inputs.n)],
+        output=[f"{HOSTILE} out {i}" for i in range(features.outputs.n)],
+    )
+    return features.run(TOKENS, progress=False)
+
+
+def panel(case):
+    return language_panel(run(case), title=f"{case} {HOSTILE}", facts={HOSTILE: HOSTILE}, name=case)
+
+
+def with_documents(panel, **changed):
+    """A panel with some documents replaced: functions of the document that was there."""
+    documents = dict(panel.documents)
+    for name, change in changed.items():
+        made = documents[f"{panel.manifest['name']}-{name}"]
+        documents[f"{panel.manifest['name']}-{name}"] = (
+            lambda read, made=made, change=change: change(made(read))
+        )
+    return dataclasses.replace(panel, documents=documents)

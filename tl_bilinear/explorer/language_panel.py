@@ -1,0 +1,498 @@
+"""A bilinear layer between two dictionaries, as documents of a bundle.
+
+Weights go in whole, as float32: with them the page computes exact sums, spectra and interaction matrices
+itself. From text go in, for every token, what the input dictionary saw and which features of both sides
+were active. What the page could not compute at once is computed here: strongest pairs over all pairs,
+tokens promoted, nearest directions, and which tokens are examples.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_bilinear.explorer.documents import Document, Panel, Read, packed, unpacked
+from tl_bilinear.features import Dictionary, FeatureRun
+from tl_bilinear.features.examples import Side
+from tl_bilinear.features.geometry import unit
+from tl_bilinear.features.labels import pieces
+from tl_bilinear.features.passage import residual_passage
+from tl_bilinear.features.unembedding import token_names, unembedding
+from tl_bilinear.io import digest_of
+
+BLOCK = 64  # features in a document
+PAIRS, TOKENS, NEIGHBOURS, FEEDS = 20, 10, 8, 12
+BEFORE, AFTER = 14, 8  # tokens of an example around its strongest
+STRONGEST, QUANTILES, EACH = 6, (0.9, 0.5, 0.1), 2
+FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width by itself
+SEARCHED = 5  # tokens of each kind that a search finds a feature by
+
+
+def language_panel(
+    run: FeatureRun, *, title: str, facts: Mapping[str, str] | None = None, name: str = "language"
+) -> Panel:
+    """A panel of the layer and the text of a run.
+
+    Parameters
+    ----------
+    run: a run whose features may have labels (`FeatureRun.labelled`)
+    title: str
+    facts: what else is to be said of the model, by name
+    name: of the panel, the beginning of its documents' names
+
+    Raises ValueError for input features without activations, of which no token can be taken apart.
+    """
+    if run.features.inputs.encode is None:
+        raise ValueError(
+            f"{run.features.inputs!r} has directions but no activations, so no token can be taken "
+            f"apart: give an SAE, or Dictionary(..., encode=)"
+        )
+    return _Language(run, title, dict(facts or {}), name).panel()
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """Which features were active on which tokens: the entries of a sparse matrix.
+
+    tokens, features, values: [m], by token, then feature; starts: [tokens + 1]
+    """
+
+    tokens: Int[Tensor, " m"]
+    features: Int[Tensor, " m"]
+    values: Float[Tensor, " m"]
+    starts: Int[Tensor, " t"]
+
+    @classmethod
+    def of(cls, parts: Iterator[Tensor], tokens: int) -> _Active:
+        """From activations [some, n] of tokens in order."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        first = 0
+        for z in parts:
+            where = z.nonzero()
+            found.append((where[:, 0] + first, where[:, 1], z[where[:, 0], where[:, 1]]))
+            first += len(z)
+        token, feature, value = (torch.cat(each).cpu() for each in zip(*found, strict=True))
+        starts = torch.zeros(tokens + 1, dtype=torch.long)
+        starts[1:] = torch.bincount(token, minlength=tokens).cumsum(0)
+        return cls(token, feature, value, starts)
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """features, tokens, values sorted by feature."""
+        order = self.features.argsort(stable=True)
+        return self.features[order], self.tokens[order], self.values[order]
+
+    def of_feature(self, feature: int) -> tuple[Tensor, Tensor]:
+        """(tokens, values) where one feature was active."""
+        features, tokens, values = self.by_feature
+        bounds = torch.searchsorted(features, torch.tensor([feature, feature + 1]))
+        part = slice(int(bounds[0]), int(bounds[1]))
+        return tokens[part], values[part]
+
+    def of_row(self, row: int, length: int) -> Document:
+        """The entries of one row of the text, as a document's part."""
+        starts = self.starts[row * length : (row + 1) * length + 1]
+        part = slice(int(starts[0]), int(starts[-1]))
+        return {
+            "starts": packed(starts - starts[0]),
+            "features": packed(_narrow(self.features[part])),
+            "values": packed(self.values[part]),
+        }
+
+
+class _Language:
+    """Makes the documents; every method that makes one is named for it."""
+
+    def __init__(self, run: FeatureRun, title: str, facts: dict[str, str], name: str) -> None:
+        self.run, self.title, self.facts, self.name = run, title, facts, name
+        self.known = run.features
+        self.tensor = self.known.hook_tensor
+        self.sides: dict[Side, Dictionary] = {
+            "output": self.known.outputs,
+            "input": self.known.inputs,
+        }
+        self.rows, self.length = run.tokens.shape
+
+    def panel(self) -> Panel:
+        documents: dict[str, Callable[[Read], Document]] = {self._named("layer"): self._layer}
+        for side in self.sides:
+            for block, part in enumerate(self._blocks(side)):
+                documents[self._named(f"{side}-directions-{block}")] = self._directions(side, part)
+        documents[self._named("words")] = self._words
+        for row in range(self.rows):
+            documents[self._named(f"text-{row}")] = self._text(row)
+            documents[self._named(f"activations-{row}")] = self._activations(row)
+        for block, part in enumerate(self._blocks("output")):
+            documents[self._named(f"output-{block}")] = self._outputs(part)
+        for block, part in enumerate(self._blocks("input")):
+            documents[self._named(f"input-{block}")] = self._inputs(part)
+        documents[self._named("table")] = self._table
+        return Panel(self._manifest(), documents, self._identity())
+
+    def _named(self, document: str) -> str:
+        return f"{self.name}-{document}"
+
+    def _blocks(self, side: Side) -> list[range]:
+        n = self.sides[side].n
+        return [range(first, min(first + BLOCK, n)) for first in range(0, n, BLOCK)]
+
+    def _identity(self) -> str:
+        known, run = self.known, self.run
+        weights = {
+            "left": self.tensor.left, "right": self.tensor.right, "out": self.tensor.out,
+            "directions": known.directions, "inputs": known.input_directions, "tokens": run.tokens,
+            "x": run.hook_activations, "mask": run.mask,
+        }  # fmt: skip
+        labels = [list(side.labels or ()) for side in self.sides.values()]
+        return digest_of(weights, {"labels": labels, "name": self.name, "facts": self.facts})
+
+    def _manifest(self) -> Document:
+        known, tensor = self.known, self.tensor
+        return {
+            "kind": "language",
+            "name": self.name,
+            "title": self.title,
+            "facts": self.facts,
+            "layer": known.layer,
+            "input_hook": known.passage.hook,
+            "output_hook": known.output_hook,
+            "along": known.output,
+            "needs_scale": known.passage.needs_scale,
+            "d_in": tensor.d_in,
+            "d_out": tensor.d_out,
+            "d_hidden": tensor.d_hidden,
+            "n_in": known.inputs.n,
+            "n_out": known.outputs.n,
+            "rows": self.rows,
+            "row_length": self.length,
+            "counted": int(self.run.mask.sum()),
+            "block": BLOCK,
+            "window": [BEFORE, AFTER],
+        }
+
+    # ------------------------------------------------------------------ weights
+
+    def _layer(self, read: Read) -> Document:
+        tensor = self.tensor
+        found: Document = {name: packed(getattr(tensor, name)) for name in ("left", "right", "out")}
+        for name in ("bias_left", "bias_right", "bias_out"):
+            bias = getattr(tensor, name)
+            if bias is not None:
+                found[name] = packed(bias)
+        if self.known.output == "encoder":
+            for name, values in (
+                ("- e . b_dec", self.known.outputs.encoder_offset),
+                ("b_enc", self.known.outputs.encoder_bias),
+            ):
+                if values is not None:
+                    found.setdefault("constants", {})[name] = packed(values)
+        return found
+
+    def _directions(self, side: Side, part: range) -> Callable[[Read], Document]:
+        rows = self.known.directions if side == "output" else self.known.input_directions
+        return lambda read: {"directions": packed(rows[part.start : part.stop])}
+
+    # ------------------------------------------------------------------ text
+
+    @cached_property
+    def _used(self) -> tuple[Tensor, Tensor]:
+        """The token ids that occur, and the number of each token among them."""
+        used, place = self.run.tokens.cpu().unique(return_inverse=True)
+        return used, place
+
+    def _words(self, read: Read) -> Document:
+        return {"words": pieces(self.known.model.tokenizer, self._used[0].tolist())}
+
+    @cached_property
+    def _active(self) -> dict[Side, _Active]:
+        count = self.rows * self.length
+
+        def of(side: Side) -> _Active:
+            parts = (
+                part.activations(side=side).flatten(0, 1)
+                for part in (self.run[i : i + 4] for i in range(0, self.rows, 4))
+            )
+            return _Active.of(parts, count)
+
+        return {side: of(side) for side in self.sides}
+
+    @cached_property
+    def _counted(self) -> Tensor:
+        return self.run.mask.cpu().flatten()
+
+    def _text(self, row: int) -> Callable[[Read], Document]:
+        def make(read: Read) -> Document:
+            return {
+                "tokens": packed(self._used[1][row]),
+                "length": int(self.run.lengths[row]),
+                "counted": packed(self.run.mask[row].to(torch.uint8)),
+                "input": self._active["input"].of_row(row, self.length),
+                "output": self._active["output"].of_row(row, self.length),
+            }
+
+        return make
+
+    def _activations(self, row: int) -> Callable[[Read], Document]:
+        return lambda read: activations_document(self.run, row)
+
+    # ------------------------------------------------------------------ features
+
+    def _examples(self, side: Side, feature: int) -> list[list[Any]]:
+        """[row, position, activation, quantile] of tokens, the strongest of a row only; strongest first."""
+        tokens, values = self._active[side].of_feature(feature)
+        kept = self._counted[tokens] & (values > 0)
+        tokens, values = tokens[kept], values[kept]
+        order = values.argsort(descending=True, stable=True)
+        tokens, values = tokens[order], values[order]
+        chosen: list[tuple[int, float]] = []
+        rows: set[int] = set()
+        for rank, token in enumerate(tokens.tolist()):
+            if token // self.length not in rows:
+                rows.add(token // self.length)
+                chosen.append((rank, 1.0))
+            if len(chosen) == STRONGEST:
+                break
+        taken = {rank for rank, _ in chosen}
+        for quantile in QUANTILES:
+            middle = max(0, round((1 - quantile) * (len(tokens) - 1)))
+            for rank in range(middle, min(middle + EACH, len(tokens))):
+                if rank not in taken:
+                    taken.add(rank)
+                    chosen.append((rank, quantile))
+        return [
+            [*divmod(int(tokens[rank]), self.length), float(values[rank]), quantile]
+            for rank, quantile in chosen
+        ]
+
+    @cached_property
+    def _unembedding(self) -> Tensor:
+        return unembedding(self.known.model).decoder
+
+    @cached_property
+    def _token_names(self) -> list[str]:
+        count = len(self._unembedding)
+        return token_names(self.known.model, count) or [str(i) for i in range(count)]
+
+    def _promoted(self, side: Side, part: range) -> list[Document]:
+        """Tokens that features promote and suppress through the unembedding, as `promoted` says."""
+        known = self.known
+        rows = self.sides[side].decoder[part.start : part.stop].to(self._unembedding)
+        weight = getattr(getattr(known.model.blocks[known.layer], "ln2", None), "w", None)
+        before = residual_passage(known.model, known.layer)
+        if side == "input" and known.passage.hook == before.layer_hook and weight is not None:
+            rows = rows / weight.detach().to(rows)
+        logits = rows @ self._unembedding.T
+        k = min(TOKENS, logits.shape[1])
+        ends = {"promoted": logits.topk(k), "suppressed": logits.topk(k, largest=False)}
+        return [
+            {
+                name: [
+                    [self._token_names[token], value]
+                    for token, value in zip(
+                        end.indices[i].tolist(), end.values[i].tolist(), strict=True
+                    )
+                ]
+                for name, end in ends.items()
+            }
+            for i in range(len(part))
+        ]
+
+    def _neighbours(self, side: Side, part: range) -> list[Document]:
+        """Nearest and most opposed directions of the decoder."""
+        rows = unit(self.sides[side].decoder)
+        cosines = rows[part.start : part.stop] @ rows.T
+        own = torch.arange(len(part))
+        cosines[own, own + part.start] = 0.0
+        k = min(NEIGHBOURS, cosines.shape[1])
+        near, lowest = cosines.topk(k), cosines.min(1)
+        return [
+            {
+                "neighbours": _numbered(near.indices[i], near.values[i]),
+                "opposite": [int(lowest.indices[i]), float(lowest.values[i])],
+            }
+            for i in range(len(part))
+        ]
+
+    def _outputs(self, part: range) -> Callable[[Read], Document]:
+        def make(read: Read) -> Document:
+            known = self.known
+            k = min(PAIRS, known.inputs.n * (known.inputs.n + 1) // 2)
+            pairs = known.top(list(part), k)
+            Q = known.interaction(list(part), basis="activations")
+            full = self.tensor.d_in <= FULL_SPECTRUM
+            eigen = Q.eigh(None if full else min(LEADING, self.tensor.d_in))
+            norms = Q.frobenius_norm()
+            model = self.run.preactivations(list(part)).flatten(0, 1).cpu()
+            found = []
+            for i, feature in enumerate(part):
+                examples = self._examples("output", feature)
+                one: Document = {
+                    "feature": feature,
+                    "examples": examples,
+                    "measured": packed(self._measured(model[:, i], examples)),
+                    "pairs": {
+                        "first": packed(pairs.first[i]),
+                        "second": packed(pairs.second[i]),
+                        "coefficient": packed(pairs.coefficients[i]),
+                    },
+                    "norm": float(norms[i]),
+                    "eigenvalues": packed(eigen.values[i]),
+                }
+                if not full:
+                    one["eigenvectors"] = packed(eigen.vectors[i])
+                found.append(one)
+            return {"features": self._with_directions("output", part, found)}
+
+        return make
+
+    def _measured(self, model: Tensor, examples: list[list[Any]]) -> Tensor:
+        """The model's own pre-activations on the tokens of examples [examples, window]; NaN outside."""
+        values = torch.full((len(examples), BEFORE + 1 + AFTER), torch.nan)
+        for i, (row, position, *_) in enumerate(examples):
+            for j, at in enumerate(range(position - BEFORE, position + AFTER + 1)):
+                if 0 <= at < self.length:
+                    values[i, j] = model[row * self.length + at]
+        return values
+
+    def _with_directions(
+        self, side: Side, part: range, found: list[Document]
+    ) -> list[Document]:
+        extra = zip(self._promoted(side, part), self._neighbours(side, part), strict=True)
+        return [one | more[0] | more[1] for one, more in zip(found, extra, strict=True)]
+
+    def _inputs(self, part: range) -> Callable[[Read], Document]:
+        def make(read: Read) -> Document:
+            rows = self.known.input_directions[part.start : part.stop]
+            own = self.known.hook_tensor.parts().interaction(rows) @ self.known.directions.T
+            k = min(FEEDS, own.shape[1])
+            strongest = own.abs().topk(k).indices
+            met = self._met(read)
+            found = [
+                {
+                    "feature": feature,
+                    "examples": self._examples("input", feature),
+                    # Output features, with d Q d^T: what the feature by itself makes of each.
+                    "own": _numbered(strongest[i], own[i, strongest[i]]),
+                    # [output feature, other input feature, coefficient]
+                    "crossed": met.get(feature, [])[:FEEDS],
+                }
+                for i, feature in enumerate(part)
+            ]
+            return {"features": self._with_directions("input", part, found)}
+
+        return make
+
+    def _met(self, read: Read) -> dict[int, list[list[Any]]]:
+        """For each input feature, the cross pairs that it is in among output features' strongest."""
+        if not hasattr(self, "_crossed"):
+            crossed: dict[int, list[list[Any]]] = defaultdict(list)
+            for one in self._written(read, "output"):
+                first, second, coefficients = (
+                    unpacked_list(one["pairs"][name]) for name in ("first", "second", "coefficient")
+                )
+                for b, c, value in zip(first, second, coefficients, strict=True):
+                    if b != c:
+                        crossed[int(b)].append([one["feature"], int(c), value])
+                        crossed[int(c)].append([one["feature"], int(b), value])
+            for pairs in crossed.values():
+                pairs.sort(key=lambda pair: -abs(pair[2]))
+            self._crossed = crossed
+        return self._crossed
+
+    def _written(self, read: Read, side: Side) -> Iterator[Document]:
+        for block in range(len(self._blocks(side))):
+            yield from read(self._named(f"{side}-{block}"))["features"]
+
+    # ------------------------------------------------------------------ the table
+
+    def _table(self, read: Read) -> Document:
+        return {side: self._columns(side, read) for side in self.sides}
+
+    def _columns(self, side: Side, read: Read) -> Document:
+        n, known = self.sides[side].n, self.sides[side]
+        active = self._active[side]
+        kept = self._counted[active.tokens]
+        counts = torch.bincount(active.features[kept], minlength=n)
+        largest = torch.zeros(n).scatter_reduce_(
+            0, active.features[kept], active.values[kept].float(), "amax"
+        )
+        columns: dict[str, list[Any]] = defaultdict(list)
+        for one in self._written(read, side):
+            columns["promoted"].append([word for word, _ in one["promoted"][:SEARCHED]])
+            columns["opposite"].append(one["opposite"][0])
+            columns["opposite_cosine"].append(one["opposite"][1])
+            if side == "input":
+                columns["own_output"].append(one["own"][0][0])
+                columns["own_value"].append(one["own"][0][1])
+                continue
+            values = unpacked_list(one["eigenvalues"])
+            squares = sorted((value * value for value in values), reverse=True)
+            columns["largest"].append(max(values))
+            columns["lowest"].append(min(values))
+            columns["share"].append(sum(squares[:2]) / one["norm"] ** 2 if one["norm"] else 0.0)
+            columns["norm"].append(one["norm"])
+            for name in ("first", "second", "coefficient"):
+                columns[name].append(unpacked_list(one["pairs"][name])[0])
+        found: Document = {
+            "labels": list(known.labels) if known.labels is not None else None,
+            "count": packed(counts),
+            "strongest": packed(largest),
+            "promoted": columns.pop("promoted"),
+        }
+        return found | {name: packed(torch.tensor(values)) for name, values in columns.items()}
+
+
+def activations_document(run: FeatureRun, row: int) -> Document:
+    """What one row's tokens are made of, at the input dictionary's hook.
+
+    ``x [length, d]``, ``scale`` and ``gain [length]``, and the named parts of x beside the features: a
+    shared vector times a number of each token, or a vector of each token. What is left is "error".
+    """
+    part = run[row]
+    source = None if part.source is None else part.source[0]
+    x = part.hook_activations[0]
+    reading = run.features.inputs.read(x, source)
+    rest: list[Document] = []
+    for name, values in reading.rest.items():
+        if name == "error":
+            continue
+        shared = values[0]
+        factors = (values @ shared) / shared.square().sum().clamp_min(1e-30)
+        if torch.allclose(factors[:, None] * shared, values, rtol=1e-6, atol=0):
+            rest.append({"name": name, "vector": packed(shared), "factors": packed(factors)})
+        else:
+            rest.append({"name": name, "vectors": packed(values)})
+    return {
+        "x": packed(x),
+        "scale": packed(part.scale[0, :, 0]),
+        "gain": packed(part.output_scale[0]),
+        "rest": rest,
+    }
+
+
+def sparse_document(z: Float[Tensor, "t n"]) -> Document:
+    """Activations of some tokens as a document's part: starts [t + 1], features and values."""
+    return _Active.of(iter([z]), len(z)).of_row(0, len(z))
+
+
+def unpacked_list(array: Document) -> list[Any]:
+    """The entries of a flat array of the format."""
+    found: list[Any] = unpacked(array).tolist()
+    return found
+
+
+def _narrow(numbers: Tensor) -> Tensor:
+    """Feature numbers as 16 bits where they fit: a text is full of them."""
+    fit = not numbers.numel() or int(numbers.max()) < 2**15
+    return numbers.to(torch.int16 if fit else torch.int32)
+
+
+def _numbered(index: Tensor, values: Tensor) -> list[list[Any]]:
+    return [list(pair) for pair in zip(index.tolist(), values.tolist(), strict=True)]

@@ -1,0 +1,163 @@
+"""Write a page of what there is, and open it."""
+
+from __future__ import annotations
+
+import html
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_bilinear.demo import (
+    demo_card,
+    demo_layers,
+    load_demo_model,
+    load_demo_saes,
+    load_demo_tokens,
+)
+from tl_bilinear.explorer.config import ExploreConfig
+from tl_bilinear.explorer.documents import Panel, write_folder, write_page
+from tl_bilinear.explorer.image_panel import image_panel
+from tl_bilinear.explorer.language_panel import language_panel
+from tl_bilinear.features import FeatureInteractions, FeatureRun
+from tl_bilinear.io import is_ours, mark, refuse_foreign
+from tl_bilinear.paper.quickstart import KIND, Quickstart
+
+
+@dataclass(frozen=True)
+class PageView:
+    """A page that was written. In a notebook it shows itself.
+
+    Attributes
+    ----------
+    path: the HTML file; height: of the frame in a notebook, in pixels
+    """
+
+    path: Path
+    height: int = 800
+
+    def __repr__(self) -> str:
+        return f"PageView({self.path}, {self.path.stat().st_size / 1e6:.1f} MB)"
+
+    def open(self) -> None:
+        """Open the page in a browser."""
+        webbrowser.open(self.path.resolve().as_uri())
+
+    def _repr_html_(self) -> str:
+        """A frame with the page in it: notebooks may not show files from disk, so it is held whole."""
+        page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" title="explorer" '
+            f'style="width: 100%; height: {self.height}px; border: 1px solid #d9dee5"></iframe>'
+        )
+
+
+def explore(
+    what: FeatureRun | Panel | list[Panel],
+    out: str | Path = "explorer.html",
+    *,
+    title: str | None = None,
+    folder: bool = False,
+    open: bool = True,
+    progress: bool = True,
+) -> PageView:
+    """A page of a layer on a text: of a run of a layer between two dictionaries, or of panels.
+
+    Parameters
+    ----------
+    what: FeatureRun, Panel or several
+        Features of a run that have no labels get them from its text.
+    out: the HTML file, or with `folder` the folder, to write; what an earlier call wrote is replaced
+    title: str, optional
+        By default the layer.
+    folder: bool
+        Write parts beside the page, which loads them as they are asked for; for large dictionaries.
+        Interrupted and called again, it goes on.
+    open: bool
+        Open the page in a browser.
+    """
+    if isinstance(what, FeatureRun):
+        run = what.labelled(progress=progress)
+        panels = [language_panel(run, title=title or f"Layer {run.features.layer}")]
+    else:
+        panels = [what] if isinstance(what, Panel) else list(what)
+    write = write_folder if folder else write_page
+    view = PageView(write(panels, out, title=title or "tl_bilinear", progress=progress))
+    if open:
+        view.open()
+    return view
+
+
+def demo_run(config: ExploreConfig = ExploreConfig(), *, progress: bool = True) -> FeatureRun:
+    """The model that ships, on stories of its own, with labels.
+
+    Raises ValueError for a layer or a point without SAEs.
+    """
+    layer = demo_layers()[-1] if config.layer is None else config.layer
+    saes = load_demo_saes(layer)
+    if config.point not in saes or config.point == "mlp_out":
+        known = " and ".join(sorted(saes.keys() - {"mlp_out"}))
+        raise ValueError(f"input features are at {known}, got {config.point!r}")
+    features = FeatureInteractions(
+        load_demo_model("cpu"), layer, saes[config.point], saes["mlp_out"]
+    )
+    rows = load_demo_tokens()[: config.rows]
+    return features.run(rows, progress=progress).labelled(progress=progress)
+
+
+def demo_facts(layer: int) -> dict[str, str]:
+    """What the model card says of the model and of a layer's SAEs."""
+    card: dict[str, Any] = demo_card()
+    model = card["model"]
+    found = {
+        "model": f"{model['parameters']:,} parameters, {model['loss']:.3f} nats a token on other stories",
+        "stories": "written by the model itself",
+    }
+    for each in card["saes"]["evaluation"]:
+        if each["sae"].startswith(f"{layer}-"):
+            found[f"SAE {each['sae']}"] = (
+                f"{each['l0']:.0f} features active at once; misses {each['nmse']:.0%} of the variance"
+            )
+    return found
+
+
+def demo_panel(run: FeatureRun) -> Panel:
+    """The panel of the model that ships."""
+    layer = run.features.layer
+    return language_panel(
+        run, title=f"Layer {layer} of the model that ships", facts=demo_facts(layer)
+    )
+
+
+def explore_demo(
+    config: ExploreConfig = ExploreConfig(), *, progress: bool = True
+) -> tuple[PageView, FeatureRun]:
+    """Write the page of the model that ships; the run is what a server answers from."""
+    if config.folder:
+        refuse_foreign(config.out, "explorer")
+    elif config.out.is_dir():
+        raise IsADirectoryError(f"{config.out} is a folder: name an HTML file, or give --folder")
+    elif not config.out.expanduser().resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {config.out} does not exist")
+    run = demo_run(config, progress=progress)
+    view = explore(
+        demo_panel(run), config.out, title="tl_bilinear: explorer", folder=config.folder,
+        open=False, progress=progress,
+    )  # fmt: skip
+    return view, run
+
+
+def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = True) -> PageView:
+    """The page that the quickstart ends in: its image model, and the language model that ships."""
+    images, data = result.images, result.images.data
+    facts = {
+        "images": f"{data.name}; {len(data.train_labels):,} to train on",
+        "accuracy": f"{images.training.accuracy:.3f} on {len(data.test_labels):,} other images",
+    }
+    panels = [image_panel(images.training.model, data, title="Digits", facts=facts)]
+    if result.language is not None:
+        panels.append(demo_panel(demo_run(progress=progress)))
+    view = explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)
+    if is_ours(view.path.parent, KIND):
+        mark(view.path.parent, KIND)  # or the next quickstart would take the page for somebody else's
+    return view
