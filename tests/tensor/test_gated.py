@@ -13,6 +13,7 @@ from tl_bilinear.tensor import Approximation, GatedLayer, approximate
 from tl_bilinear.tensor.gated import _gaussian_moments, _sample_moments
 
 QUIET = {"warn_below": -1e9}
+PLAIN = {**QUIET, "weights": "equal"}  # plain least squares: no input is left out
 
 
 def layer(seed=0, d_in=5, h=7, d_out=4, activation=F.silu, biases=True, dtype=torch.float64):
@@ -49,7 +50,7 @@ def mean_square(t, gated, x):
 @given(st.integers(0, 50), st.booleans(), st.sampled_from([F.silu, F.gelu, F.relu, torch.tanh]))
 def test_each_neuron_is_a_weighted_regression(seed, biases, activation):
     gated, x = layer(seed, biases=biases, activation=activation), samples(400, 5, seed)
-    found = approximate(gated, x, fit="neuron", **QUIET)
+    found = approximate(gated, x, fit="neuron", **PLAIN)
     g, u = gated.branches(used(x))
     for h in range(gated.d_hidden):
         design = torch.stack([torch.ones_like(g[:, h]), g[:, h]], 1) * u[:, h, None]
@@ -60,7 +61,7 @@ def test_each_neuron_is_a_weighted_regression(seed, biases, activation):
 @given(st.integers(0, 50))
 def test_all_neurons_are_a_least_squares_fit_of_the_output(seed):
     gated, x = layer(seed), samples(400, 5, seed)
-    found = approximate(gated, x, fit="output", **QUIET)
+    found = approximate(gated, x, fit="output", **PLAIN)
     g, u = gated.branches(used(x))
     # One row for each output of each input; columns: every neuron's a and b.
     design = torch.cat([u[:, None] * gated.out, (g * u)[:, None] * gated.out], -1).flatten(0, 1)
@@ -74,7 +75,7 @@ def test_all_neurons_are_a_least_squares_fit_of_the_output(seed):
 def test_each_fit_is_better_than_the_last():
     gated, x = layer(h=20, d_out=6), samples(4000, 5)
     errors = [
-        mean_square(approximate(gated, x, fit=fit, **QUIET).tensor, gated, used(x))
+        mean_square(approximate(gated, x, fit=fit, **PLAIN).tensor, gated, used(x))
         for fit in ("neuron", "output", "refit")
     ]
     assert errors[0] > 1.01 * errors[1]
@@ -84,7 +85,7 @@ def test_each_fit_is_better_than_the_last():
 def test_the_refitted_map_is_stationary():
     """With its a and b kept, no other output map or bias of the output does better."""
     gated, x = layer(h=6), samples(2000, 5)
-    found = approximate(gated, x, fit="refit", **QUIET).tensor
+    found = approximate(gated, x, fit="refit", **PLAIN).tensor
     left = F.linear(used(x), found.left, found.bias_left)
     hidden = left * F.linear(used(x), found.right, found.bias_right)
     design = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
@@ -164,6 +165,126 @@ def test_gaussian_inputs_give_the_fit_of_many_gaussian_samples():
     assert abs(sampled.variance_explained - exact.variance_explained) < 0.02
     best = mean_square(sampled.tensor, gated, x)
     assert mean_square(exact.tensor, gated, x) < 1.02 * best
+
+
+# ---------------------------------------------------------------------- massive tokens and weights
+
+PLANTED = [11, 402, 1500, 2801, 2990]  # three to fit on, two held out (the last 600)
+
+
+def planted(n=3000, d=8, h=24):
+    """A gated layer with a neuron that only a rare direction of the input excites, a thousandfold.
+
+    Returns the layer, ordinary inputs, and the same with a few massive ones among them.
+    """
+    ordinary = layer(d_in=d, h=h, d_out=6, biases=False)
+    gate, up, out = ordinary.gate / 2, ordinary.up / 2, ordinary.out
+    gate[0], up[0], out[:, 0] = 0, 0, 300 * out[:, 1]
+    gate[:, -1], up[:, -1] = 0, 0
+    gate[0, -1], up[0, -1] = 3, 3
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(n, d, generator=draw, dtype=torch.float64)
+    x[:, -1] = 0
+    y = x.clone()
+    y[PLANTED, -1] = torch.linspace(3, 8, 5, dtype=torch.float64)
+    return GatedLayer(gate, up, out, F.silu), x, y
+
+
+@pytest.mark.parametrize("fit", ["neuron", "output", "refit"])
+def test_massive_tokens_are_found_and_ordinary_ones_explained_as_well_as_without_them(fit):
+    gated, x, with_massive = planted()
+    without = approximate(gated, x, fit=fit, **QUIET)
+    assert len(without.fidelity.massive) == 0
+    found = approximate(gated, with_massive, fit=fit, **QUIET)
+    massive = found.fidelity.massive
+    assert massive.rows.tolist() == PLANTED
+    assert massive.share > 0.99
+    assert f"5 massive of 3,000 tokens carry {massive.share:.0%}" in str(massive)
+    rest = torch.ones(len(x), dtype=torch.bool)
+    rest[PLANTED] = False
+    assert found.fidelity.ordinary == pytest.approx(without.variance_explained, abs=0.01)
+    assert found.fidelity.median == pytest.approx(without.fidelity.median, abs=0.01)
+    want, got = (mean_square(one.tensor, gated, x[rest]) for one in (without, found))
+    assert got == pytest.approx(want.item(), rel=0.01)
+
+
+def test_what_one_number_hides():
+    """Least squares over all tokens meets the massive ones and little else, and reports nearly 1."""
+    gated, x, with_massive = planted()
+    with pytest.warns(UserWarning, match=r"in the .*ordinary tokens|in the median token"):
+        plain = approximate(gated, with_massive, fit="neuron", weights="equal")
+    assert plain.fidelity.overall > 0.99
+    assert plain.fidelity.ordinary < 0.9
+    name, worst = plain.worst
+    assert worst == min(plain.fidelity.scores().values())
+    assert f"{worst:.1%} of {name}" in plain.tensor.output_space
+    assert f"{worst:.1%} of {name}" in str(plain)
+    table = plain.fidelity.to_pandas().set_index("of")["explained"]
+    assert table["all tokens"] == plain.fidelity.overall
+    assert table["token at 50%"] == table["the median token"]
+
+
+def test_scores_are_what_they_say():
+    gated, _, x = planted()
+    found = approximate(gated, x, **QUIET)
+    test = x[2400:]
+    keep = torch.ones(600, dtype=torch.bool)
+    keep[[401, 590]] = False
+    y, wrong = gated(test), (gated(test) - found.tensor(test)).square().sum(-1)
+    total = (y - y.mean(0)).square().sum()
+    assert found.fidelity.overall == pytest.approx((1 - wrong.sum() / total).item(), abs=1e-9)
+    centred = (y[keep] - y[keep].mean(0)).square().sum(-1)
+    ordinary = 1 - wrong[keep].sum() / centred.sum()
+    assert found.fidelity.ordinary == pytest.approx(ordinary.item(), abs=1e-9)
+    each = sorted((1 - wrong[keep] / centred).tolist())
+    assert found.fidelity.median == pytest.approx((each[298] + each[299]) / 2, abs=1e-9)
+
+
+def test_a_group_that_is_not_explained_is_named():
+    gated = layer(biases=False)
+    calm, wild = samples(1000, 5) / 10, samples(500, 5, seed=3) * 3
+    with pytest.warns(UserWarning, match=r"in the group 'wild' \(.*of all tokens"):
+        found = approximate(
+            gated, {"calm": calm, "wild": wild}, weights=(torch.arange(1500) < 800) * 1.0
+        )
+    assert found.worst[0] == "the group 'wild'"
+    test = wild[400:]
+    y = gated(test)
+    want = 1 - (found.tensor(test) - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert found.fidelity.groups["wild"] == pytest.approx(want.item(), abs=1e-9)
+    assert found.measured_on == "300 held-out inputs"
+    alone = approximate(gated, calm, **PLAIN)  # of the others, the weights are 0
+    assert_close(found.tensor.left, alone.tensor.left, rtol=1e-8, atol=1e-10)
+
+
+def test_worse_than_the_mean_says_so():
+    gated, x = layer(activation=torch.sin, biases=False), samples(500, 5) * 20
+    weight = torch.zeros(500, dtype=torch.float64)
+    weight[:8] = 1  # too few to go by
+    with pytest.warns(UserWarning, match=r"worse than the layer's mean.*fit='neuron' does that"):
+        found = approximate(gated, x, fit="neuron", weights=weight)
+    assert "(worse than the mean)" in str(found)
+
+
+@given(st.integers(0, 20), st.sampled_from(["neuron", "output", "refit"]))
+def test_a_weight_of_two_is_an_input_given_twice(seed, fit):
+    gated, x = layer(seed), samples(300, 5, seed)
+    weight = torch.ones(300, dtype=torch.float64)
+    weight[:50] = 2
+    twice = torch.cat([x[:50], x])  # 290 of them to fit on
+    one = approximate(gated, x, fit=fit, weights=weight, **QUIET)
+    other = approximate(gated, twice, fit=fit, weights="equal", held_out=60 / 350, **QUIET)
+    assert_close(one.tensor(x), other.tensor(x), rtol=1e-6, atol=1e-6)
+
+
+def test_weighed_by_token_the_small_outputs_count_too():
+    gated, x = layer(biases=False), samples(2000, 5)
+    x[::2] *= 4
+    plain, by_token = (
+        approximate(gated, x, weights=weights, **QUIET) for weights in ("equal", "token")
+    )
+    assert by_token.fidelity.median > plain.fidelity.median
+    assert by_token.fidelity.overall < plain.fidelity.overall
 
 
 # ---------------------------------------------------------------------- what comes out
@@ -256,6 +377,31 @@ def test_neurons_that_never_move_are_no_trouble():
             {"fit": "best"},
             ValueError,
             "there are neuron, output, refit",
+        ),
+        (
+            torch.randn(50, 5).double(),
+            {"weights": "best"},
+            ValueError,
+            "unknown weights 'best'; there are ordinary, token, equal, or a tensor",
+        ),
+        (
+            torch.randn(50, 5).double(),
+            {"weights": torch.ones(49)},
+            ValueError,
+            r"weights must be 50 numbers of at least 0, one for each input, got \[49\]",
+        ),
+        (
+            torch.randn(50, 5).double(),
+            {"weights": torch.zeros(50)},
+            ValueError,
+            "leave no input to fit on",
+        ),
+        ({}, {}, ValueError, "inputs has no group"),
+        (
+            {"docs": torch.randn(2, 5).double()},
+            {},
+            ValueError,
+            r"2 inputs\['docs'\] are too few",
         ),
         (torch.randn(50, 5).double(), {"held_out": 1.0}, ValueError, "between 0 and 1, got 1.0"),
         (torch.randn(50, 5).double() / 0, {}, ValueError, "inputs has 250 NaN or infinite"),

@@ -14,6 +14,9 @@ normal equations need only second moments of the features ``[u, g u]`` and the t
   may cancel;
 - ``fit="refit"`` fits the output map and its bias as well, in turn with a and b.
 
+**Which tokens count.** A few massive tokens can carry most of the variance (`tl_bilinear.tensor.fidelity`):
+least squares then fits them and nothing else. By default they are left out of the fit and scored apart.
+
 The moments are those of sample inputs, or of Gaussian inputs of a given mean and covariance. Given one
 pre-activation the others are then Gaussian too, which leaves one-dimensional integrals
 ``E[act(g) z^k]``, done by Gauss-Hermite quadrature.
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -41,13 +44,15 @@ from torch.nn.functional import linear
 from tl_bilinear import checks
 from tl_bilinear.results import Result
 from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.fidelity import Fidelity, Massive, fidelity, find_massive
 from tl_bilinear.tensor.registry import read_gated
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Fit = Literal["neuron", "output", "refit"]
-Inputs = Tensor | tuple[Tensor, Tensor]
+Weights = Literal["ordinary", "token", "equal"]
+Inputs = Tensor | Mapping[str, Tensor] | tuple[Tensor, Tensor]
 
 WARN_BELOW = 0.9
 """Variance explained below which an approximation warns."""
@@ -57,6 +62,7 @@ _DRAWN = 4096  # Gaussian inputs that the fidelity is measured on
 _BLOCK = 4096  # inputs a product
 _ROUNDS = 8  # of fit="refit"; the error falls with each, the last ones by little
 _RIDGE = 1e-6  # relative, towards the fit before: decides where the inputs do not
+_NOTE = " (approximation of a "  # how the space of an approximate layer's output goes on
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +133,9 @@ class Approximation(Result):
     errors: [d_hidden]
         Mean square of what each neuron alone writes wrongly, relative to the variance of the layer's
         output. They do not add up to the layer's error: neurons cancel.
-    variance_explained: float
-        ``1 - E|f - f'|^2 / E|f - E f|^2`` on inputs that the fit has not seen.
+    fidelity: Fidelity
+        How much of the output's variance it explains on inputs that the fit has not seen: overall,
+        without massive tokens, of the median token, in each group of text.
     measured_on: str
         Which inputs those are.
     """
@@ -137,16 +144,34 @@ class Approximation(Result):
     intercept: Float[Tensor, " d_hidden"]
     slope: Float[Tensor, " d_hidden"]
     errors: Float[Tensor, " d_hidden"]
-    variance_explained: float
+    fidelity: Fidelity
     activation: str
     fit: str
+    weights: str
     measured_on: str
 
+    @property
+    def variance_explained(self) -> float:
+        """Of all tokens, massive ones included: ``1 - E|f - f'|^2 / E|f - E f|^2``."""
+        return self.fidelity.overall
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """What is explained worst (all tokens, the ordinary, the median one, a group), and how much."""
+        return self.fidelity.worst
+
     def __str__(self) -> str:
+        name, worst = self.worst
+        low = "" if name == "all tokens" else f", {worst:.1%} of {name}"
+        below = " (worse than the mean)" if worst < 0 else ""
         return (
             f"bilinear in place of {self.activation}: {self.variance_explained:.1%} of the output's "
-            f"variance, on {self.measured_on} (fit={self.fit!r})"
+            f"variance{low}{below}, on {self.measured_on} (fit={self.fit!r})"
         )
+
+    def __repr__(self) -> str:
+        sizes = f"{self.tensor.d_in} -> {len(self.slope)} -> {self.tensor.d_out}"
+        return f"Approximation({sizes}: {self})"
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a hidden neuron: neuron, intercept, slope, errors; those least affine first."""
@@ -162,6 +187,7 @@ def approximate(
     inputs: Inputs,
     *,
     fit: Fit = "refit",
+    weights: Weights | Float[Tensor, " n"] = "ordinary",
     held_out: float = 0.2,
     warn_below: float = WARN_BELOW,
     max_bytes: int = checks.MAX_DENSE_BYTES,
@@ -178,15 +204,20 @@ def approximate(
     mlp: nn.Module or GatedLayer
         A gated MLP of Hugging Face (``gate_proj``, ``up_proj``, ``down_proj``) or of TransformerLens,
         with any activation that acts on each number by itself.
-    inputs: [..., d_in], or (mean [d_in], covariance [d_in, d_in])
+    inputs: [..., d_in], {group: [..., d_in]}, or (mean [d_in], covariance [d_in, d_in])
         Activations at the MLP's input, some tens for each hidden neuron, the last `held_out` share of
-        which the fidelity is measured on; or their first two moments, taken as Gaussian. Real inputs
-        are not: samples fit better.
+        which the fidelity is measured on; the same by group of text (of each the last share), so that
+        the fidelity is given for each; or their first two moments, taken as Gaussian. Real inputs are
+        not: samples fit better.
     fit: "neuron", "output" or "refit"
         Each neuron by itself (cheap at any size); all jointly, for the least error of the layer's
         output; or together with the output map and its bias.
+    weights: "ordinary", "token", "equal" or [n]
+        How much each input counts in the fit: all but the massive ones the same; each by the inverse of
+        its squared distance from the median output (relative errors), massive ones left out; all
+        the same, massive ones too; or numbers of your own, one for each input in the order given.
     warn_below: float
-        Variance explained below which a warning is given.
+        A warning is given where the worst of the fidelity's scores lies below; it says which.
     max_bytes: int
         Of the moments that "output" and "refit" take, 80 d_hidden^2.
 
@@ -198,9 +229,10 @@ def approximate(
         raise ValueError(f"unknown fit {fit!r}; there are {', '.join(get_args(Fit))}")
     dtype = checks.compute_dtype(layer.gate.dtype)
     exact = layer.to(checks.gram_dtype(layer.gate))
-    fitted_on, test, measured_on = _parted(inputs, exact, held_out)
+    fitted_on, test, kept_out, groups, measured_on = _parted(inputs, exact, held_out)
+    massive, weight = _weigh(exact, fitted_on, test, kept_out, weights)
     if fit == "neuron" and isinstance(fitted_on, Tensor):
-        intercept, slope = _fit_neurons(*_sample_weights(exact, fitted_on))
+        intercept, slope = _fit_neurons(*_sample_weights(exact, fitted_on, weight))
         tensor = exact.with_gate(intercept, slope)
     else:
         checks.require_affordable(
@@ -211,57 +243,111 @@ def approximate(
             "use fit='neuron' with sample inputs" if fit != "neuron" else "pass sample inputs",
         )
         if isinstance(fitted_on, Tensor):
-            moments = _sample_moments(exact, fitted_on)
+            moments = _sample_moments(exact, fitted_on, weight)
         else:
             moments = _gaussian_moments(exact, *fitted_on)
         intercept, slope, tensor = _solve(exact, moments, fit)
-    explained, errors = _fidelity(exact, tensor, intercept, slope, test)
-    note = f"approximation of a {layer.activation_name} layer, {explained:.1%} of its variance"
+    score = fidelity(exact, tensor, test, massive, groups)
+    errors = _neuron_errors(exact, intercept, slope, test)
     result = Approximation(
         replace(
             tensor.to(dtype),
             input_space=input_space,
-            output_space=f"{output_space or 'output'} ({note})",
+            output_space=f"{output_space or 'output'}{_NOTE}{_described(layer, score)})",
         ),
         intercept.to(dtype),
         slope.to(dtype),
         errors.to(dtype),
-        explained,
+        score.to(dtype),
         layer.activation_name,
         fit,
+        weights if isinstance(weights, str) else "given",
         measured_on,
     )
-    if not explained >= warn_below:
-        warnings.warn(
-            f"this bilinear layer explains {explained:.1%} of the variance of the {result.activation} "
-            f"layer that it stands for, less than {warn_below:.0%}: what is read from it may not hold "
-            "for the layer. Measure the loss added, or finetune the model (`tl-bilinear finetune`)",
-            stacklevel=2,
-        )
+    if not score.worst[1] >= warn_below:
+        warnings.warn(_warning(result, warn_below), stacklevel=2)
     return result
+
+
+def approximation_note(tensor: BilinearTensor) -> str | None:
+    """What an approximate layer stands for and how well, from its output space; None for an exact one."""
+    note = (tensor.output_space or "").partition(_NOTE)[2]
+    return f"approximation of a {note.removesuffix(')')}" if note else None
+
+
+def without_note(space: str | None) -> str | None:
+    """A space without the words that it is that of an approximation."""
+    return None if space is None else space.partition(_NOTE)[0]
+
+
+def _described(layer: GatedLayer, score: Fidelity) -> str:
+    name, worst = score.worst
+    low = "" if name == "all tokens" else f", {worst:.1%} of {name}"
+    return f"{layer.activation_name} layer, {score.overall:.1%} of its variance{low}"
+
+
+def _warning(result: Approximation, level: float) -> str:
+    score = result.fidelity
+    name, worst = score.worst
+    mean = " It is worse than the layer's mean, a constant." if worst < 0 else ""
+    if worst < 0 and result.fit != "refit":
+        mean += f" fit={result.fit!r} does that: take fit='refit'."
+    apart = f" {str(score.massive).capitalize()}." if len(score.massive) else ""
+    others = {n: v for n, v in score.scores().items() if n != name}
+    listed = ", ".join(f"{v:.1%} of {n}" for n, v in others.items())
+    return (
+        f"this bilinear layer explains {worst:.1%} of the variance of the {result.activation} layer that "
+        f"it stands for in {name} ({listed}), less than {level:.0%}: what is read from it may not hold "
+        f"for the layer there.{mean}{apart} Measure the loss added, or finetune the model (`tl-bilinear "
+        "finetune`)"
+    )
 
 
 # ---------------------------------------------------------------------- inputs
 
 
-def _parted(
-    inputs: Inputs, layer: GatedLayer, held_out: float
-) -> tuple[Inputs, Float[Tensor, "n d_in"], str]:
+class _Parted(NamedTuple):
+    fitted_on: Tensor | tuple[Tensor, Tensor]  # rows, or mean and covariance
+    test: Float[Tensor, "n d_in"]
+    kept_out: Tensor | None  # [n], whether an input, in the order given, is one of the test
+    groups: list[tuple[str, int]]  # of the test
+    measured_on: str
+
+
+def _parted(inputs: Inputs, layer: GatedLayer, held_out: float) -> _Parted:
     """What to fit on, what to measure on, and what to call the latter."""
-    if isinstance(inputs, Tensor):
-        rows = checks.require_rows("inputs", inputs, layer.d_in, "d_in", layer.gate)
-        rows = rows.reshape(-1, layer.d_in)
-        checks.require_finite("inputs", rows)
+    if not isinstance(inputs, tuple):
+        groups = {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        if not groups:
+            raise ValueError(
+                "inputs has no group: pass {name: activations [n, d_in]}, or activations"
+            )
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be a share between 0 and 1, got {held_out}")
-        # The last ones: neighbouring tokens of one text are not independent.
-        test = math.ceil(held_out * len(rows))
-        if len(rows) - test < 2:
-            raise ValueError(
-                f"{len(rows)} inputs are too few to fit and to measure on: pass at least some "
-                f"thousands of activations [n, {layer.d_in}], or their mean and covariance"
-            )
-        return rows[:-test], rows[-test:], f"{test:,} held-out inputs"
+        fitted, test, kept_out = [], [], []
+        for name, some in groups.items():
+            called = f"inputs[{name!r}]" if name else "inputs"
+            rows = checks.require_rows(called, some, layer.d_in, "d_in", layer.gate)
+            rows = rows.reshape(-1, layer.d_in)
+            checks.require_finite(called, rows)
+            # The last ones: neighbouring tokens of one text are not independent.
+            count = math.ceil(held_out * len(rows))
+            if len(rows) - count < 2:
+                raise ValueError(
+                    f"{len(rows)} {called} are too few to fit and to measure on: pass at least some "
+                    f"thousands of activations [n, {layer.d_in}], or their mean and covariance"
+                )
+            fitted.append(rows[:-count])
+            test.append(rows[-count:])
+            kept_out.append(torch.arange(len(rows), device=rows.device) >= len(rows) - count)
+        measured = torch.cat(test)
+        return _Parted(
+            torch.cat(fitted),
+            measured,
+            torch.cat(kept_out),
+            [(name, len(one)) for name, one in zip(groups, test, strict=True)],
+            f"{len(measured):,} held-out inputs",
+        )
     mean, covariance = inputs
     mean = checks.require_rows("mean", mean, layer.d_in, "d_in", layer.gate)
     covariance = checks.require_rows("covariance", covariance, layer.d_in, "d_in", layer.gate)
@@ -276,7 +362,53 @@ def _parted(
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_DRAWN, layer.d_in, generator=generator, dtype=torch.float64).to(mean)
     drawn = mean + (noise * values.clamp_min(0).sqrt()) @ vectors.mT
-    return (mean, covariance), drawn, f"{_DRAWN:,} Gaussian inputs of that mean and covariance"
+    called = f"{_DRAWN:,} Gaussian inputs of that mean and covariance"
+    return _Parted((mean, covariance), drawn, None, [], called)
+
+
+def _weigh(
+    layer: GatedLayer,
+    fitted_on: Tensor | tuple[Tensor, Tensor],
+    test: Tensor,
+    kept_out: Tensor | None,
+    weights: Weights | Tensor,
+) -> tuple[Massive, Tensor | None]:
+    """The massive tokens, and what each input of the fit weighs; None for all the same."""
+    if isinstance(weights, str) and weights not in get_args(Weights):
+        raise ValueError(
+            f"unknown weights {weights!r}; there are {', '.join(get_args(Weights))}, or a tensor [n]"
+        )
+    if kept_out is None or not isinstance(fitted_on, Tensor):
+        if not isinstance(weights, str):
+            raise ValueError(
+                "weights of inputs go with inputs, and these are a mean and a covariance"
+            )
+        return find_massive(layer, test, find=False)[0], None
+    rows = test.new_empty(len(kept_out), layer.d_in)
+    rows[kept_out], rows[~kept_out] = test, fitted_on
+    massive, far = find_massive(layer, rows)
+    if isinstance(weights, str):
+        if weights == "equal":
+            return massive, None
+        weight = torch.ones_like(far)
+        if weights == "token":
+            # A token near the centre has no more than a hundred times the median token's weight.
+            weight = 1 / far.square().clamp_min(
+                far.median().square() / 100 + torch.finfo(far.dtype).tiny
+            )
+        weight[massive.rows] = 0
+    else:
+        weight = checks.require_tensor("weights", weights).to(far)
+        checks.require_finite("weights", weight)
+        if weight.shape != far.shape or bool((weight < 0).any()):
+            raise ValueError(
+                f"weights must be {len(far)} numbers of at least 0, one for each input, got "
+                f"{checks.shape(weights)}"
+            )
+    used = weight[~kept_out]
+    if not bool(used.any()):
+        raise ValueError("weights leave no input to fit on: all of them are 0")
+    return massive, used
 
 
 class _Moments(NamedTuple):
@@ -288,30 +420,39 @@ class _Moments(NamedTuple):
     cross: Float[Tensor, "f h"]  # E[phi t^T]
 
 
-def _features(layer: GatedLayer, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for block in x.split(_BLOCK):
+def _features(
+    layer: GatedLayer, x: Float[Tensor, "n d_in"], weight: Float[Tensor, " n"] | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What each input weighs (they add up to 1), its features and its target, block by block."""
+    if weight is None:
+        weight = x.new_ones(len(x))
+    x, weight = x[weight > 0], weight[weight > 0] / weight.sum()
+    for block, w in zip(x.split(_BLOCK), weight.split(_BLOCK), strict=True):
         g, u = layer.branches(block)
-        yield torch.cat([u, g * u], -1), layer.activation(g) * u
+        yield w, torch.cat([u, g * u], -1), layer.activation(g) * u
 
 
-def _sample_moments(layer: GatedLayer, x: Float[Tensor, "n d_in"]) -> _Moments:
-    sums: list[Tensor] | None = None
-    for phi, t in _features(layer, x):
-        new = [phi.sum(0), t.sum(0), phi.mT @ phi, phi.mT @ t]
-        sums = new if sums is None else [old.add_(one) for old, one in zip(sums, new, strict=True)]
-    assert sums is not None
-    return _Moments(*(one / len(x) for one in sums))
+def _sample_moments(
+    layer: GatedLayer, x: Float[Tensor, "n d_in"], weight: Float[Tensor, " n"] | None = None
+) -> _Moments:
+    h = layer.d_hidden
+    sums = _Moments(*(x.new_zeros(size) for size in (2 * h, h, (2 * h, 2 * h), (2 * h, h))))
+    for w, phi, t in _features(layer, x, weight):
+        weighed = w[:, None] * phi
+        for old, new in zip(sums, (w @ phi, w @ t, weighed.mT @ phi, weighed.mT @ t), strict=True):
+            old += new
+    return sums
 
 
-def _sample_weights(layer: GatedLayer, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, ...]:
+def _sample_weights(
+    layer: GatedLayer, x: Float[Tensor, "n d_in"], weight: Float[Tensor, " n"] | None = None
+) -> tuple[Tensor, ...]:
     """E of u^2 times 1, g, g^2, act(g), g act(g), each [h]: the diagonals of the moments."""
     sums = torch.zeros(5, layer.d_hidden).to(layer.gate)
-    for phi, t in _features(layer, x):
+    for w, phi, t in _features(layer, x, weight):
         u, gu = phi.chunk(2, -1)
-        sums += torch.stack(
-            [(p * q).sum(0) for p, q in ((u, u), (u, gu), (gu, gu), (u, t), (gu, t))]
-        )
-    return tuple(sums / len(x))
+        sums += torch.stack([w @ (p * q) for p, q in ((u, u), (u, gu), (gu, gu), (u, t), (gu, t))])
+    return tuple(sums)
 
 
 def _gaussian_moments(
@@ -474,21 +615,18 @@ def _ridge(normal: Float[Tensor, "n n"], right: Float[Tensor, "n ..."]) -> Tenso
 # ---------------------------------------------------------------------- fidelity
 
 
-def _fidelity(
-    layer: GatedLayer, tensor: BilinearTensor, intercept: Tensor, slope: Tensor, x: Tensor
-) -> tuple[float, Float[Tensor, " h"]]:
-    """Variance of the output explained, and each neuron's own error relative to that variance."""
-    wrong, squares = torch.zeros_like(x[0, 0]), torch.zeros_like(x[0, 0])
+def _neuron_errors(
+    layer: GatedLayer, intercept: Tensor, slope: Tensor, x: Tensor
+) -> Float[Tensor, " h"]:
+    """Each neuron's own error relative to the variance of the output."""
+    squares = torch.zeros_like(x[0, 0])
     total, neurons = torch.zeros_like(layer.out[:, 0]), torch.zeros_like(intercept)
     for block in x.split(_BLOCK):
         g, u = layer.branches(block)
-        y = layer(block)
-        wrong += (y - tensor(block)).square().sum()
+        s = layer.activation(g)
+        y = linear(s * u, layer.out, layer.bias_out)
         total += y.sum(0)
         squares += y.square().sum()
-        neurons += ((layer.activation(g) - intercept - slope * g) * u).square().sum(0)
+        neurons += ((s - intercept - slope * g) * u).square().sum(0)
     variance = squares - total.square().sum() / len(x)
-    if variance <= 0:
-        return (1.0 if wrong == 0 else -math.inf), neurons
-    errors = neurons * layer.out.square().sum(0) / variance
-    return float(1 - wrong / variance), errors
+    return neurons * layer.out.square().sum(0) / variance if variance > 0 else neurons
