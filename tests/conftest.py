@@ -49,13 +49,11 @@ def shared_data() -> Path:
     return SHARED / "data"
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
+def folder_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Hugging Face hub that is a folder: ``owner/name/file``. Everything else is out of reach."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    root = tmp_path / "hub"
     root.mkdir()
 
     def hf_hub_download(repo_id, filename, **_):
@@ -68,3 +66,9 @@ def hub(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     return root
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A `folder_hub` for one test."""
+    return folder_hub(tmp_path / "hub", monkeypatch)

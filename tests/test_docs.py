@@ -1,0 +1,219 @@
+"""README and the site's pages: every Python block runs as it is written, and shows what is shown.
+
+A page is one namespace. A block that begins ```python runs; a block ```output below it is what it prints,
+compared number by number (one unit of the last digit shown may differ between processors).
+Pages may name things of the Hugging Face hub: `stand_ins` puts tiny models of the same format there.
+After a change of a page, `python -m tests.test_docs PAGE.md` writes what its blocks print now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import folder_hub
+from tests.models import published_format
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "demos" / "docs"
+README = ROOT / "README.md"
+PAGES = [README, *sorted(SITE.glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, text, and the line and offsets of the text."""
+
+    language: str
+    text: str
+    line: int
+    span: tuple[int, int]
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    return [
+        Block(found[1], found[2], page[: found.start(2)].count("\n") + 1, found.span(2))
+        for found in FENCE.finditer(page)
+    ]
+
+
+def printed(page: str, name: str) -> Iterator[tuple[Block, Block | None, str]]:
+    """Each Python block, the output block right below it if there is one, and what it prints.
+
+    Errors name the page and the line in it.
+    """
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    found = blocks(page)
+    for block, after in zip(found, [*found[1:], None], strict=True):
+        if block.language != "python":
+            continue
+        padded = "\n" * (block.line - 1) + block.text
+        caught = io.StringIO()
+        with contextlib.redirect_stdout(caught):
+            exec(compile(padded, name, "exec"), namespace)
+        shown = after if after is not None and after.language == "output" else None
+        yield block, shown, caught.getvalue()
+
+
+def differences(shown: str, got: str) -> str | None:
+    """What differs between two outputs, or None. Spaces count as one; numbers may differ in the last digit."""
+    if NUMBER.sub("#", shown).split() != NUMBER.sub("#", got).split():
+        return f"shown:\n{shown}\ngot:\n{got}"
+    for a, b in zip(NUMBER.findall(shown), NUMBER.findall(got), strict=True):
+        unit = 10.0 ** -len(a.partition(".")[2].partition("e")[0]) if "." in a else 0.0
+        unit *= 10.0 ** int(a.partition("e")[2] or 0)
+        if abs(float(a.replace(",", "")) - float(b.replace(",", ""))) > 1.01 * unit:
+            return f"shown {a}, got {b}, in\n{got}"
+    return None
+
+
+def write_stand_ins(hub: Path) -> None:
+    """The names that pages use: on the hub, a model of the paper's authors; here, a folder with a Llama."""
+    import transformers
+
+    published_format.write(hub / "tdooms" / "ts-medium")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained("a-swiglu-llama")
+
+
+@pytest.fixture
+def stand_ins(hub, tmp_path, monkeypatch) -> Path:
+    """A working folder, and tiny models with random weights for the hub's names that pages use."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    write_stand_ins(hub)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run_as_written_and_print_what_is_shown(page, stand_ins, unchecked):
+    for block, shown, got in printed(page.read_text(), str(page)):
+        place = f"{page.name}, line {block.line}"
+        if shown is None:
+            assert not got.strip(), f"{place} prints what the page does not show:\n{got}"
+        else:
+            different = differences(shown.text, got)
+            assert different is None, f"{place}: {different}"
+
+
+def test_comparison_sees_other_numbers_and_words():
+    assert differences("a 0.25 b", "a  0.26 b") is None
+    assert differences("a 0.25 b", "a 0.28 b") is not None
+    assert differences("a 3 b", "a 4 b") is not None
+    assert differences("1.2e-05", "1.9e-05") is not None
+    assert differences("a 0.25 b", "a 0.25 c") is not None
+    assert differences("a 0.25", "a 0.25 0.5") is not None
+
+
+def test_a_block_that_fails_names_its_line():
+    page = "# Title\n\n```python\nx = 1\n```\n\n```python\nprint(x)\nraise KeyError\n```\n"
+    with pytest.raises(KeyError) as caught:
+        list(printed(page, "page.md"))
+    assert caught.traceback[-1].lineno + 1 == 9
+
+
+# ---------------------------------------------------------------- numbers of README
+
+
+def stored(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / name).read_text())
+
+
+def stated() -> list[str]:
+    """The sentences and rows of README that hold numbers of runs, made from the runs' stored results."""
+    digits = stored("demos/quickstart.json")["images"]
+    kept = digits["accuracy_with_k_eigenvectors"]
+    pronouns = stored("demos/pronouns.json")
+    logit = pronouns["mean_logit_difference"]
+    card = stored("tl_bilinear/demo/files/card.json")
+    ours, dense = (
+        stored("tests/benchmarks/results/hosvd-512.json")["seconds"][k] for k in ("ours", "dense")
+    )
+    return [
+        f"| eigenvectors a class | {' | '.join(kept)} | whole model |",
+        f"| test accuracy | {' | '.join(f'{x:.3f}' for x in kept.values())} | {digits['accuracy']:.3f} |",
+        f"from {logit['whole model']['she']:+.1f} to {logit['without v1']['she']:+.1f}",
+        f"from {logit['whole model']['he']:+.1f} to {logit['without v2']['he']:+.1f}",
+        f"{pronouns['occurrences']['she']} and {pronouns['occurrences']['he']} places",
+        f"{card['model']['parameters'] / 1e6:.1f} million parameters",
+        f"{ours:.2f} s instead of {dense:.1f} s",
+    ]
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks, links' targets and comments, on one line."""
+    page = FENCE.sub("", page)
+    page = re.sub(r"\]\([^)]*\)|<!--.*?-->|<img[^>]*>", "", page)
+    return " ".join(page.split())
+
+
+def test_numbers_of_readme_are_those_of_the_stored_runs():
+    text = prose(README.read_text())
+    for sentence in stated():
+        assert sentence in text, f"README does not say: {sentence}"
+
+
+def test_readme_states_no_other_measured_number():
+    text = prose(README.read_text())
+    for sentence in stated():
+        text = text.replace(sentence, "")
+    text = re.sub(r"Python 3\.\d+ to 3\.\d+|TransformerLens 3\.9\+?|1e-\d+", "", text)
+    assert re.findall(r"(?<![\w.])[-+]?\d+\.\d+", text) == []
+
+
+def test_readme_is_short_and_keeps_the_markers_of_ci():
+    text = README.read_text()
+    assert text.count("\n") <= 150
+    for marker in ("<!-- quickstart -->\n```bash\n", "<!-- tests -->\n```bash\n"):
+        assert text.count(marker) == 1
+
+
+def test_links_of_readme_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", README.read_text())
+    for target in (a or b for a, b in targets):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def main(pages: list[str]) -> None:
+    """Write into pages what their blocks print now."""
+    for name in pages:
+        path = Path(name).resolve()
+        page = path.read_text()
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            with pytest.MonkeyPatch.context() as patch:
+                write_stand_ins(folder_hub(Path(folder) / "hub", patch))
+                found = list(printed(page, name))
+        for _, shown, got in reversed(found):
+            if shown is not None:
+                got = "\n".join(line.rstrip() for line in got.rstrip().split("\n")) + "\n"
+                page = page[: shown.span[0]] + got + page[shown.span[1] :]
+        path.write_text(page)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(sys.argv[1:])
