@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -30,18 +32,22 @@ def require_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
-def require_finite(name: str, value: Tensor) -> None:
+def require_finite(
+    name: str, value: Tensor, advice: str = "decompositions need finite weights"
+) -> None:
+    """Raise ValueError, naming the row, for NaN or infinite entries."""
     # A sum is NaN or infinite if an entry is, and needs no mask of the size of the weights.
-    if value.is_meta or value.numel() == 0 or bool(torch.isfinite(value.detach().sum())):
+    if value.is_meta or value.numel() == 0 or math.isfinite(value.detach().sum().item()):
         return
     bad = ~torch.isfinite(value.detach())
     count = int(bad.sum())
     if count:
         first = tuple(bad.nonzero()[0].tolist())
-        where = f"index {first if len(first) > 1 else first[0]}" if first else "its only entry"
+        index = f"index {first if len(first) > 1 else first[0]}" if first else "its only entry"
+        row = f" (row {', '.join(map(str, first[:-1]))})" if len(first) > 1 else ""
         raise ValueError(
-            f"{name} has {count} NaN or infinite of {value.numel()} entries, the first at {where}; "
-            f"decompositions need finite weights"
+            f"{name} has {count} NaN or infinite of {value.numel()} entries, the first at "
+            f"{index}{row}; {advice}"
         )
 
 
@@ -82,19 +88,28 @@ def require_rows(name: str, value: Any, width: int, meaning: str, like: Tensor) 
     value = require_tensor(name, value)
     if value.ndim == 0 or value.shape[-1] != width:
         raise ValueError(f"{name} must have shape [..., {width}] ({meaning}), got {shape(value)}")
-    require_same_device({name: value, "the layer": like})
+    if value.device != like.device:
+        require_same_device({name: value, "the layer": like})
     require_finite_rows(name, value)
     return value.to(like.dtype)
 
 
+def require_directions(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
+    """`value` as directions [..., width] of `like`'s dtype, all of them finite."""
+    value = require_rows(name, value, width, meaning, like)
+    require_finite(name, value, "leave such rows out")
+    return value
+
+
 def require_matrix(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
-    """`value` as a matrix [n, width] of `like`'s dtype."""
+    """`value` as directions [n, width] of `like`'s dtype, all of them finite."""
     value = require_rows(name, value, width, meaning, like)
     if value.ndim != 2:
         raise ValueError(
             f"{name} must be a matrix [n, {width}], one direction a row, got {shape(value)}; for one "
             f"direction pass u[None]"
         )
+    require_finite(name, value, "leave such rows out")
     return value
 
 
@@ -104,11 +119,52 @@ def meaning(what: str, space: str | None) -> str:
 
 
 def require_count(name: str, value: Any, most: int, meaning: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    require_int(name, value)
     if not 1 <= value <= most:
         raise ValueError(f"{name} must lie between 1 and {most} ({meaning}), got {value}")
     return value
+
+
+def require_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return value
+
+
+def require_number(name: str, value: Any, what: str, *, positive: bool = False) -> float:
+    """A finite number of at least 0, or above 0; `what` goes on with the name: "bounds a norm"."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} {what} and must be a finite number, got {value}")
+    if value < 0 or (positive and value == 0):
+        raise ValueError(
+            f"{name} {what} and must {'be positive' if positive else 'not be negative'}, got {value}"
+        )
+    return float(value)
+
+
+def require_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        listed = [repr(option) for option in options]
+        raise ValueError(f"{name} must be {', '.join(listed[:-1])} or {listed[-1]}, got {value!r}")
+
+
+def require_index(name: str, value: Any, size: int, what: str, like: Tensor) -> Tensor:
+    """Indices into `size` things, on `like`'s device; negative ones count from the end."""
+    index = torch.as_tensor(value, device=like.device)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer indices, got {index.dtype}")
+    wrong = (index < -size) | (index >= size)
+    if bool(wrong.any()):
+        place = int(wrong.flatten().nonzero()[0])
+        raise IndexError(
+            f"{name}[{place}] is {int(index.flatten()[place])}, but there are {size} {what}: indices "
+            f"run from 0 to {size - 1}"
+        )
+    return torch.where(index < 0, index + size, index)
 
 
 def require_affordable(what: str, count: int, dtype: torch.dtype, limit: int, instead: str) -> None:
@@ -118,6 +174,23 @@ def require_affordable(what: str, count: int, dtype: torch.dtype, limit: int, in
             f"{what} would take {size:,} bytes, more than max_bytes={limit:,}; {instead}, "
             f"or raise max_bytes"
         )
+
+
+def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in a narrower dtype; raises ValueError where that cannot hold numbers of its size."""
+    result = value.to(dtype)
+    if result.dtype == value.dtype or result.numel() == 0:
+        return result
+    largest = float(value.detach().abs().amax())
+    if math.isfinite(largest) and largest > 0:
+        kept = float(result.detach().abs().amax())
+        if not math.isfinite(kept) or kept == 0:
+            raise ValueError(
+                f"{name} of up to {largest:.1e} cannot be held in "
+                f"{str(dtype).removeprefix('torch.')}; use .to(torch.float64), or scale the layer: "
+                f"layer * 2.0**n is exact"
+            )
+    return result
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_bilinear import checks
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 Order = Literal["magnitude", "contribution", "variance", "covariance"]
 
+Which = Literal["magnitude", "positive", "negative"]
+"""Which eigenvalues come first: the largest in absolute value, the largest, or the most negative."""
+
+
+def signed(values: Tensor, which: Which) -> Tensor:
+    """What an order goes by: the largest comes first."""
+    if which == "magnitude":
+        return values.abs()
+    return values if which == "positive" else -values
+
 
 class EigenProjector(NamedTuple):
     """A group of equal eigenvalues and the projector on its eigenspace."""
@@ -44,11 +54,13 @@ class EigenProjector(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Eigendecomposition(Result):
-    """Eigenpairs of interaction matrices, ordered by falling absolute eigenvalue (see `ordered`).
+    """Eigenpairs of interaction matrices, the wanted ones first.
 
     Attributes
     ----------
-    values: [..., k]
+    values: [..., k], in the order asked for: by falling absolute value, or from one end of the
+        spectrum: the largest first ("positive"), or the most negative ("negative"). Where fewer than k
+        have that sign, zeros follow, and after them the other sign: see `n_signed`
     vectors: [..., k, d], one unit eigenvector a row, largest-magnitude coordinate positive. In a
         metric M the filters ``w_i = M^-1/2 y_i`` of unit eigenvectors y_i of ``M^1/2 Q M^1/2``
     residuals: [..., k], ``||Q v - lambda v||`` for each pair (in a metric, of the y_i)
@@ -57,10 +69,16 @@ class Eigendecomposition(Result):
     method: how it was computed
     space: what the d coordinates are
     tol: relative residual that counts as converged
-    bound_failure: probability that `bound` of one matrix does not hold; 0 for "dense" and "lowrank",
-        1e-6 over the solver's random probes for "krylov"
+    bound_failure: probability that `bound` and `rest` of one matrix do not hold; 0 for "dense" and
+        "lowrank", 1e-6 over the solver's random vectors for "krylov"
     directions: [..., d_out], the output direction that each matrix belongs to, where there is one
     output_space: what the coordinates of the directions are
+    which: "magnitude", "positive" or "negative", the order asked for
+    rest: [...], no eigenvalue that was left out comes before this one in that order; for "magnitude"
+        it is `bound`, for "negative" it is a lower bound
+    norm: [...], ``||Q||``, the largest absolute eigenvalue; a top(k) keeps it
+    rounding: [...], what the working precision leaves uncertain of Q, as a spectral norm: large where
+        hidden neurons cancel. `bound` and `rest` contain it
     metric: the metric in which they are eigenpairs; None for the Euclidean one
     """
 
@@ -74,15 +92,61 @@ class Eigendecomposition(Result):
     bound_failure: float = 0.0
     directions: Float[Tensor, "*batch d_out"] | None = None
     output_space: str | None = None
+    which: Which = "magnitude"
+    rest: Float[Tensor, "*batch"] | None = None
+    norm: Float[Tensor, "*batch"] | None = None
+    rounding: Float[Tensor, "*batch"] | None = None
     metric: Metric | None = None
 
     @property
+    def errors(self) -> Float[Tensor, "*batch k"]:
+        """[..., k], how far each value may be from the eigenvalue of its rank, in the order asked for.
+
+        For "magnitude" in absolute value. All residuals together, what may have been left out that
+        comes before it (`rest`), and rounding; holds for every method, with `bound_failure`.
+        """
+        coupling = self._coupling + self._rounding
+        return (self._ahead - self._key).clamp_min(0) + coupling[..., None]
+
+    @property
     def converged(self) -> Bool[Tensor, "*batch"]:
-        """[...], whether every pair's residual is at most `tol` times the largest eigenvalue."""
-        # A backward-stable solver cannot do better than this, whatever was asked.
-        floor = self.d * torch.finfo(self.values.dtype).eps
-        scale = self.values.abs().amax(-1) * max(self.tol, floor)
-        return (self.residuals <= scale[..., None]).all(-1)
+        """[...], whether these are the wanted pairs, to within ``tol * ||Q||``.
+
+        Every residual, with what rounding may hide, is at most that; and no eigenvalue that was left out
+        comes before the last of these by more.
+        """
+        norm = self.values.abs().amax(-1) if self.norm is None else self.norm
+        slack = self.tol * norm
+        good = self.residuals.amax(-1) + self._rounding <= slack
+        return good & (self._ahead[..., 0] - self._rounding <= self._key.amin(-1) + slack)
+
+    @property
+    def n_signed(self) -> Int[Tensor, "*batch"]:
+        """[...], how many of the values have the sign asked for, beyond rounding; k for "magnitude"."""
+        if self.which == "magnitude":
+            return torch.full(self.batch_shape, self.k, device=self.values.device)
+        return (self._key > self.residuals + self._rounding[..., None]).sum(-1)
+
+    @property
+    def _coupling(self) -> Tensor:
+        """[...], all residuals together; their squares may not fit the dtype."""
+        wide = checks.gram_dtype(self.residuals)
+        return torch.linalg.vector_norm(self.residuals, dim=-1, dtype=wide).to(self.residuals.dtype)
+
+    @property
+    def _rounding(self) -> Tensor:
+        return torch.zeros_like(self.bound) if self.rounding is None else self.rounding
+
+    @property
+    def _key(self) -> Tensor:
+        """What the order goes by, falling."""
+        return signed(self.values, self.which)
+
+    @property
+    def _ahead(self) -> Tensor:
+        """[..., 1], `rest` in the order asked for."""
+        rest = self.bound if self.rest is None else self.rest
+        return (-rest if self.which == "negative" else rest)[..., None]
 
     @property
     def k(self) -> int:
@@ -103,7 +167,16 @@ class Eigendecomposition(Result):
                 "a single eigendecomposition has no batch dimension to index; its pairs are in "
                 "values [k] and vectors [k, d]"
             )
-        names = ("values", "vectors", "residuals", "bound", "directions")
+        names = (
+            "values",
+            "vectors",
+            "residuals",
+            "bound",
+            "directions",
+            "rest",
+            "norm",
+            "rounding",
+        )
         held: dict[str, Any] = {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in held.items()}
         return replace(self, **chosen)
@@ -131,19 +204,23 @@ class Eigendecomposition(Result):
     # ------------------------------------------------------------------ part of it
 
     def top(self, k: int) -> Eigendecomposition:
-        """The first k pairs; `bound` then covers the pairs left out as well."""
+        """The first k pairs; `bound` and `rest` then cover the pairs left out as well."""
         checks.require_count("k", k, self.k, "the pairs held")
-        bound = self.bound
+        bound, ahead = self.bound, self._ahead[..., 0]
         if k < self.k:
             # The dropped pairs and what was left out before are orthogonal up to the residuals.
-            slack = self.residuals.square().sum(-1).sqrt()
-            bound = torch.maximum(bound, self.values[..., k:].abs().amax(-1)) + slack
+            slack = self._coupling
+            dropped = self.values[..., k:].abs().amax(-1)
+            bound = torch.maximum(bound, dropped + self._rounding) + slack
+            ahead = torch.maximum(ahead, self._key[..., k:].amax(-1) + self._rounding) + slack
         return replace(
             self,
             values=self.values[..., :k],
             vectors=self.vectors[..., :k, :],
             residuals=self.residuals[..., :k],
             bound=bound,
+            rest=-ahead if self.which == "negative" else ahead,
+            norm=self.values.abs().amax(-1) if self.norm is None else self.norm,
         )
 
     def certificate(self, radius: float, k: int | None = None) -> Float[Tensor, "*batch"]:
@@ -153,8 +230,7 @@ class Eigendecomposition(Result):
         for every input. The layer's biases, if it has any, are not part of Q. In a metric the bound is
         that of the direction the data takes least, and `error_bound` says much more of a given x.
         """
-        if radius < 0:
-            raise ValueError(f"radius bounds a norm and must not be negative, got {radius}")
+        radius = checks.require_number("radius", radius, "bounds a norm")
         longest = radius**2
         if self.metric is not None:
             longest /= max(self.metric.least, 1e-300)
@@ -281,9 +357,11 @@ class Eigendecomposition(Result):
 
 def participation(values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
     """``(L1 / L2)^2``: how many values of one size these are worth; 0 where all are zero."""
-    squares = values.square().sum(-1)
-    ratio = values.abs().sum(-1).square() / squares.clamp_min(torch.finfo(squares.dtype).tiny)
-    return torch.where(squares > 0, ratio, 0.0)
+    sizes = values.abs()
+    largest = sizes.amax(-1, keepdim=True) if sizes.shape[-1] else sizes.sum(-1, keepdim=True)
+    sizes = sizes / torch.where(largest > 0, largest, 1.0)  # their squares may not fit the dtype
+    squares = sizes.square().sum(-1)
+    return torch.where(squares > 0, sizes.sum(-1).square() / squares.clamp_min(1.0), 0.0)
 
 
 def fix_signs(vectors: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:

@@ -1,4 +1,8 @@
-"""How eigenpairs of interaction matrices are found; the ways behind `InteractionMatrix.eigh`."""
+"""How eigenpairs of interaction matrices are found; the ways behind `InteractionMatrix.eigh`.
+
+Matrices are normalised first, by powers of two and exactly, so that a layer of any scale gives the same
+pairs; results are scaled back.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,49 @@ from tqdm.auto import tqdm
 
 from tl_bilinear import checks
 from tl_bilinear.tensor import krylov
-from tl_bilinear.tensor.factors import Factors
-from tl_bilinear.tensor.krylov import Pairs, Which
+from tl_bilinear.tensor.eigendecomposition import Which, signed
+from tl_bilinear.tensor.factors import Factors, rescaled, rounding, times_power
+from tl_bilinear.tensor.krylov import Pairs
+from tl_bilinear.tensor.probes import FAILURE_PROBABILITY
 
 Method = Literal["auto", "dense", "lowrank", "krylov"]
 Solver = Callable[[Factors, int, Which], Pairs]
 
+_SMALL = 32  # widths up to which matrices are formed and decomposed in float64, all at once
+
+TOL_FLOOR = 32
+"""Times eps: relative residuals below it are rounding, and no smaller tolerance is worked for."""
+
 # Flops of a dense eigensolver in units of d^3, at the speed of a matrix product: measured on CPUs
 # (d = 512 to 2048); more on GPUs, where that only makes "krylov" the better choice.
 _DENSE_EIGH_FLOPS = 13
-# Basis columns that k pairs of a trained layer's spectrum take, about: k * 4 + 40.
-_COLUMNS_PER_PAIR, _COLUMNS_MORE = 4, 40
+# Basis columns that k pairs of a trained layer's spectrum take, with the proof that they come first.
+_COLUMNS_PER_PAIR, _COLUMNS_MORE = 2.6, 42
 
 
 def choose_method(d: int, hidden: int, k: int) -> Method:
     """The cheapest way to k pairs of a matrix, by the cost model in `InteractionMatrix.eigh`."""
     if 2 * hidden < d and k <= 2 * hidden:
         return "lowrank"
-    if not krylov.applicable(d, k):
-        return "dense"
     columns = _COLUMNS_PER_PAIR * k + _COLUMNS_MORE
-    forming = 2 * hidden * d**2
-    dense = forming + _DENSE_EIGH_FLOPS * d**3
-    implicit = 8 * columns * d * hidden
-    formed = forming + 2 * columns * d**2
+    if not krylov.applicable(d, k) or columns > krylov.DENSE_AT * d:
+        return "dense"
+    dense = 2 * hidden * d**2 + _DENSE_EIGH_FLOPS * d**3
     # Small steps run below the speed of a large product: the factor two.
-    iterative = 2 * (min(implicit, formed) + 8 * columns**2 * d + 20 * columns**3)
+    iterative = 2 * (8 * columns * d * hidden + 8 * columns**2 * d + 20 * columns**3)
     return "krylov" if iterative < dense else "dense"
 
 
 class Solution(NamedTuple):
-    """Eigenpairs of n matrices, by falling magnitude; fields as in `Eigendecomposition`."""
+    """Eigenpairs of n matrices, in the order asked for; fields as in `Eigendecomposition`."""
 
     values: Tensor  # [n, k]
     vectors: Tensor  # [n, k, d], rows of either sign
     residuals: Tensor  # [n, k]
     bound: Tensor  # [n]
+    rest: Tensor  # [n]
+    norm: Tensor  # [n]
+    rounding: Tensor  # [n]
     method: str
     tol: float
     bound_failure: float
@@ -65,10 +76,8 @@ def eigenpairs(
 ) -> Solution:
     """The k wanted eigenpairs of each matrix; options as `InteractionMatrix.eigh`."""
     width, hidden = matrix.d, matrix.d_hidden
-    if which not in ("magnitude", "positive", "negative"):
-        raise ValueError(f"which must be 'magnitude', 'positive' or 'negative', got {which!r}")
-    if method not in ("auto", "dense", "lowrank", "krylov"):
-        raise ValueError(f"method must be 'auto', 'dense', 'lowrank' or 'krylov', got {method!r}")
+    checks.require_option("which", which, ("magnitude", "positive", "negative"))
+    checks.require_option("method", method, ("auto", "dense", "lowrank", "krylov"))
     count = width if k is None else checks.require_count("k", k, width, "d, the width of Q")
     rank = min(2 * hidden, width)
     if method == "lowrank" and count > rank:
@@ -85,8 +94,15 @@ def eigenpairs(
         )
     if tol is None:
         tol = 1e-5 if matrix.dtype == torch.float32 else 1e-10
-    if tol <= 0:
-        raise ValueError(f"tol is a relative residual and must be positive, got {tol}")
+    tol = checks.require_number("tol", tol, "is a relative residual", positive=True)
+    tol = max(tol, TOL_FLOOR * torch.finfo(matrix.dtype).eps)
+    checks.require_int("seed", seed)
+    checks.require_int("max_bytes", max_bytes)
+    if method == "dense" and width <= _SMALL:
+        solution = _small(matrix, count, which, tol)
+        if solution is not None:
+            return solution
+    matrix, exponents = matrix.normalised()
     iterative = _Krylov(tol, seed, max_bytes)
     solvers: dict[str, Solver] = {"dense": _dense, "lowrank": _lowrank, "krylov": iterative}
     item = matrix.dtype.itemsize
@@ -99,17 +115,74 @@ def eigenpairs(
     parts = [solvers[method](part, count, which) for part in _batches(matrix, size, progress)]
     if not parts:
         empty = matrix.left.new_empty
-        parts = [Pairs(empty(0, count), empty(0, count, width), empty(0, count), empty(0))]
-    values, vectors, residuals, bound = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Solution(
-        values,
-        vectors,
-        residuals,
-        bound,
+        vectors = empty(0, count, width)
+        parts = [Pairs(empty(0, count), vectors, empty(0, count), empty(0), empty(0), empty(0))]
+    found = Pairs(
+        *(torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
+    )
+    return _scaled_back(
+        found,
+        rounding(matrix.neurons(), found.norm),
+        exponents,
         iterative.description() if iterative.total else method,
         tol,
-        krylov.FAILURE_PROBABILITY if iterative.probed else 0.0,
+        FAILURE_PROBABILITY if iterative.probed else 0.0,
     )
+
+
+def _scaled_back(
+    found: Pairs,
+    uncertain: Tensor,
+    exponents: Tensor,
+    method: str,
+    tol: float,
+    failure: float,
+) -> Solution:
+    """The pairs of normalised matrices in the scale of the given ones."""
+    dtype = found.values.dtype
+    rescaled("eigenvalues", found.norm, exponents, dtype)  # refuses what the dtype cannot hold
+
+    def scaled(values: Tensor) -> Tensor:
+        powers = exponents.reshape(exponents.shape + (1,) * (values.ndim - 1))
+        return times_power(values, powers)
+
+    return Solution(
+        scaled(found.values),
+        found.vectors,
+        scaled(found.residuals),
+        scaled(found.bound + uncertain),
+        scaled(found.rest + uncertain),
+        scaled(found.norm),
+        scaled(uncertain),
+        method,
+        tol,
+        failure,
+    )
+
+
+def _small(matrix: Factors, k: int, which: Which, tol: float) -> Solution | None:
+    """Small matrices at once and in float64, which needs no normalisation; None where it would.
+
+    At these sizes a call costs more than what it computes.
+    """
+    wide = checks.gram_dtype(matrix.left)
+    dense = Factors(matrix.left.to(wide), matrix.right.to(wide), matrix.weights.to(wide)).dense()
+    dtype, limits = matrix.dtype, torch.finfo(matrix.dtype)
+    if wide != torch.float64 or not dense.numel():
+        return None
+    largest = float(dense.detach().abs().amax())
+    room = 2.0**20  # norms are larger than entries, and their squares must fit
+    least = limits.tiny * room if dtype != wide else limits.tiny**0.5 * room
+    most = limits.max / room if dtype != wide else limits.max**0.5 / room
+    if not least < largest < most:
+        return None
+    found = _select(dense, *torch.linalg.eigh(dense), k, which)
+    # Computed in float64, but rounded to the dtype of the result.
+    uncertain = found.norm * (4 * matrix.d**0.5 * limits.eps)
+    found = found._replace(bound=found.bound + uncertain, rest=found.rest + uncertain)
+    if dtype != wide:
+        found, uncertain = Pairs(*(part.to(dtype) for part in found)), uncertain.to(dtype)
+    return Solution(*found, uncertain, "dense", tol, 0.0)
 
 
 def _batches(matrix: Factors, size: int, progress: bool) -> Iterator[Factors]:
@@ -121,61 +194,89 @@ def _batches(matrix: Factors, size: int, progress: bool) -> Iterator[Factors]:
 
 
 def _dense(matrix: Factors, k: int, which: Which) -> Pairs:
-    values, vectors = torch.linalg.eigh(matrix.dense())
-    return _select(matrix, values, vectors.mT, k, which)
+    dense = matrix.dense()
+    return _select(dense, *torch.linalg.eigh(dense), k, which)
 
 
 def _lowrank(matrix: Factors, k: int, which: Which) -> Pairs:
     """Exact where 2 h < d: Q lives in the span of the 2 h factor rows, whatever the direction."""
-    basis, triangle = torch.linalg.qr(torch.cat([matrix.left, matrix.right]).T)
-    through_left, through_right = triangle.chunk(2, 1)  # [r, h] each: the factors in that basis
+    factors = torch.cat([matrix.left, matrix.right])
+    rank = len(factors)
+    if which != "magnitude":
+        # Outside the span are zeros, which may come before the other end of the spectrum.
+        more = max(0, min(k, matrix.d - rank))
+        filling = torch.Generator().manual_seed(0)
+        drawn = torch.randn(more, matrix.d, generator=filling, dtype=matrix.dtype)
+        factors = torch.cat([factors, drawn.to(factors)])
+    basis, triangle = torch.linalg.qr(factors.T)
+    through_left, through_right = triangle[:, :rank].chunk(
+        2, 1
+    )  # [r, h]: the factors in that basis
     half = (through_left * matrix.weights[:, None, :]) @ through_right.T
-    values, vectors = torch.linalg.eigh((half + half.mT) / 2)
-    return _select(matrix, values, vectors.mT @ basis.T, k, which)
-
-
-def _select(matrix: Factors, values: Tensor, vectors: Tensor, k: int, which: Which) -> Pairs:
-    """The k wanted of all the eigenpairs, with residuals and the exact bound on the others."""
-    kept = krylov.select(values, k, which)
-    left_out = values.abs().scatter(-1, kept, 0.0).amax(-1)
-    # A value of a backward-stable solver is off by at most about eps times the norm.
-    rounding = values.abs().amax(-1) * matrix.d * torch.finfo(values.dtype).eps
-    values = values.gather(-1, kept)
-    vectors = vectors.gather(-2, kept[..., None].expand(*kept.shape, matrix.d))
-    residuals = torch.linalg.vector_norm(
-        matrix.apply(vectors) - values[..., None] * vectors, dim=-1
+    inside = (half + half.mT) / 2
+    values, columns = torch.linalg.eigh(inside)
+    found = _select(inside, values, columns, k, which)
+    zero = torch.zeros_like(found.rest)
+    left_out = len(triangle) < matrix.d and which != "magnitude"
+    return found._replace(
+        vectors=found.vectors @ basis.T,
+        rest=torch.maximum(found.rest, zero) if left_out else found.rest,
     )
-    return Pairs(values, vectors, residuals, left_out + rounding)
+
+
+def _select(dense: Tensor, values: Tensor, columns: Tensor, k: int, which: Which) -> Pairs:
+    """The k wanted of all eigenpairs of the matrices, with residuals and the bounds on the others."""
+    width = dense.shape[-1]
+    key = signed(values, which)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    kept = order[:, :k]
+    vectors = columns.mT.gather(1, kept[..., None].expand(-1, -1, width))
+    norm = values.abs().amax(-1)
+    if k < width:
+        rest = key.gather(-1, order[:, k : k + 1])[:, 0]
+        bound = values.abs().scatter(-1, kept, 0.0).amax(-1)
+    else:
+        rest, bound = key.amin(-1), torch.zeros_like(norm)
+    # A value of a backward-stable solver is off by some eps times the norm.
+    slack = norm * (4 * width**0.5 * torch.finfo(values.dtype).eps)
+    values = values.gather(-1, kept)
+    gaps = (vectors @ dense).addcmul(values[..., None], vectors, value=-1)
+    residuals = torch.linalg.vector_norm(gaps, dim=-1)
+    return Pairs(values, vectors, residuals, bound + slack, rest + slack, norm)
 
 
 class _Krylov:
-    """Block Krylov, and for directions that do not converge a dense solver where Q fits."""
+    """Block Krylov, and for directions that are not finished a dense solver where Q fits."""
 
     def __init__(self, tol: float, seed: int, max_bytes: int) -> None:
         self.tol, self.max_bytes = tol, max_bytes
         self.generator = torch.Generator().manual_seed(seed)
-        self.columns = self.fallen_back = self.unconverged = self.total = 0
+        self.columns = self.fallen_back = self.unfinished = self.total = 0
 
     @property
     def probed(self) -> bool:
-        return self.total > self.fallen_back + self.unconverged
+        return self.total > self.fallen_back + self.unfinished
 
     def __call__(self, matrix: Factors, k: int, which: Which) -> Pairs:
         outcome = krylov.block_krylov(matrix, k, which, self.tol, self.generator)
         pairs = outcome.pairs
         self.total += len(matrix)
         self.columns = max(self.columns, outcome.columns)
-        for index in (~outcome.converged).nonzero()[:, 0].tolist():
+        for index in (~outcome.finished).nonzero()[:, 0].tolist():
             one = matrix[index : index + 1]
             if 4 * matrix.d**2 * matrix.dtype.itemsize <= self.max_bytes:
                 self.fallen_back += 1
                 solved = _dense(one, k, which)
             else:
-                self.unconverged += 1
+                self.unfinished += 1
                 solved = Pairs(*(part[index : index + 1] for part in pairs))
-                # Of Ritz pairs, converged or not: ||E||_F^2 = ||Q||_F^2 - sum of their squares.
-                rest = one.frobenius_norm().square() - solved.values.square().sum(-1)
-                solved = solved._replace(bound=rest.clamp_min(0).sqrt())
+                # Of Ritz pairs, converged or not: ||E||_F^2 = ||Q||_F^2 - sum of their squares, which
+                # leaves rounding of the squares where they cancel.
+                whole = one.frobenius_norm().square()
+                lost = 8 * torch.finfo(whole.dtype).eps * whole
+                rest = (whole - solved.values.square().sum(-1)).clamp_min(0)
+                bound = (rest + lost).sqrt()
+                solved = solved._replace(bound=bound, rest=bound)
             for target, source in zip(pairs, solved, strict=True):
                 target[index] = source[0]
         return pairs
@@ -184,6 +285,6 @@ class _Krylov:
         text = f"krylov, at most {self.columns} columns"
         if self.fallen_back:
             text += f"; dense for {self.fallen_back} of {self.total} with a flat spectrum"
-        if self.unconverged:
-            text += f"; {self.unconverged} of {self.total} NOT converged"
+        if self.unfinished:
+            text += f"; {self.unfinished} of {self.total} NOT converged"
         return text

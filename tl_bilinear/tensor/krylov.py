@@ -1,72 +1,75 @@
 """Leading eigenpairs of many interaction matrices at once, by block Krylov on the factors.
 
-For each direction an orthonormal basis V of the Krylov space of a random block grows until the wanted
-Rayleigh-Ritz pairs have small residuals. All directions share the four matrix products of a step: their
-blocks are stacked into one matrix. Full reorthogonalisation; ``Q V`` is kept, so residuals are measured,
-not estimated.
+For each direction an orthonormal basis V of a Krylov space grows until the wanted Rayleigh-Ritz
+pairs have small residuals. All directions share the four matrix products of a step: their blocks
+are stacked into one matrix. Full reorthogonalisation; ``V Q`` is kept, so that the residuals
+returned are measured.
 
 Cost of c basis columns for one direction of a layer with d inputs and h hidden neurons: ``8 c d h``
-flops on the factors, or ``2 h d^2 + 2 c d^2`` with Q formed once; equal at ``c = d / (4 - d / h)``,
-where the solver forms Q and goes on with the same basis. A direction that does not converge before c
-reaches ``d / 3`` has a flat spectrum and is decomposed densely.
+flops. A direction that is not finished before c reaches ``d / 3`` has a flat spectrum and is
+decomposed densely.
 
-**Nothing silently missed.** A Krylov space holds at most as many copies of a repeated eigenvalue as its
-block has columns, and residuals cannot tell. So a converged direction is probed: fresh Gaussian
-vectors w_i go through q steps of ``E = Q - sum_i lambda_i v_i v_i^T``. If they grow faster than the
-smallest wanted eigenvalue, the basis takes them in and goes on. Otherwise they certify what was left
-out (Halko, Martinsson and Tropp 2011, lemma 4.1): with r probes
-
-    ``||E|| <= (alpha sqrt(2/pi) max_i ||E^q w_i||)^(1/q)`` except with probability ``alpha^-r``.
+**Nothing left out.** Residuals say that the pairs found are pairs of Q, not that they are the
+wanted ones: a Krylov space holds at most as many copies of a repeated eigenvalue as its block has
+columns. So what Q is outside V is bounded, at each end of its spectrum that matters, by fresh
+random vectors (probes.py), and a direction is finished when this proves that the wanted pairs come
+first, to within the tolerance (`basis.Ritz`). Where the fresh vectors find something larger, the
+basis takes them in and goes on, with twice as many the next time.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tl_bilinear.tensor.factors import Factors
-
-Which = Literal["magnitude", "positive", "negative"]
-
-PROBES = 4
-PROBE_STEPS = 4
-FAILURE_PROBABILITY = 1e-6
-"""Chance, over the random probes, that the bound of one direction does not hold."""
+from tl_bilinear.tensor.basis import Basis, Ritz, first_block
+from tl_bilinear.tensor.eigendecomposition import Which, signed
+from tl_bilinear.tensor.factors import Factors, rounding
 
 BLOCK = 16
 ROWS = 128
-"""A block has ROWS / n columns, 2 to BLOCK: narrow blocks need fewer columns in all, but the stacked
+"""A block has ROWS / n columns, 1 to BLOCK: narrow blocks need fewer columns in all, but the stacked
 blocks of the n directions should stay a matrix product rather than a few vectors."""
 
 DENSE_AT = 1 / 3
-"""Share of d at which a basis that has not converged gives way to a dense solver."""
+"""Share of d at which a basis that is not finished gives way to a dense solver."""
+
+ROUNDS = 6
+"""How often fresh vectors may find something larger before a direction is given up."""
+
+_READY = (
+    0.8  # share of the last wanted value that the part outside V may reach, before it is probed
+)
+_PATIENCE = 1.25  # a direction that has settled waits for others until the basis is so much larger
+_SCOUTS = 8  # directions looked at to see whether it is time to look at all of them
 
 
 class Pairs(NamedTuple):
-    """Eigenpairs of n directions: [n, k], [n, k, d], [n, k], [n]."""
+    """Eigenpairs of n directions, in the order asked for, and what bounds the others.
+
+    values [n, k], vectors [n, k, d], residuals [n, k]; `bound` [n] on the norm of what the pairs leave
+    out; `rest` [n], which no eigenvalue left out passes in the order asked for; `norm` [n], of Q.
+    """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
     bound: Tensor
+    rest: Tensor
+    norm: Tensor
 
 
 @dataclass
 class Outcome:
-    """Where the solver stands: pairs found so far, which directions are done, and at what cost."""
+    """Pairs of every direction, which of them are proved to be the wanted ones, and at what cost."""
 
     pairs: Pairs
-    converged: Tensor  # [n] bool
-    columns: int  # most basis columns that any direction took
-
-
-def implicit_columns(d: int, hidden: int) -> int:
-    """Basis columns up to which products on the factors are cheaper than forming Q."""
-    return int(d / (4 - d / hidden)) if hidden > d / 4 else d
+    finished: Tensor  # [n] bool
+    columns: int  # most columns that any direction took
 
 
 def applicable(d: int, k: int) -> bool:
@@ -75,235 +78,173 @@ def applicable(d: int, k: int) -> bool:
 
 
 def bytes_per_direction(d: int, hidden: int, k: int, itemsize: int) -> int:
-    """Memory of one direction at the solver's largest: two bases, and Q once it is formed."""
+    """Memory of one direction at the solver's largest: the basis and its images."""
     columns = _most_columns(d, k) + BLOCK
-    formed = d * d if columns > implicit_columns(d, hidden) else 0
-    return (2 * columns * d + columns**2 + formed + 4 * hidden) * itemsize
+    return (2 * columns * d + 3 * columns**2 + 4 * hidden) * itemsize
 
 
 def _most_columns(d: int, k: int) -> int:
     return min(d - BLOCK, max(int(DENSE_AT * d), 2 * k + BLOCK))
 
 
-def select(values: Tensor, k: int, which: Which) -> Tensor:
-    """Indices of the k wanted of `values` [..., m], ordered by falling absolute value."""
-    key = {"magnitude": values.abs(), "positive": values, "negative": -values}[which]
-    kept = key.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    order = values.gather(-1, kept).abs().argsort(dim=-1, descending=True, stable=True)
-    return kept.gather(-1, order)
+class _Settings(NamedTuple):
+    k: int
+    which: Which
+    tol: float
+    most: int
+    neurons: Tensor  # [n] of the whole batch, for its rounding
+    generator: torch.Generator
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Of the spectrum, those that matter: 1 the upper, -1 the lower."""
+        return {"magnitude": (1, -1), "positive": (1,), "negative": (-1,)}[self.which]
+
+
+class _Run(NamedTuple):
+    """Directions whose bases grow together."""
+
+    index: Tensor  # [n], which of the batch
+    matrix: Factors
+    basis: Basis
+    rounds: int = 0  # how often fresh vectors have been taken in
+
+    def of(self, rows: Tensor) -> _Run:
+        if len(rows) == len(self.index):
+            return self
+        return _Run(self.index[rows], self.matrix[rows], self.basis.of(rows), self.rounds)
 
 
 def block_krylov(
     matrix: Factors, k: int, which: Which, tol: float, generator: torch.Generator
 ) -> Outcome:
-    """The k wanted eigenpairs of each of the n matrices of a flat batch.
+    """The k wanted eigenpairs of each of the n matrices of a flat batch, of normalised factors.
 
-    A direction counts as converged when every wanted residual is at most `tol` times its largest
-    absolute Ritz value and the probes found nothing larger.
+    A direction is finished when every wanted residual is at most `tol` times its largest absolute Ritz
+    value, and nothing left out comes before the last wanted value by more than that.
     """
-    n, width, hidden = len(matrix), matrix.d, matrix.d_hidden
-    block = max(2, min(BLOCK, ROWS // max(1, n)))
-    most = _most_columns(width, k)
-    make = matrix.left.new_zeros
-    found = Pairs(make(n, k), make(n, k, width), make(n, k), make(n) + math.inf)
-    converged = torch.zeros(n, dtype=torch.bool, device=matrix.device)
-    active = torch.arange(n, device=matrix.device)
-    products = _Products(matrix)
-    basis = _Basis(n, width, min(most, 2 * k + 64) + block, like=matrix.left)
-    fresh: Tensor | None = _first_block(matrix, block, generator)
-    check_at = min(2 * k + 2 * block, most)
+    n, width = len(matrix), matrix.d
+    zeros, none = matrix.left.new_zeros, matrix.left.new_full((n,), math.inf)
+    pairs = Pairs(zeros(n, k), zeros(n, k, width), zeros(n, k), none, none.clone(), zeros(n))
+    outcome = Outcome(pairs, torch.zeros(n, dtype=torch.bool, device=matrix.device), 0)
+    settings = _Settings(k, which, tol, _most_columns(width, k), matrix.neurons(), generator)
+    block = max(1, min(BLOCK, ROWS // max(1, n)))
+    basis = Basis(first_block(matrix, block, generator), min(settings.most, 3 * k + 48) + BLOCK)
+    runs = [_Run(torch.arange(n, device=matrix.device), matrix, basis)]
+    while runs:
+        runs += _grown(runs.pop(), settings, outcome)
+    return outcome
+
+
+def _grown(run: _Run, settings: _Settings, outcome: Outcome) -> list[_Run]:
+    """Grow the bases until some have settled, and probe those; what must still go on is returned."""
+    basis, k, generator = run.basis, settings.k, settings.generator
+    check_at = 0 if run.rounds else 2 * k + 2 * basis.block
+    first = math.inf  # columns at which a direction first settled
     while True:
-        if basis.size + block > implicit_columns(width, hidden) and basis.size:
-            products.form()
-        if fresh is None:
-            fresh = basis.next_block(block)
-        basis.append(fresh, products(fresh))
-        fresh = None
-        if basis.size >= check_at or basis.size + block > most:
-            check_at = basis.size + max(block, basis.size // 8)
-            pairs = basis.ritz_pairs(k, which)
-            scale = pairs.values.abs().amax(-1, keepdim=True)
-            settled = (pairs.residuals <= tol * scale).all(-1)
-            missed, probes = torch.zeros_like(settled), None
-            if settled.any():
-                some = settled.nonzero()[:, 0]
-                bound, larger, probes = _probe(products.of(some), pairs, some, which, generator)
-                pairs = pairs._replace(bound=pairs.bound.index_copy(0, some, bound))
-                missed[some] = larger
-            done = settled & ~missed
-            last = basis.size + block > most
-            write = torch.ones_like(done) if last else done
-            for target, source in zip(found, pairs, strict=True):
-                target[active[write]] = source[write]
-            converged[active[done]] = True
-            if last or bool(done.all()):
-                return Outcome(found, converged, basis.size)
-            if probes is not None and missed.any():
-                fresh = basis.next_block(block)
-                fresh[missed] = basis.extended_by(probes, missed, some, block)
-            if done.any():
-                keep = (~done).nonzero()[:, 0]
-                active = active[keep]
-                basis.keep(keep)
-                products = products.of(keep)
-                fresh = None if fresh is None else fresh[keep]
+        basis.advance(run.matrix, generator)
+        outcome.columns = max(outcome.columns, basis.size)
+        last = basis.size + basis.block > settings.most
+        if basis.size < check_at and not last:
+            continue
+        check_at = basis.size + max(basis.block, basis.size // 12)
+        if first == math.inf and not last and len(run.index) > 2 * _SCOUTS:
+            scouts = torch.arange(_SCOUTS, device=run.index.device)
+            found = basis.ritz(k, settings.which, scouts)
+            if not bool(_settled(run.index[scouts], found, settings).any()):
+                continue
+        ritz = basis.ritz(k, settings.which)
+        settled = _settled(run.index, ritz, settings)
+        if settled.any():
+            first = min(first, basis.size)
+        if not (last or basis.size >= _PATIENCE * first or bool(settled.all())):
+            continue
+        if last:
+            _store(run, ritz, settings, outcome)
+        done, others = settled.nonzero()[:, 0], (~settled).nonzero()[:, 0]
+        left = [] if last or not len(others) else [run.of(others)]
+        return left + (_probed(run.of(done), ritz.of(done), settings, outcome) if len(done) else [])
 
 
-class _Products:
-    """``rows @ Q`` for the directions still active: on the factors, or on Q once it is formed."""
-
-    def __init__(self, matrix: Factors, formed: Tensor | None = None) -> None:
-        self.matrix = matrix
-        self.formed = formed
-
-    def form(self) -> None:
-        if self.formed is None:
-            self.formed = self.matrix.dense()
-
-    def of(self, index: Tensor) -> _Products:
-        formed = None if self.formed is None else self.formed[index]
-        return _Products(self.matrix[index], formed)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self.formed is not None:
-            return rows @ self.formed
-        # Stacked rows make one large product of each factor; matmul would batch strided ones.
-        left, right = self.matrix.left, self.matrix.right
-        n, block, width = rows.shape
-        flat = rows.reshape(n * block, width)
-        weights = (self.matrix.weights / 2)[:, None, :]
-        hidden = (flat @ left.T).view(n, block, -1).mul_(weights).view(n * block, -1)
-        product = hidden @ right
-        hidden = (flat @ right.T).view(n, block, -1).mul_(weights).view(n * block, -1)
-        return product.addmm_(hidden, left).view(n, block, width)
+def _settled(index: Tensor, ritz: Ritz, settings: _Settings) -> Tensor:
+    """Whether the wanted pairs are good, and there is a chance to prove that they come first."""
+    slack = settings.tol * ritz.norm
+    # What rounding hides counts as well; where it is all of the tolerance nothing converges.
+    hidden = rounding(settings.neurons[index], ritz.norm)
+    good = ritz.residuals.amax(-1) <= torch.maximum(0.9 * (slack - hidden), slack / 4)
+    goal, last = _goal(ritz, settings)
+    for sign in settings.ends:
+        good &= (ritz.limit(sign, goal) >= _READY * last) | (last <= 0)
+    return good
 
 
-class _Basis:
-    """Orthonormal rows V [n, m, d], their images W = V Q, and H = V Q V^T [n, m, m]."""
-
-    def __init__(self, n: int, width: int, capacity: int, like: Tensor) -> None:
-        self.size = 0
-        self.vectors = like.new_empty(n, capacity, width)
-        self.images = like.new_empty(n, capacity, width)
-        self.reduced = like.new_zeros(n, capacity, capacity)
-
-    def append(self, rows: Tensor, images: Tensor) -> None:
-        start, stop = self.size, self.size + rows.shape[1]
-        if stop > self.vectors.shape[1]:
-            self._grow(stop + stop // 2)
-        self.vectors[:, start:stop] = rows
-        self.images[:, start:stop] = images
-        self.size = stop
-        overlaps = images @ self.vectors[:, :stop].mT
-        self.reduced[:, start:stop, :stop] = overlaps
-        self.reduced[:, :stop, start:stop] = overlaps.mT
-
-    def next_block(self, block: int) -> Tensor:
-        """Orthonormal rows of the last images' part outside the basis."""
-        return self._outside(self.images[:, self.size - block : self.size])
-
-    def extended_by(self, probes: Tensor, missed: Tensor, some: Tensor, block: int) -> Tensor:
-        """The block that takes in what the probes of the missed directions found."""
-        where = missed.nonzero()[:, 0]
-        position = torch.searchsorted(some, where)
-        rows = self.images[where, self.size - block : self.size].clone()
-        rows[:, : min(PROBES, block)] = probes[position, : min(PROBES, block)]
-        vectors = self.vectors[where, : self.size]
-        return _orthonormal(_orthogonalised(rows, vectors), vectors)
-
-    def _outside(self, rows: Tensor) -> Tensor:
-        vectors = self.vectors[:, : self.size]
-        return _orthonormal(_orthogonalised(rows, vectors), vectors)
-
-    def ritz_pairs(self, k: int, which: Which) -> Pairs:
-        m = self.size
-        reduced = self.reduced[:, :m, :m]
-        values, rotation = torch.linalg.eigh((reduced + reduced.mT) / 2)
-        index = select(values, k, which)
-        values = values.gather(-1, index)
-        rotation = rotation.gather(-1, index[:, None, :].expand(-1, m, -1)).mT
-        vectors = rotation @ self.vectors[:, :m]
-        images = rotation @ self.images[:, :m]
-        residuals = torch.linalg.vector_norm(images - values[..., None] * vectors, dim=-1)
-        return Pairs(values, vectors, residuals, torch.full_like(values[:, 0], math.inf))
-
-    def keep(self, index: Tensor) -> None:
-        self.vectors = self.vectors[index]
-        self.images = self.images[index]
-        self.reduced = self.reduced[index]
-
-    def _grow(self, capacity: int) -> None:
-        n, old, width = self.vectors.shape
-        grown = _Basis(n, width, min(max(capacity, old), width + PROBES * 8), like=self.vectors)
-        grown.vectors[:, :old], grown.images[:, :old] = self.vectors, self.images
-        grown.reduced[:, :old, :old] = self.reduced
-        self.vectors, self.images, self.reduced = grown.vectors, grown.images, grown.reduced
+def _goal(ritz: Ritz, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """What nothing left out may pass, in the order asked for, and the last wanted value."""
+    last = signed(ritz.wanted, settings.which)[:, -1]
+    return last + 0.9 * settings.tol * ritz.norm, last
 
 
-def _probe(
-    products: _Products, pairs: Pairs, some: Tensor, which: Which, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Bound on ``||E||``, whether something larger than a wanted pair was left out, and where."""
-    values, vectors = pairs.values[some], pairs.vectors[some]
-    n, _, width = vectors.shape
-    scale = values.abs().amax(-1)
-    scale = torch.where(scale > 0, scale, 1.0)[:, None, None]
-    probes = _gaussian(n, PROBES, width, generator, like=vectors)
-    before = probes
-    for _ in range(PROBE_STEPS):
-        before = probes
-        held = (probes @ vectors.mT) * values[:, None, :]
-        probes = (products(probes) - held @ vectors) / scale
-    size = torch.linalg.vector_norm(probes, dim=-1)
-    alpha = FAILURE_PROBABILITY ** (-1 / PROBES)
-    bound = (alpha * math.sqrt(2 / math.pi) * size.amax(-1)) ** (1 / PROBE_STEPS)
-    # What the residuals leave of the wanted pairs is part of E as well.
-    bound = bound * scale[:, 0, 0] + pairs.residuals[some].square().sum(-1).sqrt()
-    tiny = torch.finfo(size.dtype).tiny
-    length = torch.linalg.vector_norm(before, dim=-1).clamp_min(tiny)
-    if which == "magnitude":
-        growth = (size / length).amax(-1)
-        least = values.abs().amin(-1)
-    else:
-        sign = 1 if which == "positive" else -1
-        growth = (sign * (before * probes).sum(-1) / length.square()).amax(-1)
-        least = (sign * values).amin(-1)
-    margin = 10 * pairs.residuals[some].amax(-1) + 1e-4 * scale[:, 0, 0]
-    larger = growth * scale[:, 0, 0] > least + margin
-    return bound, larger, before
+def _probed(run: _Run, ritz: Ritz, settings: _Settings, outcome: Outcome) -> list[_Run]:
+    """Bound what the bases do not reach; store what is proved, and return what must go on."""
+    which, generator = settings.which, settings.generator
+    goal, _ = _goal(ritz, settings)
+    limits = {sign: ritz.limit(sign, goal) for sign in settings.ends}
+    rows = max(1, min(BLOCK, ROWS // len(run.index)))
+    rows = min(rows * 2**run.rounds, BLOCK, max(1, (run.basis.width - run.basis.size) // 2))
+    run.basis.begin_probing(rows, run.rounds, generator)
+    left: list[_Run] = []
+    while True:
+        basis = run.basis
+        basis.advance(run.matrix, generator)
+        outcome.columns = max(outcome.columns, basis.size)
+        chain = basis.chain
+        assert chain is not None
+        margins = {sign: chain.margin(sign, limits[sign]) for sign in settings.ends}
+        least = torch.stack(list(margins.values())).amin(0)
+        proved = least > 0
+        spent = basis.size + rows > settings.most or chain.steps >= chain.most
+        decided = proved | (least == -math.inf) | spent
+        if 2 * int(decided.sum()) < len(decided) or not bool(decided.any()):
+            continue
+        done, lost = proved.nonzero()[:, 0], (decided & ~proved).nonzero()[:, 0]
+        if len(done):
+            links = chain.of(done)
+            reach = {
+                sign: links.reach(sign, limits[sign][done] if sign in limits else None)
+                for sign in (1, -1)
+            }
+            _store(run.of(done), ritz.of(done), settings, outcome, reach)
+        if len(lost):
+            again = run.of(lost)
+            again.basis.end_probing(generator)
+            room = again.basis.size + again.basis.block <= settings.most
+            if room and run.rounds + 1 < ROUNDS:
+                left.append(again._replace(rounds=run.rounds + 1))
+            else:
+                _store(again, again.basis.ritz(settings.k, which), settings, outcome)
+        rest = (~decided).nonzero()[:, 0]
+        if not len(rest):
+            return left
+        run, ritz = run.of(rest), ritz.of(rest)
+        limits = {sign: limit[rest] for sign, limit in limits.items()}
 
 
-def _first_block(matrix: Factors, block: int, generator: torch.Generator) -> Tensor:
-    """Random rows, drawn towards the inputs that the layer reads at all; [n, block, d].
-
-    What both factors ignore every Q ignores. Two steps with ``L^T L + R^T R``, one block for all
-    directions, save each direction about a tenth of its columns.
-    """
-    left, right = matrix.left, matrix.right
-    rows = _gaussian(1, block, matrix.d, generator, like=left)[0]
-    for _ in range(2):
-        rows = _orthonormal((rows @ left.T) @ left + (rows @ right.T) @ right)
-    return rows.expand(len(matrix), block, matrix.d).contiguous()
-
-
-def _gaussian(n: int, rows: int, width: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    # Drawn on the CPU, so that a seed means the same on every device.
-    drawn = torch.randn(n, rows, width, generator=generator, dtype=like.dtype)
-    return drawn.to(like.device)
-
-
-def _orthogonalised(rows: Tensor, vectors: Tensor) -> Tensor:
-    for _ in range(2):
-        rows = rows - (rows @ vectors.mT) @ vectors
-    return rows
-
-
-def _orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
-    """Orthonormal rows of the same span; where that is smaller, the rest is orthogonal to it."""
-    basis = torch.linalg.qr(rows.mT).Q.mT
-    if against is None:
-        return basis
-    # The span may have run out (an invariant subspace): QR then fills up with directions that need
-    # not be orthogonal to the basis.
-    basis = _orthogonalised(basis, against)
-    return torch.linalg.qr(basis.mT).Q.mT
+def _store(
+    run: _Run,
+    ritz: Ritz,
+    settings: _Settings,
+    outcome: Outcome,
+    reach: dict[int, Tensor] | None = None,
+) -> None:
+    """Write the wanted pairs: finished ones, where the reach of what is outside the basis is known."""
+    values, vectors, residuals = run.basis.pairs(ritz)
+    bound = rest = torch.full_like(ritz.norm, math.inf)
+    if reach is not None:
+        ends = {sign: ritz.end(sign, beta) for sign, beta in reach.items()}
+        coupling = torch.linalg.vector_norm(residuals.double(), dim=-1)
+        bound = torch.maximum(ends[1], ends[-1]).clamp_min(0) + coupling
+        rest = torch.stack([ends[sign] for sign in settings.ends]).amax(0)
+        outcome.finished[run.index] = True
+    found = Pairs(values, vectors, residuals, bound, rest, ritz.norm)
+    for target, source in zip(outcome.pairs, found, strict=True):
+        target[run.index] = source.to(target.dtype)

@@ -28,8 +28,8 @@ from tl_bilinear.results import Result
 from tl_bilinear.tensor import grams, krylov
 from tl_bilinear.tensor.batching import Rows, human_bytes, sweep
 from tl_bilinear.tensor.bilinear import BilinearTensor
-from tl_bilinear.tensor.eigendecomposition import participation
-from tl_bilinear.tensor.eigensolvers import Method, Which
+from tl_bilinear.tensor.eigendecomposition import Which, participation
+from tl_bilinear.tensor.eigensolvers import Method
 from tl_bilinear.tensor.moments import Metric
 
 if TYPE_CHECKING:
