@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from tests.features.building import N_OUT, model, sae
 from tl_bilinear import FeatureInteractions
 from tl_bilinear.features import CentredAttribution, Dictionary, FeatureEffects
+from tl_bilinear.tensor import shapley
 
 LAYER = "blocks.1"
 OUTPUT = f"{LAYER}.hook_mlp_out"
@@ -144,3 +145,51 @@ def test_populations_that_are_refused(run, busy, unchecked):
         run.centred(busy, around=torch.zeros_like(run.mask))
     with pytest.raises(MemoryError, match="fewer features"):
         run.effects(busy, max_bytes=100)
+
+
+# ---------------------------------------------------------------------- Shapley values
+
+
+@pytest.mark.parametrize("baseline", [None, "all", "active"])
+def test_shapley_values_sum_to_what_they_explain(run, busy, baseline):
+    found = run.shapley(busy, 5, 3, baseline=baseline)
+    assert found.output == pytest.approx(float(run.preactivations([busy])[3, 5, 0]))
+    assert found.error < 1e-9
+    if baseline is None:
+        assert found.rest == pytest.approx(0, abs=1e-12)
+        assert set(found.features.tolist()) <= set(run.attribute(busy, 5, 3).features.tolist())
+
+
+def test_shapley_values_beside_no_feature_halve_every_pair(run, busy):
+    """Beside zero, a feature has its self term, half of each pair, and its products with the rest."""
+    found = run.shapley(busy, 5, 3)
+    plain = run.attribute(busy, 5, 3)
+    m = len(plain.features)
+    expected = plain.quadratic[:m, :m].sum(1) + 2 * plain.quadratic[:m, m:].sum(1)
+    expected = expected + plain.linear[:m]
+    values = dict(zip(found.features.tolist(), found.values.tolist(), strict=True))
+    for b, value in zip(plain.features.tolist(), expected.tolist(), strict=True):
+        assert values.get(b, 0.0) == pytest.approx(value, abs=1e-9)
+
+
+def test_shapley_values_beside_a_population_are_means_over_its_tokens(run, busy):
+    """Beside each token of the population as a point, and averaged."""
+    mask = torch.zeros_like(run.mask)
+    mask[2, 3:6] = True
+    found = run.shapley(busy, 5, 3, baseline=mask)
+    f = run.features
+    n = f.inputs.n
+    parts = [p for p in run.read(mask)]
+    background = torch.cat([torch.cat([p.coefficients, p.rest], 1) for p in parts])
+    here = torch.zeros_like(run.mask)
+    here[3, 5] = True
+    one = next(p for p in run.read(here) if len(p.coefficients))
+    x = torch.cat([one.coefficients, one.rest], 1)[0]
+    players = torch.cat([f.input_directions, torch.eye(16, dtype=torch.double)])
+    layer = f.hook_tensor.project(f.directions[busy][None]).fold(players)
+    values = torch.stack([shapley(layer, x, b).values[0] for b in background]).mean(0)
+    values = values * run.output_scale[3, 5]
+    for b, value in zip(found.features.tolist(), found.values.tolist(), strict=True):
+        assert value == pytest.approx(float(values[b]), abs=1e-9)
+    assert found.rest == pytest.approx(float(values[n:].sum()), abs=1e-9)
+    assert list(found.to_pandas()["input_feature"]) == found.features.tolist()

@@ -154,9 +154,7 @@ def test_correlation_is_of_terms_fitted_elsewhere(f, run, seen, tmp_path):
     assert list(terms.to_pandas()["feature"]) == busy
     metric = first.moments().metric(0.1)
     given = second.low_rank_correlation(2, busy, metric=metric, progress=False)
-    alike = second.low_rank_correlation(
-        2, busy, metric="all", ridge=0.1, fit=first, progress=False
-    )
+    alike = second.low_rank_correlation(2, busy, metric="all", ridge=0.1, fit=first, progress=False)
     assert_close(given.active, alike.active)
 
 

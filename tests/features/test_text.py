@@ -1,6 +1,8 @@
 """Tokens as text, names of features, and one run of the model for several analyses."""
 
 import copy
+import math
+import re
 from collections import Counter
 
 import pytest
@@ -13,7 +15,7 @@ from tests.features.building import N_OUT, model, sae
 from tests.recipes.stories import make_stories
 from tl_bilinear import FeatureInteractions, plots
 from tl_bilinear.features import ActiveInteractions, FeatureSweep
-from tl_bilinear.features.labels import NEVER, label, pieces
+from tl_bilinear.features.labels import NEVER, NOTHING, distinguishing, label, pieces
 from tl_bilinear.recipes.language import train_tokenizer
 
 LAYER = "blocks.1"
@@ -74,13 +76,48 @@ def test_examples_read_as_text(f, tokens, word_pieces):
 def test_names():
     assert label(None, [], []) == NEVER == "never active on this text"
     assert label(None, [7], [1]) == "(1) 7 (seen once)"
-    assert label(None, [7, 8], [1, 1]) == "(1) 7 (seen twice)"
-    assert label(None, [7, 7, 3], [1, 2, 3]) == "7"
-    assert label(None, [7, 7, 3], [1, 1, 3]) == "(1) 7"
-    assert (
-        label(None, [7, 7, 7], [None, None, None]) == "7"
-    )  # where a row begins nothing stands before
-    assert label(None, [7, 8, 9, 9, 6], [1, 1, 1, 1, 1]) == "9 | 7 | 8"
+    assert label(None, [7, 8], [1, 1]) == "7 | 8 (seen twice)"
+    assert label(None, [7, 7, 3], [1, 2, 3]) == "7 (seen 3 times)"
+    assert label(None, [7, 7, 3] * 4, [1, 1, 3] * 4) == "(1) 7"
+    # Where a row begins nothing stands before.
+    assert label(None, [7] * 12, [None] * 12) == "7"
+    assert label(None, [7, 8, 9, 9, 6] * 2, [1, 2, 3, 4, 5] * 2, base={9: 0.01}) != "9 | 7 | 8"
+    assert label(None, [9] * 4 + [7] * 3 + [8] * 3, [1] * 10) == "9 | 7 | 8"
+
+
+def test_a_token_that_is_everywhere_names_nothing():
+    """The same places in two texts: in one, token 7 is rare, in the other it is everywhere."""
+    places = [7] * 6 + [8] * 4
+    assert label(None, places, [None] * 10, base={7: 0.02, 8: 0.001}) == "8 | 7"
+    assert label(None, places, [None] * 10, base={7: 0.6, 8: 0.001}) == "8"
+    assert label(None, [7] * 10, [None] * 10, base={7: 0.9}) == NOTHING
+    # What stands before distinguishes only if it is not everywhere either.
+    assert label(None, [5] * 10, [7] * 10, base={5: 0.001, 7: 0.9}) == "5"
+    assert label(None, [5] * 10, [7] * 10, base={5: 0.001, 7: 0.1}) == "(7) 5"
+
+
+def test_a_common_token_is_told_by_what_stands_further_in_front():
+    near = [{3, i + 20} for i in range(10)]
+    rates = {7: 0.1, 3: 0.01}
+    assert label(None, [7] * 10, [None] * 10, near, rates) == "7 after 3"
+    assert label(None, [7] * 10, [None] * 10, near, rates | {3: 0.09}) == "7"
+    assert label(None, [7] * 10, [None] * 10, near, rates | {7: 0.001}) == "7"
+    assert label(None, [*range(30, 40)], [None] * 10, near, rates) == "anything after 3"
+
+
+def test_what_distinguishes_is_ordered_by_how_much_it_tells():
+    """By hand, with the prior: p = (count + 10 q) / (of + 10)."""
+    base = {1: 0.1, 2: 0.001}
+    seen = Counter({1: 8, 2: 4, 3: 1})
+
+    def score(count, q):
+        p = (count + 10 * q) / 30
+        return p * math.log(p / q)
+
+    assert score(4, 0.001) > score(8, 0.1)
+    assert distinguishing(seen, 20, base, least=0, lift=2) == [2, 1]
+    assert distinguishing(seen, 20, base, least=0.3, lift=2) == [1]
+    assert distinguishing(seen, 20, base, least=0, lift=5) == [2]
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -92,35 +129,28 @@ def test_labels_are_those_of_the_strongest_tokens(f, tokens, side):
     _, cache = f.model.run_with_cache(tokens)
     dictionary = f.inputs if side == "input" else f.outputs
     z = dictionary.sae.encode(cache[dictionary.hook]).detach()
+    counted = Counter(tokens[mask].tolist())
+    base = {token: count / int(mask.sum()) for token, count in counted.items()}
     assert len(found) == dictionary.n
-    alone = 0
     for feature, name in enumerate(found):
         strengths = [
-            (float(z[row, place, feature]), int(tokens[row, place]), int(tokens[row, place - 1]))
+            (float(z[row, place, feature]), row, place)
             for row in range(7)
             for place in range(2, 12)
             if z[row, place, feature] > 0
         ]
-        strongest = sorted(strengths, reverse=True)[:k]
-        if not strongest:
-            assert name == "never active on this text"
-            continue
-        few = {1: " (seen once)", 2: " (seen twice)"}.get(len(strongest), "")
-        assert name.endswith(few)
-        assert few or "seen" not in name
-        name = name.removesuffix(few)
-        (most, times), *others = Counter(token for _, token, _ in strongest).most_common()
-        if times < len(strongest) / 2:
-            assert sorted(name.split(" | ")[:1]) == [str(most)]
-            assert len(name.split(" | ")) == min(3, 1 + len(others))
-        else:
-            assert name.split(" ")[-1] == str(most)
-            before = [b for _, token, b in strongest if token == most]
-            twice = [b for b in set(before) if before.count(b) >= len(strongest) / 2]
-            assert name == (f"({twice[0]}) {most}" if len(twice) == 1 else name)
-            assert bool(twice) == name.startswith("(")
-            alone += 1
-    assert 0 < alone < len(found)
+        strongest = [(row, place) for _, row, place in sorted(strengths, reverse=True)[:k]]
+        expected = label(
+            None,
+            [int(tokens[at]) for at in strongest],
+            [int(tokens[row, place - 1]) for row, place in strongest],
+            [set(tokens[row, max(0, place - 9) : place - 1].tolist()) for row, place in strongest],
+            base,
+        )
+        if side == "output" and expected != NEVER:
+            promoted = f.promoted(feature, 2).words[:2]
+            expected = f"{expected} -> {' '.join(promoted)}"
+        assert name == expected
 
 
 @pytest.fixture(scope="module")
@@ -342,11 +372,11 @@ def test_a_mask_of_ones_own_is_kept(f, busy, tokens, unchecked):
         chosen.examples(busy, k=7).strengths.amax(1),
         z.amax(1).sort(descending=True)[0][: (z.amax(1) > 0).sum()],
     )
-    assert set(chosen.labels("output")) <= {NEVER} | {
-        name + few
-        for few in ("", " (seen once)", " (seen twice)")
-        for name in ["5", *(f"({before}) 5" for before in range(23))]
-    }
+    # Where all that counts is token 5 it distinguishes nothing, unless it was seen too rarely to say.
+    for name in chosen.labels("output"):
+        said = name.partition(" -> ")[0]
+        rare = re.fullmatch(r"(\(\d+\) )?5 \(seen (once|twice|\d times)\)", said)
+        assert said in (NEVER, NOTHING) or said.startswith("anything after ") or rare
     for wrong in (mask[:, :4], mask.long()):
         with pytest.raises(
             ValueError, match=r"mask must be boolean and of the tokens' shape \[7, 12\]"

@@ -38,9 +38,7 @@ def test_the_other_terms_stay(model, metric):
     parts = parts_of(model, metric)
     x = through(model)[0]
     for taken in ([1], [0, 3]):
-        edit = ProjectInput(
-            directions=parts.eigen.vectors[0, taken], layer=LAYER, metric=metric
-        )
+        edit = ProjectInput(directions=parts.eigen.vectors[0, taken], layer=LAYER, metric=metric)
         edited = through(model, edit)[0]
         before, after = parts.activations(x)[..., 0, :], parts.activations(edited)[..., 0, :]
         expected = before.clone()

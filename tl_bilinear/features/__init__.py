@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_bilinear.features import architectures as _architectures  # noqa: F401  registers SAELens's
 from tl_bilinear.features.attribution import Attribution
+from tl_bilinear.features.chance import PairChance, SpectrumChance, discoveries
 from tl_bilinear.features.correlation import ActivationScatter, LowRankCorrelation
 from tl_bilinear.features.dictionary import Dictionary, Reading, register_dictionary
 from tl_bilinear.features.effects import CentredAttribution, FeatureEffects
@@ -23,6 +24,7 @@ from tl_bilinear.features.pair_counts import PairCounts, RankedPairs
 from tl_bilinear.features.pairs import ActiveInteractions, FeaturePairs
 from tl_bilinear.features.passage import Passage
 from tl_bilinear.features.run import FeatureRun
+from tl_bilinear.features.shares import FeatureShapley
 from tl_bilinear.features.statistics import InteractionStatistics
 from tl_bilinear.features.terms import FeatureTerms
 from tl_bilinear.features.unembedding import PromotedTokens
@@ -50,10 +52,12 @@ __all__ = [
     "FeatureInteractions",
     "FeaturePairs",
     "FeatureRun",
+    "FeatureShapley",
     "FeatureSweep",
     "FeatureTerms",
     "InteractionStatistics",
     "LowRankCorrelation",
+    "PairChance",
     "PairCheck",
     "PairCounts",
     "Passage",
@@ -63,8 +67,10 @@ __all__ = [
     "SAEEvaluation",
     "SignedTopKSAE",
     "SignedTopKSAEConfig",
+    "SpectrumChance",
     "Submatrix",
     "TopSequences",
+    "discoveries",
     "evaluate_saes",
     "published_disk_loader",
     "published_huggingface_loader",

@@ -113,7 +113,9 @@ class LayerTokens(NamedTuple):
 
 @torch.no_grad()
 def low_rank_correlation(
-    features: Int[Tensor, " m"], eigen: Eigendecomposition | FeatureTerms, tokens: Iterable[LayerTokens]
+    features: Int[Tensor, " m"],
+    eigen: Eigendecomposition | FeatureTerms,
+    tokens: Iterable[LayerTokens],
 ) -> LowRankCorrelation:
     """Correlations of pre-activations with their approximations by 1 to K terms, in one pass."""
     m, k = eigen.values.shape

@@ -199,9 +199,7 @@ class FeatureEffects(Named):
             for b in self.main.abs().topk(min(k, len(self.main))).indices.tolist()
         ]
         kind = kinds(self.first, self.second)
-        for place, (b, c) in enumerate(
-            zip(self.first.tolist(), self.second.tolist(), strict=True)
-        ):
+        for place, (b, c) in enumerate(zip(self.first.tolist(), self.second.tolist(), strict=True)):
             row = {"kind": kind[place], "first": b, "share": float(self.pairs[place])}
             row |= {"label_first": named(b)}
             rows.append(row if b == c else row | {"second": c, "label_second": named(c)})
@@ -216,7 +214,7 @@ class FeatureEffects(Named):
             [*rows[:k], *({"kind": name, "share": value} for name, value in sums.items())],
             columns=[*columns, "mean", "deviation", "active"],
         )
-        return table.astype({name: "Int64" for name in ("first", "second", "active")})
+        return table.astype(dict.fromkeys(("first", "second", "active"), "Int64"))
 
 
 @torch.no_grad()

@@ -38,6 +38,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_bilinear import checks
+from tl_bilinear.features.chance import (
+    PairChance,
+    PairNull,
+    SpectrumChance,
+    pair_chance,
+    spectrum_chance,
+)
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.feature_sweep import FeatureSweep, feature_sweep
@@ -60,7 +67,12 @@ from tl_bilinear.features.passage import (
 from tl_bilinear.features.populations import require_mask, stream, stream_moments
 from tl_bilinear.features.run import FeatureRun, default_mask, run_model, tokenise
 from tl_bilinear.features.statistics import InteractionStatistics, interaction_statistics
-from tl_bilinear.features.unembedding import PromotedTokens, promoted_tokens, unembedding_row
+from tl_bilinear.features.unembedding import (
+    PromotedTokens,
+    most_promoted,
+    promoted_tokens,
+    unembedding_row,
+)
 from tl_bilinear.hooks import EigenComponents
 from tl_bilinear.results import Kind
 from tl_bilinear.tensor import BilinearTensor, Eigendecomposition, InteractionMatrix
@@ -348,6 +360,50 @@ class FeatureInteractions:
             output_labels=self.outputs.labels_of(made),
         )
 
+    # ------------------------------------------------------------------ chance
+
+    def pair_chance(
+        self,
+        feature: int,
+        k: int = 20,
+        *,
+        null: PairNull = "neurons",
+        rate: float = 0.05,
+        draws: int = 25,
+        seed: int = 0,
+        max_bytes: int = checks.MAX_DENSE_BYTES,
+    ) -> PairChance:
+        """All pairs of an output feature beside a null: p-values, and discoveries at a stated rate.
+
+        Parameters
+        ----------
+        k: how many of the least probable pairs are returned
+        null: "neurons" or "dictionary", see `tl_bilinear.features.chance`
+        rate: of false discoveries, over all n_in (n_in + 1) / 2 pairs
+        draws: of the null; all pairs of each are pooled
+
+        Raises MemoryError beyond `max_bytes` for the tables [n_in, n_in], ValueError for other nulls.
+        """
+        return pair_chance(
+            self, feature, k, null, rate=rate, draws=draws, seed=seed, max_bytes=max_bytes
+        )
+
+    def spectrum_chance(
+        self,
+        features: Sequence[int] | Tensor | None = None,
+        *,
+        rate: float = 0.05,
+        draws: int = 39,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> SpectrumChance:
+        """How concentrated spectra of output features (all) are, beside hidden neurons paired at random.
+
+        ``1 + draws`` eigendecompositions [d, d] a feature; p-values are at least 1 / (draws + 1).
+        """
+        index = self.numbers(range(self.outputs.n) if features is None else features).reshape(-1)
+        return spectrum_chance(self, index, rate=rate, draws=draws, seed=seed, progress=progress)
+
     # ------------------------------------------------------------------ one output feature
 
     def submatrix(self, feature: int, k: int = 15) -> Submatrix:
@@ -504,6 +560,10 @@ class FeatureInteractions:
         if side == "input" and self.passage.hook == before.layer_hook and weight is not None:
             row = row / weight.detach().to(row)
         return promoted_tokens(self.model, row, k)
+
+    def raised(self, k: int = 2) -> Int[Tensor, "n_out k"]:
+        """The k tokens that each output feature's decoder row promotes most (`promoted` of all)."""
+        return most_promoted(self.model, self.outputs.decoder, k)
 
     # ------------------------------------------------------------------ numbers of features
 

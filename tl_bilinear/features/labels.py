@@ -6,8 +6,9 @@ holds the labels of the features that it names, and its tables show them.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,23 @@ if TYPE_CHECKING:
 SHARE = 0.5
 """Share of a feature's strongest tokens that one token must make up to name the feature alone."""
 
+LIFT = 2.0
+"""How much more common than everywhere a token must be where a feature is active."""
+
+COMMON = 0.01
+"""Share of a text from which a token is too common to name a feature by itself."""
+
+NEAR = 9
+"""How far in front of a token words are looked for."""
+
+PRIOR = 10.0
+"""Places at the base rate that are added to those seen."""
+
+FEW = 10
+"""Places below which a label says how few they were."""
+
 NEVER = "never active on this text"
-_TOO_FEW = {1: " (seen once)", 2: " (seen twice)"}
+NOTHING = "no token in particular"
 
 Labels = dict[int, str]
 
@@ -112,33 +128,92 @@ def plain(tokenizer: Any, token: int) -> str:
 # ---------------------------------------------------------------------- naming features
 
 
-def label(tokenizer: Any, tokens: Sequence[int], before: Sequence[int | None]) -> str:
-    """A name for a feature from the tokens it is most active on and the token before each.
+def distinguishing(
+    seen: Counter[int], of: int, base: Mapping[int, float], *, least: float, lift: float
+) -> list[int]:
+    """The tokens that tell some places from others, the one that tells most first.
 
-    The token that makes up half of them, with the one before it in parentheses where that does so too;
-    otherwise the three most common, separated by a stroke. A feature that was active on one or two
-    tokens only says so: its name means little.
+    Parameters
+    ----------
+    seen: on how many of the places each token is found
+    of: how many places there are
+    base: its share everywhere
+    least: the smallest share of the places that counts, of at least 2 of them
+    lift: how much more common it must be there than everywhere
+
+    By ``p log(p / q)``, with q the share everywhere and p the share on the places, drawn towards q by
+    `PRIOR` places more. A token that is everywhere has no lift, one that is rare everywhere and met
+    here once or twice has little p.
+    """
+    scores = {}
+    for token, count in seen.items():
+        q = max(base.get(token, 0.0), 1e-9)
+        p = (count + PRIOR * q) / (of + PRIOR)
+        enough = count >= min(2, of) and count >= least * of
+        if enough and count / of >= lift * q:
+            scores[token] = p * math.log(p / q)
+    return sorted(scores, key=lambda token: -scores[token])
+
+
+def label(
+    tokenizer: Any,
+    tokens: Sequence[int],
+    before: Sequence[int | None],
+    near: Sequence[Set[int]] = (),
+    base: Mapping[int, float] | None = None,
+) -> str:
+    """A name for a feature from the places in a text where it is most active.
+
+    Parameters
+    ----------
+    tokens: the token at each place; before: the one in front of it
+    near: of each place, the tokens further in front of it, `NEAR` of them
+    base: share of each token in the whole text
+
+    The token that is there on at least half of the places and more often than elsewhere, with the one
+    before it in parentheses where that is so too: ``happy``, ``(not) happy``. Otherwise up to three
+    tokens that are there more often than elsewhere: ``happy | glad``. A token that is common everywhere
+    says little by itself, so the words that distinguish what stands further in front follow:
+    ``. after sad cry``. Few places are counted: ``(seen 3 times)``.
     """
     if not tokens:
         return NEVER
-    few = _TOO_FEW.get(len(tokens), "")
-    counted = Counter(tokens).most_common(3)
-    most, times = counted[0]
-    if times < SHARE * len(tokens):
-        return " | ".join(plain(tokenizer, token) for token, _ in counted) + few
-    earlier = Counter(b for t, b in zip(tokens, before, strict=True) if t == most and b is not None)
-    for token, count in earlier.most_common(1):
-        if count >= SHARE * len(tokens):
-            return f"({plain(tokenizer, token)}) {plain(tokenizer, most)}{few}"
-    return plain(tokenizer, most) + few
+    n, rates = len(tokens), base or {}
+    few = {1: " (seen once)", 2: " (seen twice)"}.get(n, f" (seen {n} times)" if n < FEW else "")
+
+    def word(token: int) -> str:
+        return plain(tokenizer, token)
+
+    found = distinguishing(Counter(tokens), n, rates, least=0.1, lift=LIFT)[:3]
+    counted = Counter(tokens)
+    single = found[:1] if found and counted[found[0]] >= SHARE * n else []
+    name = " | ".join(map(word, single or found))
+    if single:
+        earlier = Counter(
+            b for t, b in zip(tokens, before, strict=True) if t == single[0] and b is not None
+        )
+        for token in distinguishing(earlier, n, rates, least=SHARE, lift=LIFT)[:1]:
+            return f"({word(token)}) {name}{few}"
+    if few:  # too few to tell chance from habit: what was seen is said, and how often
+        raw = [token for token, _ in counted.most_common(3)]
+        return (name or " | ".join(map(word, raw))) + few
+    common = [token for token in single or found if rates.get(token, 0) >= COMMON]
+    if near and (not found or common):
+        windows = Counter(token for window in near for token in window)
+        wide = {token: min(1.0, NEAR * rate) for token, rate in rates.items()}
+        said = distinguishing(windows, n, wide, least=0.3, lift=LIFT)[:2]
+        if said:
+            name = f"{name or 'anything'} after {' '.join(map(word, said))}"
+    return name or NOTHING
 
 
 def name_features(
-    tokenizer: Any, tokens: Tensor, activations: Iterable[Tensor], k: int
+    tokenizer: Any, tokens: Tensor, activations: Iterable[Tensor], k: int, mask: Tensor
 ) -> list[str]:
     """A label for each of n features, from the tokens of its k strongest activations.
 
-    tokens: [batch, pos]; activations: [some, pos, n] of some rows at a time, 0 where they do not count
+    tokens: [batch, pos]; activations: [some, pos, n] of some rows at a time, 0 where they do not count;
+    mask: [batch, pos], the tokens that count, whose shares are the base rates
     """
     best: Tensor | None = None  # [k, n], strongest activations so far, and where
     where = torch.empty(0)
@@ -154,9 +229,13 @@ def name_features(
         seen += len(z)
     assert best is not None  # there is at least one sequence
     length, flat = tokens.shape[1], tokens.flatten().tolist()
+    counted, times = tokens[mask].unique(return_counts=True)
+    shares = (times / max(1, int(times.sum()))).tolist()
+    base = dict(zip(counted.tolist(), shares, strict=True))
     found = []
     for values, places in zip(best.T.tolist(), where.T.tolist(), strict=True):
         at = [place for value, place in zip(values, places, strict=True) if value > 0]
         before = [flat[place - 1] if place % length else None for place in at]
-        found.append(label(tokenizer, [flat[place] for place in at], before))
+        near = [set(flat[place - min(NEAR, place % length) : max(0, place - 1)]) for place in at]
+        found.append(label(tokenizer, [flat[place] for place in at], before, near, base))
     return found

@@ -326,7 +326,9 @@ class RankedPairs(Named):
         columns = {"first": self.first, "second": self.second}
         columns |= {"kind": kinds(self.first, self.second)}  # type: ignore[dict-item]
         for name in ("coefficients", "on_text", "where_active", "together", "together_active"):
-            columns[name.removesuffix("s") if name == "coefficients" else name] = getattr(self, name)
+            columns[name.removesuffix("s") if name == "coefficients" else name] = getattr(
+                self, name
+            )
         columns["correlation"] = self.correlation
         for place, name in enumerate(get_args(PairOrder)):
             columns[f"rank_{name}"] = self.ranks[:, place]
@@ -404,7 +406,9 @@ def pair_coefficients(
     rows = features.input_directions
     form = features.interaction(feature, basis="activations")
     through = form.apply(rows)
-    parts = zip(first.to(rows.device).split(65536), second.to(rows.device).split(65536), strict=True)
+    parts = zip(
+        first.to(rows.device).split(65536), second.to(rows.device).split(65536), strict=True
+    )
     entries = [(rows[b] * through[c]).sum(-1) for b, c in parts]
     values = torch.cat(entries) if entries else rows.new_empty(0)
     return values * torch.where(first == second, 1.0, 2.0).to(values)

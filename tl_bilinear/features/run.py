@@ -41,7 +41,7 @@ from tl_bilinear.features.effects import (
     feature_effects,
 )
 from tl_bilinear.features.examples import Examples, Side
-from tl_bilinear.features.labels import name_features, special_tokens
+from tl_bilinear.features.labels import NEVER, name_features, plain, special_tokens
 from tl_bilinear.features.pair_counts import (
     PairCounter,
     PairOrder,
@@ -56,6 +56,7 @@ from tl_bilinear.features.pairs import (
 )
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.features.populations import MomentSums, population_names, require_mask
+from tl_bilinear.features.shares import FeatureShapley, feature_shapley
 from tl_bilinear.features.terms import By, FeatureTerms, MetricName, feature_terms
 from tl_bilinear.features.verification import PairCheck, check_pairs
 from tl_bilinear.tensor import InputMoments, Metric
@@ -301,17 +302,27 @@ class FeatureRun:
         )
 
     def labels(self, side: Side = "input", *, k: int = 20, progress: bool = True) -> list[str]:
-        """A name for every feature of a side: the token that its k strongest activations are on.
+        """A name for every feature of a side, from what distinguishes its k strongest activations.
 
-        ``happy``; ``(not) happy`` where the same token stands before; else the three most common,
-        ``happy | glad | proud``. Features that are active on no token, one or two say so. A name says
+        Against how common each token is in the whole text (`tl_bilinear.features.labels.label`):
+        ``happy``; ``(not) happy`` where that stands before; ``happy | glad``; ``. after sad cry`` where
+        the token itself is everywhere. A feature that was seen on fewer than ten tokens says so. Those
+        of the output side add the two tokens that they promote most: ``happy -> she her``. A name says
         where a feature is active, not what it does. `labelled` sets them.
         """
         activations = (
             part.activations(side=side).masked_fill(~part.mask[..., None], 0)
             for part in self._parts(progress)
         )
-        return name_features(self.features.model.tokenizer, self.tokens, activations, k)
+        tokenizer = self.features.model.tokenizer
+        names = name_features(tokenizer, self.tokens, activations, k, self.mask)
+        if side == "input":
+            return names
+        raised = self.features.raised(2)
+        return [
+            name if name == NEVER else f"{name} -> {' '.join(plain(tokenizer, t) for t in row)}"
+            for name, row in zip(names, raised.tolist(), strict=True)
+        ]
 
     def labelled(self, *, k: int = 20, progress: bool = True) -> FeatureRun:
         """This run with `labels` of both sides set, to be shown by every table and figure from here on.
@@ -413,6 +424,27 @@ class FeatureRun:
         known = self.features.number(feature)
         chosen, name = self.population(around, known)
         return feature_effects(self, known, chosen, name, k, max_bytes)
+
+    def shapley(
+        self,
+        feature: int,
+        position: int = -1,
+        sequence: int = 0,
+        *,
+        baseline: Around | Bool[Tensor, "batch pos"] | None = None,
+        max_bytes: int = checks.MAX_DENSE_BYTES,
+    ) -> FeatureShapley:
+        """Exact Shapley values (integrated gradients) of the input features at one token.
+
+        `baseline`: None for no feature active, everything else as it is; or a population of this run,
+        whose tokens take the place of what is absent ("all", "active", a mask). Of a population the
+        moments of all features are taken, two tables [n_in + d, n_in + d].
+
+        Raises ValueError for an empty population, MemoryError beyond `max_bytes`.
+        """
+        known = self.features.number(feature)
+        chosen, name = (None, "") if baseline is None else self.population(baseline, known)
+        return feature_shapley(self, known, position, sequence, chosen, name, max_bytes)
 
     def ranked_pairs(self, feature: int, k: int = 10, *, by: PairOrder = "active") -> RankedPairs:
         """The k first pairs of an output feature in each of three orders (`features.pair_counts`)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.labels import plain
 from tl_bilinear.features.passage import norm_matrix
 from tl_bilinear.results import Result
+from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import pandas
@@ -78,6 +80,17 @@ def promoted_tokens(model: Any, row: Float[Tensor, " d_model"], k: int) -> Promo
     up, down = logits.topk(k), logits.topk(k, largest=False)
     words = [plain(model.tokenizer, t) for t in [*up.indices.tolist(), *down.indices.tolist()]]
     return PromotedTokens(up.indices, up.values, down.indices, down.values, words)
+
+
+def most_promoted(model: Any, rows: Float[Tensor, "n d_model"], k: int) -> Int[Tensor, "n k"]:
+    """The k tokens that each of n directions of the residual stream promotes most."""
+    weights, matrix = model.W_U.detach(), _last_norm(model)
+    k = min(k, weights.shape[1])
+    step = max(1, BLOCK_ELEMENTS // weights.shape[1])
+    parts = rows.to(weights).split(step)
+    return torch.cat(
+        [((r if matrix is None else r @ matrix) @ weights).topk(k).indices for r in parts]
+    )
 
 
 def token_names(model: Any, count: int) -> list[str] | None:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
         ActivationScatter,
         Attribution,
         EigenGeometry,
+        FeatureEffects,
         FeatureSweep,
         InteractionStatistics,
         LowRankCorrelation,
+        RankedPairs,
         Submatrix,
     )
 
@@ -244,6 +246,79 @@ def attribution_figure(result: Attribution, k: int = 12) -> go.Figure:
         margin={"l": 10, "r": 15, "t": 80, "b": 45},
         title=f"output feature {result.output_name(result.feature)} at position {result.position}: "
         f"{result.measured:+.3f}",
+    )
+
+
+def effects_figure(result: FeatureEffects, k: int = 12) -> go.Figure:
+    """What an output feature is made of on a population: main effects beside interactions, as shares."""
+    table = result.to_pandas(k)
+    shown, sums = table[: len(table) - 3], table[len(table) - 3 :]
+    names = [
+        f"{short(row['label_first'])}" + ("" if row["kind"] == "main" else "²")
+        if row["kind"] != "cross"
+        else f"{short(row['label_first'])} × {short(row['label_second'])}"
+        for row in shown.to_dict("records")
+    ]
+    figure = make_subplots(
+        rows=1, cols=2, horizontal_spacing=0.3, subplot_titles=["largest parts", "everything: 1"]
+    )
+    columns = ((names, shown["share"].tolist()), (sums["kind"].tolist(), sums["share"].tolist()))
+    for column, (labels, values) in enumerate(columns, start=1):
+        places = list(range(len(labels)))
+        figure.add_trace(bars(places, values), row=1, col=column)
+        figure.update_yaxes(
+            tickvals=places,
+            ticktext=labels,
+            autorange="reversed",
+            automargin=True,
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title="share of the variance", zeroline=True, zerolinecolor=NEUTRAL)
+    return sized(
+        figure,
+        900,
+        150 + 22 * max(len(names), 3),
+        margin={"l": 10, "r": 15, "t": 80, "b": 45},
+        title=f"output feature {result.output_name(result.feature)}, on {result.tokens:,} tokens",
+    )
+
+
+def ranked_pairs_figure(result: RankedPairs, k: int = 12) -> go.Figure:
+    """The k first pairs in their order, by all three measures, each beside its largest."""
+    shown = result.top(min(k, len(result.first)))
+    table = shown.to_pandas()
+    labels = (
+        table
+        if "label_first" in table
+        else table.assign(
+            label_first=table["first"].astype(str), label_second=table["second"].astype(str)
+        )
+    )
+    names = [
+        f"{short(row['label_first'])}²"
+        if row["kind"] == "self"
+        else f"{short(row['label_first'])} × {short(row['label_second'])}"
+        for row in labels.to_dict("records")
+    ]
+    titles = ["coefficient", "mean on all tokens", "mean where active"]
+    figure = make_subplots(
+        rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles
+    )
+    places = list(range(len(names)))
+    measures = (shown.coefficients, shown.on_text, shown.where_active)
+    for column, values in enumerate(measures, start=1):
+        figure.add_trace(bars(places, values.detach()), row=1, col=column)
+    figure.update_yaxes(tickvals=places, ticktext=names, automargin=True)
+    figure.update_yaxes(autorange="reversed", col=1, row=1)
+    return sized(
+        figure,
+        900,
+        140 + 22 * len(names),
+        showlegend=False,
+        margin={"l": 10, "r": 15, "t": 80, "b": 40},
+        title=f"output feature {result.output_name(result.feature)}, active on "
+        f"{result.active_tokens:,} of {result.tokens:,} tokens",
     )
 
 
