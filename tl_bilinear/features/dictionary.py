@@ -111,8 +111,8 @@ class Dictionary:
         ):
             if given is not None and not _fits(given, expected):
                 raise ValueError(
-                    f"{name} must have shape {[n if e is None else e for e in expected]} for a decoder "
-                    f"of shape {[n, d]}, got {checks.shape(given)}"
+                    f"{name} must have shape [{', '.join('d_read' if e is None else str(e) for e in expected)}] "
+                    f"for a decoder of shape {[n, d]}, got {checks.shape(given)}"
                 )
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"{len(self.labels)} labels for {n} features")
