@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from tests.features.building import D, TOKENS, model, sae
+from tests.features.building import TOKENS, D, model, sae
 from tests.tensor.reference import random_tensor
 from tl_bilinear import FeatureInteractions
 from tl_bilinear.circuits import FeatureCircuit, paths

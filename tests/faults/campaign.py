@@ -43,12 +43,12 @@ class TooLong(BaseException):
 
 
 @contextmanager
-def patience(seconds: float = PATIENCE) -> Iterator[None]:
+def patience(seconds: float | None = None) -> Iterator[None]:
     def end(*_: Any) -> None:
         raise TooLong
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds or PATIENCE)
     try:
         yield
     finally:
@@ -77,7 +77,7 @@ def outcome(case: Case, folder: Path) -> tuple[str, str]:
 def raised_here(error: BaseException) -> bool:
     """Whether the package's own code raised an error, not something that it called."""
     frames = traceback.extract_tb(error.__traceback__)
-    # What a test calls by mistake is no error of the package; a constructor of a dataclass is code of it.
+    # A constructor that dataclasses wrote is code of the package's too.
     last = next((f for f in reversed(frames) if not f.filename.startswith("<")), None)
     return last is not None and PACKAGE in Path(last.filename).parents
 

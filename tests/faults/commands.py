@@ -27,10 +27,14 @@ def command(*arguments):
             os.chdir(before)
         lines = err.getvalue().strip().splitlines()
         problem = (
-            f"exit code {status}" if status != 2
-            else f"{len(lines)} lines" if len(lines) != 1
-            else f"it left {left}" if left
-            else "unexpected" if "This is a bug" in lines[0]
+            f"exit code {status}"
+            if status != 2
+            else f"{len(lines)} lines"
+            if len(lines) != 1
+            else f"it left {left}"
+            if left
+            else "unexpected"
+            if "This is a bug" in lines[0]
             else ""
         )
         if problem:
@@ -108,4 +112,6 @@ def cases():
         (["finetune", "x", "--anneal", "nan"], "anneal must lie in"),
         (["finetune", "x", "--fit-rows", "0"], "fit_rows must be at least 1"),
     ]
-    return [Case(" ".join(["tl-bilinear", *line]), command(*line), sentence) for line, sentence in table]
+    return [
+        Case(" ".join(["tl-bilinear", *line]), command(*line), sentence) for line, sentence in table
+    ]

@@ -19,7 +19,7 @@ from tests.faults.building import (
     with_entry,
 )
 from tests.faults.campaign import Case, each
-from tests.features.building import D, TOKENS, model, sae
+from tests.features.building import TOKENS, D, model, sae
 from tl_bilinear import BilinearTensor, Dictionary, FeatureInteractions, load_demo_saes
 from tl_bilinear.circuits import FeatureCircuit, check_paths, composed, paths, source_pairs
 from tl_bilinear.circuits import virtual_weights as virtual
@@ -35,7 +35,6 @@ from tl_bilinear.hooks import (
 from tl_bilinear.recipes.images import TrainingConfig, train_classifier
 from tl_bilinear.tensor import (
     approximate,
-    cp,
     functional_similarity,
     hosvd,
     match_eigenvectors,
@@ -62,12 +61,21 @@ def bad_rows(width):
     """What is no matrix of finite rows of a width, and what has to be said."""
     good = rows(width)
     return {
-        "NaN in a row": (with_entry(good, (1, 2), NAN), r"1 of 3 rows NaN or infinite.*the first row 1"),
+        "NaN in a row": (
+            with_entry(good, (1, 2), NAN),
+            r"1 of 3 rows NaN or infinite.*the first row 1",
+        ),
         "infinite in a row": (with_entry(good, (2, 0), INF), r"the first row 2"),
         "all NaN": (good * NAN, r"3 of 3 rows NaN or infinite.*the first row 0"),
-        "another width": (rows(width + 1), rf"must have shape \[\.\.\., {width}\].*got \[3, {width + 1}\]"),
+        "another width": (
+            rows(width + 1),
+            rf"must have shape \[\.\.\., {width}\].*got \[3, {width + 1}\]",
+        ),
         "one number": (torch.tensor(1.0), rf"must have shape \[\.\.\., {width}\]"),
-        "integers": (torch.ones(3, width, dtype=torch.long), r"floating-point dtype, got torch\.int64"),
+        "integers": (
+            torch.ones(3, width, dtype=torch.long),
+            r"floating-point dtype, got torch\.int64",
+        ),
         "a list": ([[1.0] * width] * 3, r"must be a torch\.Tensor, got list"),
     }
 
@@ -80,7 +88,10 @@ def bad_vectors(width):
         "another width": (rows(width + 1)[0], rf"must have shape \[\.\.\., {width}\]"),
         "several": (rows(width), rf"direction must be one vector \[{width}\]"),
         "one number": (torch.tensor(1.0), rf"must have shape \[\.\.\., {width}\]"),
-        "integers": (torch.ones(width, dtype=torch.long), r"floating-point dtype, got torch\.int64"),
+        "integers": (
+            torch.ones(width, dtype=torch.long),
+            r"floating-point dtype, got torch\.int64",
+        ),
         "a list": ([1.0] * width, r"must be a torch\.Tensor, got list"),
     }
 
@@ -107,7 +118,9 @@ def directions():
         lambda u: source_pairs(m, LAYER, u, dictionary, dictionary),
         bad_vectors(D),
     )
-    cases += each("virtual_weights(direction)", lambda u: virtual(m, dictionary, LAYER, u), bad_vectors(D))
+    cases += each(
+        "virtual_weights(direction)", lambda u: virtual(m, dictionary, LAYER, u), bad_vectors(D)
+    )
     return cases
 
 
@@ -144,19 +157,45 @@ def counts():
     cases += each("features.submatrix(k)", lambda k: f.submatrix(0, k), bad_counts(820))
     cases += each("features.geometry(k)", lambda k: f.geometry(0, k), bad_counts(820))
     cases += each("run.scatter(k)", lambda k: r.scatter(0, k, **QUIET), bad_counts(D))
-    cases += each("run.low_rank_correlation(k)", lambda k: r.low_rank_correlation(k, **QUIET), bad_counts(D))
-    cases += each("Paths.strongest(k)", found_paths().strongest, bad_counts(len(found_paths().labels) * (len(found_paths().labels) + 1) // 2))
+    cases += each(
+        "run.low_rank_correlation(k)", lambda k: r.low_rank_correlation(k, **QUIET), bad_counts(D)
+    )
+    cases += each(
+        "Paths.strongest(k)",
+        found_paths().strongest,
+        bad_counts(len(found_paths().labels) * (len(found_paths().labels) + 1) // 2),
+    )
     many = {k: v for k, v in bad_counts(2**31).items() if k != "too many"}
     cases += each("run.verify_pairs(limit)", lambda n: r.verify_pairs(0, 2, limit=n, **QUIET), many)
-    cases += each("run.active_interactions(limit)", lambda n: r.active_interactions(0, limit=n, **QUIET), many)
+    cases += each(
+        "run.active_interactions(limit)", lambda n: r.active_interactions(0, limit=n, **QUIET), many
+    )
     cases += each("features.run(batch_size)", lambda n: f.run(TOKENS, batch_size=n, **QUIET), many)
-    cases += each("check_paths(removed)", lambda n: check_paths(model(), TOKENS[0], found_paths(), n, **QUIET), {"0": (0, "between 1"), "-1": (-1, "between 1")})
-    cases += each("evaluate_saes(batch_size)", lambda n: evaluate_saes(model(), {"a": sae(OUT)}, TOKENS, batch_size=n, **QUIET), many)
+    cases += each(
+        "check_paths(removed)",
+        lambda n: check_paths(model(), TOKENS[0], found_paths(), n, **QUIET),
+        {"0": (0, "between 1"), "-1": (-1, "between 1")},
+    )
+    cases += each(
+        "evaluate_saes(batch_size)",
+        lambda n: evaluate_saes(model(), {"a": sae(OUT)}, TOKENS, batch_size=n, **QUIET),
+        many,
+    )
     size = {
         what: (value, r"batch_size must be a number of sequences, 1 or more, got")
-        for what, value in {"0": 0, "-1": -1, "a fraction": 1.5, "True": True, "a word": "2"}.items()
+        for what, value in {
+            "0": 0,
+            "-1": -1,
+            "a fraction": 1.5,
+            "True": True,
+            "a word": "2",
+        }.items()
     }
-    cases += each("loss_added(batch_size)", lambda n: loss_added(model(), TOKENS, _ablation(), batch_size=n, **QUIET), size)
+    cases += each(
+        "loss_added(batch_size)",
+        lambda n: loss_added(model(), TOKENS, _ablation(), batch_size=n, **QUIET),
+        size,
+    )
     return cases
 
 
@@ -198,22 +237,80 @@ def numbers():
         "run.active_interactions": lambda i: r.active_interactions(i, **QUIET),
     }.items():
         cases += each(f"{name}(feature)", call, bad_numbers(30))
-    cases += each("run.attribute(position)", lambda p: r.attribute(0, p), {"beyond": (6, "position 6"), "below": (-7, "position -7")})
-    cases += each("run.attribute(sequence)", lambda s: r.attribute(0, 1, sequence=s), {"beyond": (2, "sequence 2"), "below": (-3, "sequence -3")})
-    cases += each("run[rows]", lambda i: r[i], {"beyond": (2, "sequence 2 of a run of 2"), "below": (-3, "sequence -3")})
-    layers = {"beyond": (2, r"layer 2 does not exist"), "below": (-3, r"layer -3 does not exist"), "a word": ("1", r"layer")}
+    cases += each(
+        "run.attribute(position)",
+        lambda p: r.attribute(0, p),
+        {"beyond": (6, "position 6"), "below": (-7, "position -7")},
+    )
+    cases += each(
+        "run.attribute(sequence)",
+        lambda s: r.attribute(0, 1, sequence=s),
+        {"beyond": (2, "sequence 2"), "below": (-3, "sequence -3")},
+    )
+    cases += each(
+        "run[rows]",
+        lambda i: r[i],
+        {"beyond": (2, "sequence 2 of a run of 2"), "below": (-3, "sequence -3")},
+    )
+    layers = {
+        "beyond": (2, r"layer 2 does not exist"),
+        "below": (-3, r"layer -3 does not exist"),
+        "a word": ("1", r"layer"),
+    }
     cases += each("from_model(layer)", lambda i: BilinearTensor.from_model(m, i), layers)
-    cases += each("FeatureInteractions(layer)", lambda i: FeatureInteractions(m, i, sae(IN), sae(OUT)), layers)
+    cases += each(
+        "FeatureInteractions(layer)", lambda i: FeatureInteractions(m, i, sae(IN), sae(OUT)), layers
+    )
     direction = torch.ones(D, dtype=F64)
     cases += each("paths(layer)", lambda i: paths(m, TOKENS[0], i, direction), layers)
-    cases += each("paths(position)", lambda p: paths(m, TOKENS[0], 1, direction, p), {"beyond": (6, "position 6 does not exist"), "below": (-7, "position -7")})
-    cases += each("Paths.effect(components)", lambda i: found_paths().effect([i]), {"beyond": (999, "component 999 does not exist"), "below": (-1, "component -1 does not exist")})
-    cases += each("check_paths(removed sets)", lambda i: check_paths(m, TOKENS[0], found_paths(), [[i]], **QUIET), {"beyond": (999, "component 999"), "below": (-1, "component -1")})
-    cases += each("load_demo_saes(layer)", load_demo_saes, {"beyond": (9, "layer 9 of the demo model has no SAEs"), "a pattern": ("*", r"layer '\*'"), "below": (-1, "layer -1"), "a word": ("3", "layer '3'")})
-    cases += each("circuit.graph(targets)", lambda i: circuit().graph(2, {1: [i]}), {"beyond": (40, "40"), "below": (-41, "-41")})
-    cases += each("circuit.graph(layer)", lambda i: circuit().graph(2, {i: [0]}), {"beyond": (7, "no interactions at layer 7")})
-    cases += each("components.ablate(which)", lambda i: _components().ablate(i), {"beyond": (4, "4|out of range|components"), "a fraction": (0.5, "0.5")})
-    cases += each("pairs of features", lambda p: r.verify_pairs(0, [p], **QUIET), {"beyond": ((0, 40), "40"), "below": ((-41, 0), "-41")})
+    cases += each(
+        "paths(position)",
+        lambda p: paths(m, TOKENS[0], 1, direction, p),
+        {"beyond": (6, "position 6 does not exist"), "below": (-7, "position -7")},
+    )
+    cases += each(
+        "Paths.effect(components)",
+        lambda i: found_paths().effect([i]),
+        {
+            "beyond": (999, "component 999 does not exist"),
+            "below": (-1, "component -1 does not exist"),
+        },
+    )
+    cases += each(
+        "check_paths(removed sets)",
+        lambda i: check_paths(m, TOKENS[0], found_paths(), [[i]], **QUIET),
+        {"beyond": (999, "component 999"), "below": (-1, "component -1")},
+    )
+    cases += each(
+        "load_demo_saes(layer)",
+        load_demo_saes,
+        {
+            "beyond": (9, "layer 9 of the demo model has no SAEs"),
+            "a pattern": ("*", r"layer '\*'"),
+            "below": (-1, "layer -1"),
+            "a word": ("3", "layer '3'"),
+        },
+    )
+    cases += each(
+        "circuit.graph(targets)",
+        lambda i: circuit().graph(2, {1: [i]}),
+        {"beyond": (40, "40"), "below": (-41, "-41")},
+    )
+    cases += each(
+        "circuit.graph(layer)",
+        lambda i: circuit().graph(2, {i: [0]}),
+        {"beyond": (7, "no interactions at layer 7")},
+    )
+    cases += each(
+        "components.ablate(which)",
+        lambda i: _components().ablate(i),
+        {"beyond": (4, "4|out of range|components"), "a fraction": (0.5, "0.5")},
+    )
+    cases += each(
+        "pairs of features",
+        lambda p: r.verify_pairs(0, [p], **QUIET),
+        {"beyond": ((0, 40), "40"), "below": ((-41, 0), "-41")},
+    )
     return cases
 
 
@@ -222,8 +319,14 @@ def numbers():
 
 def bad_tokens():
     return {
-        "id -1": (with_entry(TOKENS, (1, 2), -1), r"token -1 at row, position 1, 2 is not of the model's vocabulary, 0 to 22"),
-        "id beyond": (with_entry(TOKENS, (0, 3), VOCABULARY), rf"token {VOCABULARY} at row, position 0, 3"),
+        "id -1": (
+            with_entry(TOKENS, (1, 2), -1),
+            r"token -1 at row, position 1, 2 is not of the model's vocabulary, 0 to 22",
+        ),
+        "id beyond": (
+            with_entry(TOKENS, (0, 3), VOCABULARY),
+            rf"token {VOCABULARY} at row, position 0, 3",
+        ),
         "huge id": (with_entry(TOKENS, (0, 0), 2**40), r"token 1099511627776"),
         "numbers with a fraction": (TOKENS.double(), r"tokens must be"),
         "none": (TOKENS[:, :0], r"no tokens|at least"),
@@ -242,19 +345,48 @@ def tokens():
     }
     direction = torch.ones(D, dtype=F64)
     cases = each("features.run(tokens)", lambda t: f.run(t, **QUIET), bad_tokens())
-    cases += each("evaluate_saes(tokens)", lambda t: evaluate_saes(m, {"a": sae(OUT)}, t, **QUIET), bad_tokens())
-    cases += each("loss_added(tokens)", lambda t: loss_added(m, t, _ablation(), **QUIET), bad_tokens())
+    cases += each(
+        "evaluate_saes(tokens)",
+        lambda t: evaluate_saes(m, {"a": sae(OUT)}, t, **QUIET),
+        bad_tokens(),
+    )
+    cases += each(
+        "loss_added(tokens)", lambda t: loss_added(m, t, _ablation(), **QUIET), bad_tokens()
+    )
     cases += each("verify(tokens)", lambda t: verify(m, t, _components(), **QUIET), bad_tokens())
     cases += each("paths(tokens)", lambda t: paths(m, t, LAYER, direction), one)
     cases += each("circuit.activations(tokens)", lambda t: circuit().activations(t), one)
-    cases += each("features.run(text)", lambda t: f.run(t, **QUIET), {"a number": (3, "text is a string"), "no texts": ([], "text is a string"), "None": (None, "text is a string"), "numbers": ([1, 2], "text is a string")})
-    cases += each("check_paths(tokens)", lambda t: check_paths(m, t, found_paths(), 2, **QUIET), {"others": (TOKENS[1], "these paths are of the tokens"), "fewer": (TOKENS[0, :5], "these paths are of the tokens|position")})
+    cases += each(
+        "features.run(text)",
+        lambda t: f.run(t, **QUIET),
+        {
+            "a number": (3, "text is a string"),
+            "no texts": ([], "text is a string"),
+            "None": (None, "text is a string"),
+            "numbers": ([1, 2], "text is a string"),
+        },
+    )
+    cases += each(
+        "check_paths(tokens)",
+        lambda t: check_paths(m, t, found_paths(), 2, **QUIET),
+        {
+            "others": (TOKENS[1], "these paths are of the tokens"),
+            "fewer": (TOKENS[0, :5], "these paths are of the tokens|position"),
+        },
+    )
     masks = {
-        "another shape": (torch.ones(2, 5, dtype=torch.bool), r"mask must be boolean and of the tokens' shape"),
+        "another shape": (
+            torch.ones(2, 5, dtype=torch.bool),
+            r"mask must be boolean and of the tokens' shape",
+        ),
         "numbers": (torch.ones(2, 6), r"mask must be boolean"),
     }
     cases += each("features.run(mask)", lambda mask: f.run(TOKENS, mask=mask, **QUIET), masks)
-    cases += each("run.mean_input(mask)", lambda mask: run().mean_input(mask), {"nothing chosen": (torch.zeros(2, 6, dtype=torch.bool), "no token was chosen")})
+    cases += each(
+        "run.mean_input(mask)",
+        lambda mask: run().mean_input(mask),
+        {"nothing chosen": (torch.zeros(2, 6, dtype=torch.bool), "no token was chosen")},
+    )
     return cases
 
 
@@ -274,11 +406,26 @@ def dictionaries():
     good = rows(D, 4)
     cases = []
     sources = {
-        "NaN in the decoder": (_broken(lambda s: s.W_dec.data.__setitem__((3, 1), NAN)), r"decoder.*the first row 3"),
-        "NaN in the encoder": (_broken(lambda s: s.W_enc.data.__setitem__((1, 3), NAN)), r"encoder.*the first row 3"),
-        "infinite b_dec": (_broken(lambda s: s.b_dec.data.__setitem__(0, INF)), r"decoder_bias.*NaN or infinite|encoder_offset"),
-        "a decoder row of zeros": (_broken(lambda s: s.W_dec.data.__setitem__(5, 0.0), rescale_acts_by_decoder_norm=True), r"feature 5 .* has a decoder row of zeros"),
-        "a NaN matrix": (with_entry(good, (2, 0), NAN), r"the decoder of the dictionary .* the first row 2"),
+        "NaN in the decoder": (
+            _broken(lambda s: s.W_dec.data.__setitem__((3, 1), NAN)),
+            r"decoder.*the first row 3",
+        ),
+        "NaN in the encoder": (
+            _broken(lambda s: s.W_enc.data.__setitem__((1, 3), NAN)),
+            r"encoder.*the first row 3",
+        ),
+        "infinite b_dec": (
+            _broken(lambda s: s.b_dec.data.__setitem__(0, INF)),
+            r"decoder_bias.*NaN or infinite|encoder_offset",
+        ),
+        "a decoder row of zeros": (
+            _broken(lambda s: s.W_dec.data.__setitem__(5, 0.0), rescale_acts_by_decoder_norm=True),
+            r"feature 5 .* has a decoder row of zeros",
+        ),
+        "a NaN matrix": (
+            with_entry(good, (2, 0), NAN),
+            r"the decoder of the dictionary .* the first row 2",
+        ),
         "an infinite matrix": (with_entry(good, (0, 0), INF), r"the first row 0"),
         "another width": (rows(D + 1), r"width 17, but layer 1 of the model has width 16"),
         "one row": (good[0], r"a dictionary is a matrix \[n, d\]"),
@@ -292,12 +439,28 @@ def dictionaries():
     cases += each(
         "sae_out",
         lambda s: FeatureInteractions(m, LAYER, sae(IN), s),
-        {k: v for k, v in sources.items() if isinstance(v[0], (torch.Tensor, str, list, type(None)))},
+        {
+            k: v
+            for k, v in sources.items()
+            if isinstance(v[0], (torch.Tensor, str, list, type(None)))
+        },
     )
-    cases += each("circuit sources", lambda s: FeatureCircuit(m, {1: out}, {"x": s}), {k: sources[k] for k in ("NaN in the decoder", "a NaN matrix", "no dictionary")})
+    cases += each(
+        "circuit sources",
+        lambda s: FeatureCircuit(m, {1: out}, {"x": s}),
+        {k: sources[k] for k in ("NaN in the decoder", "a NaN matrix", "no dictionary")},
+    )
     for field, value, sentence in (
-        ("encoder", rows(D, 3), r"encoder must have shape \[4, d_read\] for a decoder of shape \[4, 16\]"),
-        ("encoder", with_entry(good, (1, 1), NAN), r"the encoder of the dictionary .*the first row 1"),
+        (
+            "encoder",
+            rows(D, 3),
+            r"encoder must have shape \[4, d_read\] for a decoder of shape \[4, 16\]",
+        ),
+        (
+            "encoder",
+            with_entry(good, (1, 1), NAN),
+            r"the encoder of the dictionary .*the first row 1",
+        ),
         ("decoder_bias", torch.ones(3), r"decoder_bias must have shape \[16\]"),
         ("decoder_bias", torch.full((D,), NAN), r"decoder_bias .*NaN or infinite"),
         ("encoder_bias", torch.ones(3), r"encoder_bias must have shape \[4\]"),
@@ -305,8 +468,25 @@ def dictionaries():
         ("encoder_offset", torch.ones(5), r"encoder_offset must have shape \[4\]"),
         ("labels", ["a"], r"1 labels for 4 features"),
     ):
-        cases.append(Case(f"Dictionary({field}) {sentence}", lambda _, f=field, v=value: Dictionary(good, **{f: v}), sentence))
-    cases += each("evaluate_saes(saes)", lambda s: evaluate_saes(m, s, TOKENS, **QUIET), {"none": ({}, "no SAE to evaluate"), "another hook": ({"a": sae("blocks.9.hook_mlp_out")}, "belongs to 'blocks.9.hook_mlp_out'"), "another width": ({"a": sae(OUT, d=8)}, "takes activations of width 8")})
+        cases.append(
+            Case(
+                f"Dictionary({field}) {sentence}",
+                lambda _, f=field, v=value: Dictionary(good, **{f: v}),
+                sentence,
+            )
+        )
+    cases += each(
+        "evaluate_saes(saes)",
+        lambda s: evaluate_saes(m, s, TOKENS, **QUIET),
+        {
+            "none": ({}, "no SAE to evaluate"),
+            "another hook": (
+                {"a": sae("blocks.9.hook_mlp_out")},
+                "belongs to 'blocks.9.hook_mlp_out'",
+            ),
+            "another width": ({"a": sae(OUT, d=8)}, "takes activations of width 8"),
+        },
+    )
     return cases
 
 
@@ -325,31 +505,111 @@ def options():
         Case("spectrum(which)", lambda _: spectrum(t, which="sideways", **QUIET), "sideways"),
         Case("top(kind)", lambda _: q.top(2, kind="odd"), "'all', 'self' or 'cross'"),
         Case("features.top(kind)", lambda _: f.top(0, 2, kind="odd"), "'all', 'self' or 'cross'"),
-        Case("interaction(basis)", lambda _: f.interaction(0, basis="odd"), "'features' or 'activations'"),
-        Case("FeatureInteractions(output)", lambda _: FeatureInteractions(m, 1, sae(IN), sae(OUT), output="odd"), "'encoder' or 'decoder'"),
+        Case(
+            "interaction(basis)",
+            lambda _: f.interaction(0, basis="odd"),
+            "'features' or 'activations'",
+        ),
+        Case(
+            "FeatureInteractions(output)",
+            lambda _: FeatureInteractions(m, 1, sae(IN), sae(OUT), output="odd"),
+            "'encoder' or 'decoder'",
+        ),
         Case("paths(by)", lambda _: paths(m, TOKENS[0], 1, u, by="odd"), "by must be one of"),
-        Case("paths(words)", lambda _: paths(m, TOKENS[0], 1, u, words=["a"]), "1 words for 6 tokens"),
-        Case("paths(max_bytes)", lambda _: paths(m, TOKENS[0], 1, u, max_bytes=1), "raise max_bytes"),
-        Case("verify(at)", lambda _: verify(m, TOKENS, _components(), at="middle", **QUIET), "middle"),
-        Case("verify(controls)", lambda _: verify(m, TOKENS, _components(), controls=-1, **QUIET), "controls must be"),
-        Case("verify(confidence)", lambda _: verify(m, TOKENS, _components(), confidence=1.0, **QUIET), "confidence must lie"),
-        Case("verify(confidence NaN)", lambda _: verify(m, TOKENS, _components(), confidence=NAN, **QUIET), "confidence must lie"),
-        Case("verify(positions)", lambda _: verify(m, TOKENS, _components(), positions=9, **QUIET), "position"),
-        Case("loss_added(mask)", lambda _: loss_added(m, TOKENS, _ablation(), mask=torch.ones(1, 6), **QUIET), "mask must have the shape"),
-        Case("loss_added(confidence)", lambda _: loss_added(m, TOKENS, _ablation(), confidence=NAN, **QUIET), "confidence must lie"),
+        Case(
+            "paths(words)", lambda _: paths(m, TOKENS[0], 1, u, words=["a"]), "1 words for 6 tokens"
+        ),
+        Case(
+            "paths(max_bytes)", lambda _: paths(m, TOKENS[0], 1, u, max_bytes=1), "raise max_bytes"
+        ),
+        Case(
+            "verify(at)", lambda _: verify(m, TOKENS, _components(), at="middle", **QUIET), "middle"
+        ),
+        Case(
+            "verify(controls)",
+            lambda _: verify(m, TOKENS, _components(), controls=-1, **QUIET),
+            "controls must be",
+        ),
+        Case(
+            "verify(confidence)",
+            lambda _: verify(m, TOKENS, _components(), confidence=1.0, **QUIET),
+            "confidence must lie",
+        ),
+        Case(
+            "verify(confidence NaN)",
+            lambda _: verify(m, TOKENS, _components(), confidence=NAN, **QUIET),
+            "confidence must lie",
+        ),
+        Case(
+            "verify(positions)",
+            lambda _: verify(m, TOKENS, _components(), positions=9, **QUIET),
+            "position",
+        ),
+        Case(
+            "loss_added(mask)",
+            lambda _: loss_added(m, TOKENS, _ablation(), mask=torch.ones(1, 6), **QUIET),
+            "mask must have the shape",
+        ),
+        Case(
+            "loss_added(confidence)",
+            lambda _: loss_added(m, TOKENS, _ablation(), confidence=NAN, **QUIET),
+            "confidence must lie",
+        ),
         Case("match(by)", lambda _: match_eigenvectors(eigen, eigen, by="luck"), "luck"),
         Case("pairwise(one)", lambda _: pairwise_similarity([]), "decomposition"),
-        Case("similarity of other widths", lambda _: functional_similarity(t, BilinearTensor(rows(3, 2), rows(3, 2), rows(2, 4))), "d_in|shape|width|inputs"),
-        Case("components of another layer", lambda _: verify(m, TOKENS, dataclasses.replace(_components(), layer=0), **QUIET), "does not fit"),
-        Case("ReplaceLayer of another width", lambda _: loss_added(m, TOKENS, ReplaceLayer(t, layer=1), **QUIET), "does not fit"),
-        Case("ProjectInput of another width", lambda _: loss_added(m, TOKENS, ProjectInput(directions=rows(5), layer=1), **QUIET), "5|width|fit"),
-        Case("HOSVDComponents of another width", lambda _: verify(m, TOKENS, HOSVDComponents(hosvd(t, 2), 1), **QUIET), "does not fit"),
-        Case("approximate of nothing", lambda _: approximate(torch.nn.Linear(3, 3), rows(3, 8)), "Linear"),
-        Case("prune another circuit's graph", lambda _: circuit().prune(dataclasses.replace(circuit().graph(2), dictionaries=["x"]), TOKENS[0]), "the graph is of x"),
-        Case("graphml into no folder", lambda p: circuit().graph(2).to_graphml(p / "no" / "x.graphml"), "does not exist"),
-        Case("save into no folder", lambda p: layer().save(p / "no" / "x.safetensors"), "does not exist"),
+        Case(
+            "similarity of other widths",
+            lambda _: functional_similarity(t, BilinearTensor(rows(3, 2), rows(3, 2), rows(2, 4))),
+            "d_in|shape|width|inputs",
+        ),
+        Case(
+            "components of another layer",
+            lambda _: verify(m, TOKENS, dataclasses.replace(_components(), layer=0), **QUIET),
+            "does not fit",
+        ),
+        Case(
+            "ReplaceLayer of another width",
+            lambda _: loss_added(m, TOKENS, ReplaceLayer(t, layer=1), **QUIET),
+            "does not fit",
+        ),
+        Case(
+            "ProjectInput of another width",
+            lambda _: loss_added(m, TOKENS, ProjectInput(directions=rows(5), layer=1), **QUIET),
+            "5|width|fit",
+        ),
+        Case(
+            "HOSVDComponents of another width",
+            lambda _: verify(m, TOKENS, HOSVDComponents(hosvd(t, 2), 1), **QUIET),
+            "does not fit",
+        ),
+        Case(
+            "approximate of nothing",
+            lambda _: approximate(torch.nn.Linear(3, 3), rows(3, 8)),
+            "Linear",
+        ),
+        Case(
+            "prune another circuit's graph",
+            lambda _: circuit().prune(
+                dataclasses.replace(circuit().graph(2), dictionaries=["x"]), TOKENS[0]
+            ),
+            "the graph is of x",
+        ),
+        Case(
+            "graphml into no folder",
+            lambda p: circuit().graph(2).to_graphml(p / "no" / "x.graphml"),
+            "does not exist",
+        ),
+        Case(
+            "save into no folder",
+            lambda p: layer().save(p / "no" / "x.safetensors"),
+            "does not exist",
+        ),
         Case("save over a folder", lambda p: layer().save(p), "it is a folder"),
-        Case("a model without hooks", lambda _: verify(torch.nn.Linear(2, 2), TOKENS, _components(), **QUIET), "hook"),
+        Case(
+            "a model without hooks",
+            lambda _: verify(torch.nn.Linear(2, 2), TOKENS, _components(), **QUIET),
+            "hook",
+        ),
     ]
     factors = (rows(5, 6), rows(5, 6), rows(6, 4))
     for place, name in enumerate(("left", "right", "out")):
@@ -362,7 +622,13 @@ def options():
         ):
             given = [*factors]
             given[place] = value
-            cases.append(Case(f"BilinearTensor({name}): {what}", lambda _, g=given: BilinearTensor(*g), sentence))
+            cases.append(
+                Case(
+                    f"BilinearTensor({name}): {what}",
+                    lambda _, g=given: BilinearTensor(*g),
+                    sentence,
+                )
+            )
     return cases
 
 
@@ -373,11 +639,17 @@ def pictures():
     good = images()
     x, y = good.train_images, good.train_labels
     changes = {
-        "NaN pixels": ({"train_images": with_entry(x, (2, 1), NAN)}, r"image 2 of train_images has pixels"),
+        "NaN pixels": (
+            {"train_images": with_entry(x, (2, 1), NAN)},
+            r"image 2 of train_images has pixels",
+        ),
         "infinite pixels": ({"test_images": with_entry(x, (1, 1), INF)}, r"image 1 of test_images"),
         "pixels above 1": ({"train_images": x * 255}, r"must lie in \[0, 1\]"),
         "negative pixels": ({"train_images": -x}, r"must lie in \[0, 1\]"),
-        "labels below 0": ({"train_labels": y - 1}, r"label -1 of image 0 of train_labels is not one of the 2 classes"),
+        "labels below 0": (
+            {"train_labels": y - 1},
+            r"label -1 of image 0 of train_labels is not one of the 2 classes",
+        ),
         "labels beyond": ({"test_labels": y + 1}, r"label 2 of image 1 of test_labels"),
         "fractions as labels": ({"train_labels": y.double()}, r"integers, one for each"),
         "too few labels": ({"train_labels": y[:3]}, r"must be 4 integers"),
@@ -391,7 +663,9 @@ def pictures():
         Case(
             "a training that diverges",
             lambda _: train_classifier(
-                images(), TrainingConfig(size=4, learning_rate=1.0, weight_decay=1e30, epochs=40), progress=False
+                images(),
+                TrainingConfig(size=4, learning_rate=1.0, weight_decay=1e30, epochs=40),
+                progress=False,
             ),
             r"training diverged: the loss is (nan|inf) in epoch",
         )
