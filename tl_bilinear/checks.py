@@ -101,6 +101,14 @@ def require_directions(name: str, value: Any, width: int, meaning: str, like: Te
     return value
 
 
+def require_vector(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
+    """`value` as one vector [width] of `like`'s dtype."""
+    value = require_rows(name, value, width, meaning, like)
+    if value.ndim != 1:
+        raise ValueError(f"{name} must be one vector [{width}] ({meaning}), got {shape(value)}")
+    return value
+
+
 def require_matrix(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
     """`value` as directions [n, width] of `like`'s dtype, all of them finite."""
     value = require_rows(name, value, width, meaning, like)

@@ -15,26 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-try:
-    from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
-    from cyclopts.config import Dict
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts.config import Dict
 
-    from tl_bilinear.explorer.config import ExploreConfig
-    from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
-    from tl_bilinear.recipes.language.config import (
-        CONFIGS,
-        TINYSTORIES,
-        FinetuneConfig,
-        LanguageConfig,
-        RunOptions,
-        SAETrainingConfig,
-        TextConfig,
-        TokenizerConfig,
-        choose_config,
-    )
-except KeyboardInterrupt:  # `main` answers all others
-    print("tl-bilinear: interrupted", file=sys.stderr)
-    sys.exit(130)
+from tl_bilinear.explorer.config import ExploreConfig
+from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
+from tl_bilinear.recipes.language.config import (
+    CONFIGS,
+    TINYSTORIES,
+    FinetuneConfig,
+    LanguageConfig,
+    RunOptions,
+    SAETrainingConfig,
+    TextConfig,
+    TokenizerConfig,
+    choose_config,
+)
 
 PRESET = "--config"
 EXPLORER = "explorer.html"
@@ -228,7 +224,7 @@ def lm(
 ) -> None:
     """Train a language model.
 
-    On several processes: accelerate launch -m tl_bilinear.cli train lm ...
+    On several processes: accelerate launch -m tl_bilinear train lm ...
     """
     from tl_bilinear.recipes.language import train_language_model
 
@@ -370,7 +366,3 @@ def _how_to_report() -> str:
     urls = dict(url.split(", ", 1) for url in metadata("tl-bilinear").get_all("Project-URL") or ())
     where = f" at {urls['Issues']}" if "Issues" in urls else ""
     return f"please report it{where} with the traceback that --debug shows"
-
-
-if __name__ == "__main__":  # for launchers of several processes: python -m tl_bilinear.cli
-    sys.exit(main())

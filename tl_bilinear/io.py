@@ -305,8 +305,11 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON. Raises FileNotFoundError; ValueError, naming the file, where it is damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON, or not all of it: {error}") from error
 

@@ -469,7 +469,7 @@ def test_two_processes_are_taught_as_one(swiglu, data, tmp_path):
     arguments = ["--path", "closed", "--distill", "1", "--steps", "6", "--batch", "8"]
     arguments += ["--learning-rate", "3e-3", "--weight-decay", "0", "--fit-rows", "48"]
     arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
-    command = [sys.executable, *launcher, "-m", "tl_bilinear.cli", "finetune", str(swiglu)]
+    command = [sys.executable, *launcher, "-m", "tl_bilinear", "finetune", str(swiglu)]
     done = subprocess.run(
         [*command, "--data", str(data.folder), "--out", str(tmp_path / "2"), *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},

@@ -332,7 +332,7 @@ def command(data, out, launcher=()):
     arguments = []
     for name in ("n_layers", "d_model", "d_mlp", "n_heads", "batch", "steps", "learning_rate"):
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
-    module = ["-m", "tl_bilinear.cli", "train", "lm", str(data.folder), "--out", str(out)]
+    module = ["-m", "tl_bilinear", "train", "lm", str(data.folder), "--out", str(out)]
     arguments += ["--device", "cpu", "--precision", "fp32", "--quiet"]
     return [sys.executable, *launcher, *module, *arguments]
 

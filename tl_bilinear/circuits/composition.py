@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.passage import residual_passage, residual_tensor
 from tl_bilinear.tensor import BilinearTensor, QuarticForm, with_residual
 
@@ -48,15 +50,16 @@ def composed(
             f"composed layers are two of 0 to {count - 1}, the first before the second, got {first} and "
             f"{second}"
         )
-    if min(scales) <= 0:
+    if not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"a norm's scale is positive, got {scales}")
     early, late = (
         _before_norm(model, layer, scale)
         for layer, scale in zip((first, second), scales, strict=True)
     )
+    direction = checks.require_vector("direction", direction, late.d_out, "d_model", late.out)
     if residual or early.has_biases or late.has_biases:
         early, late = with_residual(early, residual=residual), late.augmented()
-    return QuarticForm.of(early, late, direction.to(late.out), rank=rank)
+    return QuarticForm.of(early, late, direction, rank=rank)
 
 
 def _before_norm(model: Any, layer: int, scale: float) -> BilinearTensor:

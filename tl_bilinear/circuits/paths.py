@@ -210,9 +210,7 @@ def paths(
     tokens = as_tokens(model, tokens)  # refuses a batch before any work
     tensor = BilinearTensor.from_model(model, layer)
     tensor = tensor.to(checks.gram_dtype(tensor.left))
-    direction = checks.require_rows("direction", direction, tensor.d_out, "d_model", tensor.out)
-    if direction.ndim != 1:
-        raise ValueError(f"direction must be one vector, got {checks.shape(direction)}")
+    direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
     run = Upstream(model, tokens, layer, position)
     if words is not None and len(words) != run.tokens.shape[1]:
         raise ValueError(f"{len(words)} words for {run.tokens.shape[1]} tokens")

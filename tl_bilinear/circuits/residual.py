@@ -253,9 +253,9 @@ def source_pairs(
 
 def _interaction(model: Any, layer: int, direction: Tensor) -> InteractionMatrix:
     """What a layer's MLP makes of pairs of directions of the residual stream before it."""
-    if direction.ndim != 1:
-        raise ValueError(f"direction must be one vector, got {checks.shape(direction)}")
-    return residual_tensor(model, layer).interaction(direction)
+    tensor = residual_tensor(model, layer)
+    direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
+    return tensor.interaction(direction)
 
 
 # ---------------------------------------------------------------------- virtual weights

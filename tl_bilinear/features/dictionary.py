@@ -104,15 +104,15 @@ class Dictionary:
             )
         n, d = self.decoder.shape
         for name, given, expected in (
-            ("encoder", self.encoder, (n, None)),
+            ("encoder", self.encoder, (n, "d_read")),
             ("decoder_bias", self.decoder_bias, (d,)),
             ("encoder_bias", self.encoder_bias, (n,)),
             ("encoder_offset", self.encoder_offset, (n,)),
         ):
             if given is not None and not _fits(given, expected):
                 raise ValueError(
-                    f"{name} must have shape {[n if e is None else e for e in expected]} for a decoder "
-                    f"of shape {[n, d]}, got {checks.shape(given)}"
+                    f"{name} must have shape [{', '.join(map(str, expected))}] for a decoder of shape "
+                    f"{[n, d]}, got {checks.shape(given)}"
                 )
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"{len(self.labels)} labels for {n} features")
@@ -313,9 +313,9 @@ def _checked(found: Dictionary, source: Any) -> Dictionary:
     return found
 
 
-def _fits(given: Tensor, expected: tuple[int | None, ...]) -> bool:
+def _fits(given: Tensor, expected: tuple[int | str, ...]) -> bool:
     return given.ndim == len(expected) and all(
-        e is None or e == g for e, g in zip(expected, given.shape, strict=True)
+        isinstance(e, str) or e == g for e, g in zip(expected, given.shape, strict=True)
     )
 
 

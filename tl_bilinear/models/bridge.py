@@ -363,6 +363,7 @@ def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
     weights = source.require(WEIGHTS)
     fields, tensors = folders.read_fields(path, stored), read_tensors(weights)
     folders.require_weights(weights, tensors, fields)
+    folders.require_known(weights, tensors, conversion.names_of(fields))
     return _from_state(
         weights,
         tensors,

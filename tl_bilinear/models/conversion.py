@@ -106,6 +106,11 @@ def bridge_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in _CARRIED if name in config}
 
 
+def names_of(config: Mapping[str, Any]) -> set[str]:
+    """HookedTransformer's names of the weights that a config asks for, tables aside."""
+    return {pair[0] for pair in _pairs(config)}
+
+
 def to_bridge(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A HookedTransformer's state dict under the native bridge's names and in its layouts.
 

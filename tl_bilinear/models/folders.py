@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,15 @@ def require_weights(path: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         held = tensors.get(name)
         if held is not None and None not in size and math.prod(size) > 16 * held.numel():
             require_shapes(path, {name: held}, {name: size})
+
+
+def require_known(path: Path, tensors: Mapping[str, Tensor], known: Collection[str]) -> None:
+    """Raise ValueError for stored weights that are no part of the model, naming them."""
+    unknown = [n for n in sorted(tensors) if n not in known and not n.endswith(_TABLES)]
+    if unknown:
+        raise ValueError(
+            f"{path} does not fit its {CONFIG}: {', '.join(unknown[:8])} is not in the model"
+        )
 
 
 def _undescribed(path: Path, problem: object) -> ValueError:

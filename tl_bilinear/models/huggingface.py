@@ -216,6 +216,8 @@ def read_llama(source: str, config: Any, dtype: torch.dtype | None) -> Any:
     from transformers import LlamaForCausalLM
 
     files = _weight_files(source)
+    if not files and Path(source).is_dir() and not any(Path(source).glob("pytorch_model*")):
+        raise FileNotFoundError(f"{source} is not a Hugging Face model: it has no {WEIGHTS}")
     if files:
         _require_whole(source, files, config)
     try:

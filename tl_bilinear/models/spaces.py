@@ -29,7 +29,10 @@ def require_layer(layer: int | None, n_layers: int) -> int:
         if n_layers != 1:
             raise ValueError(f"this model has {n_layers} layers: say which one ({valid})")
         return 0
-    index = operator.index(layer)
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        raise TypeError(f"layer must be a number ({valid}), got {layer!r}") from None
     if not -n_layers <= index < n_layers:
         raise IndexError(f"layer {index} does not exist: the model's layers are {valid}")
     return index % n_layers

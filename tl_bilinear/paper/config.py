@@ -70,6 +70,14 @@ class GallerySettings:
     """Folder of trained models, to continue an interrupted gallery or to share between several; by
     default named as `out`, with ".runs" at the end."""
 
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ValueError(f"seeds must be at least 2, got {self.seeds}")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes are widths of at least 1, got {self.sizes}")
+        if self.label < 0:
+            raise ValueError(f"label must not be negative, got {self.label}")
+
     @property
     def runs_folder(self) -> Path:
         return self.out.with_name(f"{self.out.name}.runs") if self.runs is None else self.runs

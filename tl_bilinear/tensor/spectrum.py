@@ -168,7 +168,11 @@ def spectrum(
     if directions is not None:
         meaning = checks.meaning("d_out", tensor.output_space)
         directions = checks.require_matrix(
-            "directions", directions.detach(), tensor.d_out, meaning, tensor.out
+            "directions",
+            checks.require_tensor("directions", directions).detach(),
+            tensor.d_out,
+            meaning,
+            tensor.out,
         )
     checks.require_count("k", k, tensor.d_in, "d_in, the width of the interaction matrices")
     norms, traces = _norms_and_traces(tensor, directions)
