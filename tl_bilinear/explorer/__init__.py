@@ -2,11 +2,12 @@
 
 >>> explore(run)                                   # a FeatureRun: writes explorer.html and opens it
 >>> explore(features.run(tokens).labelled(), out="layer3.html", open=False)
->>> write_page([language_panel(run, title="Layer 3"), image_panel(model, data, title="Digits")], "both.html")
+>>> panels = [language_panel(run, title="Layer 3"), image_panel(model, data, title="Digits")]
+>>> write_page(panels, "both.html")
 
-The page holds the layer's matrices and computes from them: the exact sum of a feature's value at a token,
-spectra, interaction matrices, the logits of a digit that is drawn. It opens from disk, without a server,
-and loads nothing from a network. `documents` describes the format of what is in it.
+The page holds the layer's matrices and computes from them: the exact sum of a feature's value at a
+The page holds the layer's matrices and computes from them: the exact sum of a feature's value at a
+token, and loads nothing from a network. `documents` describes the format of what is in it.
 """
 
 from tl_bilinear.explorer.documents import Panel, write_folder, write_page

@@ -110,7 +110,7 @@ def demo_facts(layer: int) -> dict[str, str]:
     card: dict[str, Any] = demo_card()
     model = card["model"]
     found = {
-        "model": f"{model['parameters']:,} parameters, {model['loss']:.3f} nats a token on other stories",
+        "model": f"{model['parameters']:,} parameters, {model['loss']:.3f} nats a token",
         "stories": "written by the model itself",
     }
     for each in card["saes"]["evaluation"]:
@@ -159,5 +159,7 @@ def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = Tru
         panels.append(demo_panel(demo_run(progress=progress)))
     view = explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)
     if is_ours(view.path.parent, KIND):
-        mark(view.path.parent, KIND)  # or the next quickstart would take the page for somebody else's
+        mark(
+            view.path.parent, KIND
+        )  # or the next quickstart would take the page for somebody else's
     return view
