@@ -17,8 +17,8 @@ from tl_bilinear.demo import (
 )
 from tl_bilinear.explorer.config import ExploreConfig
 from tl_bilinear.explorer.documents import Panel, write_folder, write_page
-from tl_bilinear.explorer.image_panel import image_panel
-from tl_bilinear.explorer.language_panel import language_panel
+from tl_bilinear.explorer.image_documents import image_panel
+from tl_bilinear.explorer.language_documents import language_panel
 from tl_bilinear.features import FeatureInteractions, FeatureRun
 from tl_bilinear.io import is_ours, mark, refuse_foreign
 from tl_bilinear.paper.quickstart import KIND, Quickstart

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tl_bilinear.explorer.documents import Document, packed
-from tl_bilinear.explorer.language_panel import activations_document, sparse_document
+from tl_bilinear.explorer.language_documents import activations_document, sparse_document
 from tl_bilinear.features import FeatureRun
 from tl_bilinear.features.labels import pieces
 from tl_bilinear.features.passage import fires_as
