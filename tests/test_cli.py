@@ -44,6 +44,7 @@ def test_it_writes_report_vectors_model_and_summary(quickstart, tmp_path):
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
         "eigenvectors.safetensors",
+        "explorer.html",
         "model.safetensors",
         "report.html",
         "summary.json",
@@ -133,6 +134,14 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_training(
         ),
         (["train", "compare", "--activation", "reglu"], "Did you mean --activations?"),
         (["tokenizer", "--size", "-1"], "size must be at least 1, got -1"),
+        (["explore", "--rows", "0"], "rows must be at least 1, got 0"),
+        (["explore", "--layer", "0"], "layer 0 of the demo model has no SAEs; 2 and 3 do"),
+        (["explore", "--point", "mlp_out"], "input features are at mlp_in and resid_mid"),
+        (
+            ["explore", "--out", "no/such/page.html"],
+            "the folder of no/such/page.html does not exist",
+        ),
+        (["explore", "--out", "."], ". is a folder: name an HTML file, or give --folder"),
         (["data", "--validation", "2"], "validation must be a share between 0 and 1, or a source"),
     ],
 )
@@ -161,6 +170,7 @@ def test_version_and_help(run):
     [
         (["quickstart"], [cli.QuickstartConfig], []),
         (["images"], [cli.GallerySettings], []),
+        (["explore"], [cli.ExploreConfig], []),
         (["tokenizer"], [config.TokenizerConfig], []),
         (["data"], [config.TextConfig], []),
         (["train", "lm"], [config.LanguageConfig, config.RunOptions], []),
@@ -186,7 +196,8 @@ def test_help_imports_nothing_heavy():
     program = (
         "import sys\n"
         "from tl_bilinear.cli import main\n"
-        "for words in ([], ['train'], ['train', 'lm'], ['images'], ['finetune'], ['data']):\n"
+        "words = ('images', 'explore', 'finetune', 'data')\n"
+        "for words in ([], ['train'], ['train', 'lm'], *([word] for word in words)):\n"
         "    assert main([*words, '--help']) == 0\n"
         "heavy = {'torch', 'numpy', 'pandas', 'transformers', 'datasets', 'plotly', 'sae_lens'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

@@ -21,6 +21,7 @@ from tl_bilinear.models import registration
 if TYPE_CHECKING:
     from tl_bilinear import circuits as circuits
     from tl_bilinear import demo as demo
+    from tl_bilinear import explorer as explorer
     from tl_bilinear import features as features
     from tl_bilinear import hooks as hooks
     from tl_bilinear import models as models
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tl_bilinear import recipes as recipes
     from tl_bilinear import tensor as tensor
     from tl_bilinear.demo import load_demo_model, load_demo_saes
+    from tl_bilinear.explorer import explore
     from tl_bilinear.features import Dictionary, FeatureInteractions, register_dictionary
     from tl_bilinear.models import (
         BilinearMLP,
@@ -85,6 +87,7 @@ __all__ = [
     "Tucker",
     "approximate",
     "cp",
+    "explore",
     "functional_inner",
     "functional_similarity",
     "hosvd",
@@ -103,6 +106,7 @@ __all__ = [
 
 # Where the names live that are not in `tl_bilinear.tensor`.
 _ELSEWHERE = {
+    "explore": "explorer",
     "Dictionary": "features",
     "FeatureInteractions": "features",
     "register_dictionary": "features",
@@ -116,6 +120,7 @@ _ELSEWHERE = {
 _PACKAGES = (
     "circuits",
     "demo",
+    "explorer",
     "features",
     "hooks",
     "models",

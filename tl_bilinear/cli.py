@@ -154,8 +154,8 @@ def explore(
 ) -> None:
     """Write a page in which a layer of the model that ships is read, and open it.
 
-    Every output and input feature between two SAEs: where it is active, which pairs make it, and for each
-    token the exact sum. The page opens from disk, without a server.
+    Every output and input feature between two SAEs: where it is active, which pairs make it, and for
+    each token the exact sum. The page opens from disk, without a server.
     """
     from tl_bilinear.explorer import explore_demo, serving
 

@@ -14,7 +14,9 @@ from tl_bilinear.explorer import language_panel
 LAYER = "blocks.1"
 INTO, RESIDUAL = f"{LAYER}.mlp.hook_in", f"{LAYER}.hook_resid_mid"
 OUTPUT = f"{LAYER}.hook_mlp_out"
-TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2]])
+TOKENS = torch.tensor(
+    [[3, 1, 4, 1, 5, 9, 2, 6], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2]]
+)
 HOSTILE = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
 
@@ -64,7 +66,7 @@ def with_documents(panel, **changed):
     documents = dict(panel.documents)
     for name, change in changed.items():
         made = documents[f"{panel.manifest['name']}-{name}"]
-        documents[f"{panel.manifest['name']}-{name}"] = (
-            lambda read, made=made, change=change: change(made(read))
+        documents[f"{panel.manifest['name']}-{name}"] = lambda read, made=made, change=change: (
+            change(made(read))
         )
     return dataclasses.replace(panel, documents=documents)

@@ -42,7 +42,12 @@ def visiting(browser, viewport=LAPTOP, allowed=("file:", "data:", "blob:")):
     tab = browser.new_page(viewport=viewport)
     requests, complaints = [], []
     tab.on("request", lambda request: requests.append(request.url))
-    tab.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.set_default_timeout(20_000)
     try:

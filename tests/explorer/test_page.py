@@ -76,19 +76,27 @@ def test_the_same_value_around_the_mean(case, page, tab):
     tab.get_by_role("button", name="Around the mean").click()
     tab.wait_for_selector('[data-term="main effects"]')
     size = max(1.0, abs(expected.total))
-    parts = {n: value(tab, f'[data-term="{n}"]', "data-value") for n in ("at the mean", "main effects", "interactions")}
+    parts = {
+        n: value(tab, f'[data-term="{n}"]', "data-value")
+        for n in ("at the mean", "main effects", "interactions")
+    }
     assert abs(parts["main effects"] - main) <= 1e-5 * max(size, abs(main))
     assert abs(sum(parts.values()) - expected.total) <= 1e-5 * max(size, *map(abs, parts.values()))
 
 
 def test_pairs_where_active_are_those_of_python(page, tab):
     run = building.run("norm")
-    feature = max(range(10), key=lambda a: int(((run.activations([a])[..., 0] != 0) & run.mask).sum()))
+    feature = max(
+        range(10), key=lambda a: int(((run.activations([a])[..., 0] != 0) & run.mask).sum())
+    )
     expected = run.active_interactions(feature, progress=False)
     tab.goto(at(page, f"#/norm/output/{feature}?order=active"))
     tab.wait_for_selector("[data-mean]")
     for first, second, mean in zip(
-        expected.first[:5].tolist(), expected.second[:5].tolist(), expected.means[:5].tolist(), strict=True
+        expected.first[:5].tolist(),
+        expected.second[:5].tolist(),
+        expected.means[:5].tolist(),
+        strict=True,
     ):
         cell = f'[data-first="{first}"][data-second="{second}"][data-mean]'
         assert abs(value(tab, cell, "data-mean") - mean) <= 1e-5 * abs(expected.means[0])
@@ -133,7 +141,8 @@ def test_logits_of_a_chosen_and_of_a_drawn_image(page, tab, classifier, striped)
         with torch.no_grad():
             expected = model(image)
         tab.wait_for_function(
-            "wanted => Math.abs(+document.querySelector('[data-logit]').dataset.logit - wanted) < 1e-4 * (1 + Math.abs(wanted))",
+            "wanted => Math.abs(+document.querySelector('[data-logit]').dataset.logit - wanted)"
+            " < 1e-4 * (1 + Math.abs(wanted))",
             arg=float(expected[0]),
         )
         close(shown("data-logit"), expected)
@@ -201,7 +210,9 @@ def test_a_token_is_chosen_by_keyboard_and_kept_in_the_link(page, tab):
     tab.keyboard.press("ArrowLeft")
     tab.keyboard.press("Enter")
     tab.wait_for_function("() => location.hash.includes('token=')")
-    tab.wait_for_function(f"() => +document.querySelector('[data-total]')?.dataset.total !== {before!r}")
+    tab.wait_for_function(
+        f"() => +document.querySelector('[data-total]')?.dataset.total !== {before!r}"
+    )
     link, total = tab.url, value(tab, "[data-total]", "data-total")
     tab.goto("about:blank")
     tab.goto(link)
@@ -247,7 +258,9 @@ def test_hostile_tokens_are_text(tmp_path, tab):
                 one[side] = [[f"{HOSTILE} {i}", value] for i, (_, value) in enumerate(one[side])]
         return document
 
-    changed = with_documents(building.panel("plain"), words=words, **{"output-0": features, "input-0": features})
+    changed = with_documents(
+        building.panel("plain"), words=words, **{"output-0": features, "input-0": features}
+    )
     path = write_page([changed], tmp_path / "page.html", progress=False)
     for place in ("#/plain/output/3", "#/plain/text/0?token=2", "#/plain/input/3", "#/plain"):
         tab.goto("about:blank")
@@ -290,7 +303,11 @@ def manifest_with(**fields):
         pattern = r'(<script type="application/json" id="manifest">)(.*?)(</script>)'
         found = re.search(pattern, text, re.DOTALL)
         manifest = json.loads(found[2]) | fields
-        return text[: found.start(2)] + json.dumps(manifest).replace("<", "\\u003c") + text[found.end(2) :]
+        return (
+            text[: found.start(2)]
+            + json.dumps(manifest).replace("<", "\\u003c")
+            + text[found.end(2) :]
+        )
 
     return change
 
@@ -321,10 +338,19 @@ def cut_document(name):
         (manifest_with(version=9), "This bundle has version 9, and this page reads version 1"),
         (manifest_with(format="other"), 'its format is "other"'),
         (manifest_with(panels=[]), "This bundle has no panel"),
-        (manifest_with(panels=[{"kind": "sound", "name": "s"}]), 'a panel of the unknown kind "sound"'),
-        (document_without("plain-layer", "left"), "This bundle is damaged: the left matrix is missing."),
+        (
+            manifest_with(panels=[{"kind": "sound", "name": "s"}]),
+            'a panel of the unknown kind "sound"',
+        ),
+        (
+            document_without("plain-layer", "left"),
+            "This bundle is damaged: the left matrix is missing.",
+        ),
         (cut_document("plain-layer"), 'This page is damaged: its part "plain-layer" is not whole.'),
-        (lambda text: text.replace('data-document="plain-text-0"', 'data-document="gone"'), "is missing"),
+        (
+            lambda text: text.replace('data-document="plain-text-0"', 'data-document="gone"'),
+            "is missing",
+        ),
     ],
 )
 def test_a_damaged_page_says_so_in_a_sentence(change, message, page, tmp_path, browser):
@@ -341,7 +367,9 @@ def test_a_folder_without_a_part_names_the_file(tmp_path, browser):
     (index.parent / "data" / "plain-output-0.js").unlink()
     tab = browser.new_page()
     tab.goto(at(index, "#/plain/output/3"))
-    tab.locator("[role=alert]").filter(has_text="there is no data/plain-output-0.js beside this page").first.wait_for()
+    tab.locator("[role=alert]").filter(
+        has_text="there is no data/plain-output-0.js beside this page"
+    ).first.wait_for()
     part = index.parent / "data" / "plain-input-0.js"
     part.write_text(part.read_text()[:-500])
     tab.goto("about:blank")
@@ -352,4 +380,6 @@ def test_a_folder_without_a_part_names_the_file(tmp_path, browser):
 
 def test_what_does_not_exist_is_said(page, tab):
     tab.goto(at(page, "#/plain/output/999"))
-    tab.locator("[role=alert]").filter(has_text="There is no output feature 999: they are numbered from 0 to 29.").first.wait_for()
+    tab.locator("[role=alert]").filter(
+        has_text="There is no output feature 999: they are numbered from 0 to 29."
+    ).first.wait_for()

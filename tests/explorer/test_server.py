@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.explorer.conftest import visiting
-from tl_bilinear.demo import demo_layers, load_demo_model, load_demo_saes, load_demo_tokens
 from tl_bilinear import FeatureInteractions
+from tl_bilinear.demo import demo_layers, load_demo_model, load_demo_saes, load_demo_tokens
 from tl_bilinear.explorer import language_panel, serving, write_page
-from tl_bilinear.features import Dictionary
 from tl_bilinear.explorer.documents import unpacked
+from tl_bilinear.features import Dictionary
 
 KEPT = 48
 
@@ -33,7 +33,9 @@ def few(sae):
 def demo():
     layer = demo_layers()[-1]
     saes = load_demo_saes(layer)
-    features = FeatureInteractions(load_demo_model("cpu"), layer, few(saes["mlp_in"]), few(saes["mlp_out"]))
+    features = FeatureInteractions(
+        load_demo_model("cpu"), layer, few(saes["mlp_in"]), few(saes["mlp_out"])
+    )
     return features.run(load_demo_tokens()[:3], progress=False).labelled(progress=False)
 
 
@@ -84,9 +86,9 @@ def test_an_effect_is_that_of_the_hooks(address, demo):
     status, found = post(address, "/api/effect", asked)
     assert status == 200
     model, tokens = demo.features.model, demo.tokens[1:2, :41]
-    before = model(tokens)[0, -1].log_softmax(-1)
+    before = model(tokens)[0, -1].detach().log_softmax(-1)
     hooks = demo.features.components(5, 2).ablate(positions=-1).fwd_hooks(model)
-    after = model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1].log_softmax(-1)
+    after = model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1].detach().log_softmax(-1)
     expected = float((before.exp() * (before - after)).sum())
     assert found["divergence"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert len(found["controls"]) == 8
@@ -108,11 +110,23 @@ def test_own_text_is_the_model_s(address, demo):
     ("path", "value", "message"),
     [
         ("/api/text", {}, "type some text first"),
-        ("/api/text", {"text": "word " * 600}, "the page takes 512"),
+        ("/api/text", {"text": "word " * 600}, "the page takes 256"),
         ("/api/effect", {"row": "x"}, "row, position, feature, k and factor are numbers"),
-        ("/api/effect", {"feature": 999, "k": 1, "factor": 0, "row": 0, "position": 3}, "output features are 0 to 47"),
-        ("/api/effect", {"feature": 1, "k": 1, "factor": 0, "row": 0, "position": 900}, "there is no token 900"),
-        ("/api/effect", {"feature": 1, "k": 1, "factor": 0, "row": 9, "position": 3}, "there is no row 9"),
+        (
+            "/api/effect",
+            {"feature": 999, "k": 1, "factor": 0, "row": 0, "position": 3},
+            "output features are 0 to 47",
+        ),
+        (
+            "/api/effect",
+            {"feature": 1, "k": 1, "factor": 0, "row": 0, "position": 900},
+            "there is no token 900",
+        ),
+        (
+            "/api/effect",
+            {"feature": 1, "k": 1, "factor": 0, "row": 9, "position": 3},
+            "there is no row 9",
+        ),
     ],
 )
 def test_bad_requests_are_answered_in_a_sentence(address, path, value, message):
@@ -138,5 +152,8 @@ def test_a_taken_port_is_one_sentence(address, demo, tmp_path):
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     page = tmp_path / "page.html"
     page.write_text("x")
-    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"), serving(page, demo, port=port):
+    with (
+        pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"),
+        serving(page, demo, port=port),
+    ):
         pass

@@ -2,8 +2,8 @@
 
 ``bundle.schema.json`` beside this file is the whole format; any tool may write it. In short:
 
-**Manifest.** ``{"format": "tl_bilinear.explorer", "version": 1, "title": ..., "panels": [...]}``. A panel
-names its kind ("language" or "image"), its sizes, and the documents it is made of.
+**Manifest.** ``{"format": "tl_bilinear.explorer", "version": 1, "title": ..., "panels": [...]}``. A
+panel names its kind ("language" or "image"), its sizes, and the documents it is made of.
 
 **Documents** are JSON objects under a name. The page asks for one when it is needed.
 
@@ -153,7 +153,9 @@ def _fill(store: _Store, panels: list[Panel], progress: bool) -> list[str]:
     names = [name for panel in panels for name in panel.documents]
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"a document's name is lower-case letters, digits, . _ -, got {name!r}")
+            raise ValueError(
+                f"a document's name is lower-case letters, digits, . _ -, got {name!r}"
+            )
     with tqdm(total=len(names), unit="part", desc="explorer", disable=not progress) as bar:
         for panel in panels:
             for name, make in panel.documents.items():

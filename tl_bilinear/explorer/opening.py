@@ -17,8 +17,8 @@ from tl_bilinear.demo import (
 )
 from tl_bilinear.explorer.config import ExploreConfig
 from tl_bilinear.explorer.documents import Panel, write_folder, write_page
-from tl_bilinear.explorer.image_panel import image_panel
-from tl_bilinear.explorer.language_panel import language_panel
+from tl_bilinear.explorer.image_documents import image_panel
+from tl_bilinear.explorer.language_documents import language_panel
 from tl_bilinear.features import FeatureInteractions, FeatureRun
 from tl_bilinear.io import is_ours, mark, refuse_foreign
 from tl_bilinear.paper.quickstart import KIND, Quickstart
@@ -110,7 +110,7 @@ def demo_facts(layer: int) -> dict[str, str]:
     card: dict[str, Any] = demo_card()
     model = card["model"]
     found = {
-        "model": f"{model['parameters']:,} parameters, {model['loss']:.3f} nats a token on other stories",
+        "model": f"{model['parameters']:,} parameters, {model['loss']:.3f} nats a token",
         "stories": "written by the model itself",
     }
     for each in card["saes"]["evaluation"]:
@@ -159,5 +159,7 @@ def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = Tru
         panels.append(demo_panel(demo_run(progress=progress)))
     view = explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)
     if is_ours(view.path.parent, KIND):
-        mark(view.path.parent, KIND)  # or the next quickstart would take the page for somebody else's
+        mark(
+            view.path.parent, KIND
+        )  # or the next quickstart would take the page for somebody else's
     return view

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tl_bilinear.explorer.documents import Document, packed
-from tl_bilinear.explorer.language_panel import activations_document, sparse_document
+from tl_bilinear.explorer.language_documents import activations_document, sparse_document
 from tl_bilinear.features import FeatureRun
 from tl_bilinear.features.labels import pieces
 from tl_bilinear.features.passage import fires_as
@@ -47,7 +47,9 @@ def serving(page: Path, run: FeatureRun, *, port: int = 0) -> Iterator[str]:
     try:
         server = ThreadingHTTPServer((HOST, port), _handler(page, _Answers(run)))
     except OSError as error:
-        raise OSError(f"cannot listen on {HOST}:{port}: {error.strerror}; choose another port") from error
+        raise OSError(
+            f"cannot listen on {HOST}:{port}: {error.strerror}; choose another port"
+        ) from error
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -67,15 +69,13 @@ class _Answers:
 
     @torch.no_grad()
     def text(self, asked: Document) -> Document:
-        """Own text as a row: its tokens, the features active on them, activations, the model's values."""
+        """Own text as a row: its tokens, active features, activations, the model's values."""
         text = asked.get("text")
         if not isinstance(text, str) or not text.strip():
             raise Refused("type some text first")
         with self.lock:
-            one = self.run.features.run(text, progress=False)
+            one = self._run_on(text)
             length = one.tokens.shape[1]
-            if length > MOST_TOKENS:
-                raise Refused(f"the text has {length} tokens; the page takes {MOST_TOKENS}")
             words = pieces(self.run.features.model.tokenizer, one.tokens[0].tolist())
             return {
                 "text": {
@@ -89,6 +89,14 @@ class _Answers:
                 "activations": activations_document(one, 0),
                 "measured": packed(one.preactivations()[0]),
             }
+
+    def _run_on(self, text: str) -> FeatureRun:
+        """A run on a text that the model reads whole: a longer one would be cut silently."""
+        model = self.run.features.model
+        length, most = len(model.tokenizer(text)["input_ids"]), min(MOST_TOKENS, model.cfg.n_ctx)
+        if length > most:
+            raise Refused(f"the text has {length} tokens; the page takes {most}")
+        return self.run.features.run(text, progress=False)
 
     @torch.no_grad()
     def effect(self, asked: Document) -> Document:
@@ -104,7 +112,7 @@ class _Answers:
             raise Refused("row, position, feature, k and factor are numbers") from error
         with self.lock:
             if text := asked.get("text"):
-                tokens = self.run.features.run(text, progress=False).tokens
+                tokens = self._run_on(text).tokens
             elif 0 <= row < len(self.run):
                 tokens = self.run.tokens[row][None]
             else:
@@ -205,7 +213,7 @@ def _handler(page: Path, answers: _Answers) -> type[BaseHTTPRequestHandler]:
             self._send(json.dumps(answer).encode(), ".json", status)
 
         def _is_ours(self) -> bool:
-            port = self.server.server_address[1]
+            port = self.server.server_port  # type: ignore[attr-defined]
             names = {f"{HOST}:{port}", f"localhost:{port}"}
             origin = self.headers.get("Origin")
             ours = self.headers.get("Host") in names and (

@@ -12,6 +12,7 @@ import {
   formAt,
   hiddenWeights,
   namedTerms,
+  partShares,
   semicircle,
   timesForm,
   type Layer,
@@ -117,6 +118,9 @@ describe.each([
     expect(sum.total).toBeCloseTo(1.7 * slow(made, e, whole) + 0.3, 11);
     const terms = Object.values(namedTerms(sum)).reduce((a, b) => a + b, 0);
     expect(terms).toBeCloseTo(sum.total, 11);
+    const shares = partShares(sum).reduce((a, each) => a + each.value, 0);
+    const constants = Object.values(sum.constants).reduce((a, b) => a + b, 0);
+    expect(shares + constants).toBeCloseTo(sum.total, 11);
     const pairs = featurePairs(sum).reduce((a, pair) => a + pair.value, 0);
     expect(pairs).toBeCloseTo(namedTerms(sum)["features x features"], 11);
     expect(featurePairs(sum)).toHaveLength(3);

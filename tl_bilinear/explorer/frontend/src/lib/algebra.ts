@@ -276,6 +276,18 @@ export function namedTerms(sum: Sum): Record<string, number> {
   return { ...found, ...sum.constants };
 }
 
+/** What each part makes, its pairs split in halves, largest first; with the constants, the whole sum. */
+export function partShares(sum: Sum): { name: string; feature?: number; value: number }[] {
+  const n = sum.parts.length;
+  return sum.parts
+    .map((part, i) => ({
+      name: part.name,
+      feature: part.feature,
+      value: sum.quadratic.subarray(i * n, (i + 1) * n).reduce((a, b) => a + b, 0) + sum.linear[i],
+    }))
+    .sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+}
+
 export interface Centred {
   /** The value at the mean, constants included. */
   atMean: number;

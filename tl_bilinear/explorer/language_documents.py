@@ -245,7 +245,7 @@ class _Language:
     # ------------------------------------------------------------------ features
 
     def _examples(self, side: Side, feature: int) -> list[list[Any]]:
-        """[row, position, activation, quantile] of tokens, the strongest of a row only; strongest first."""
+        """[row, position, activation, quantile] of tokens: the strongest rows, then quantiles."""
         tokens, values = self._active[side].of_feature(feature)
         kept = self._counted[tokens] & (values > 0)
         tokens, values = tokens[kept], values[kept]
@@ -361,9 +361,7 @@ class _Language:
                     values[i, j] = model[row * self.length + at]
         return values
 
-    def _with_directions(
-        self, side: Side, part: range, found: list[Document]
-    ) -> list[Document]:
+    def _with_directions(self, side: Side, part: range, found: list[Document]) -> list[Document]:
         extra = zip(self._promoted(side, part), self._neighbours(side, part), strict=True)
         return [one | more[0] | more[1] for one, more in zip(found, extra, strict=True)]
 

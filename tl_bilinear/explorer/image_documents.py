@@ -66,7 +66,9 @@ def image_panel(
         "classes": list(data.classes),
         "hidden": model.layer.left.out_features,
     }
-    identity = digest_of(model.state_dict(), {"data": data.fingerprint, "name": name, "title": title})
+    identity = digest_of(
+        model.state_dict(), {"data": data.fingerprint, "name": name, "title": title}
+    )
     made = {f"{name}-layer": layer, f"{name}-eigen": eigen, f"{name}-images": images}
     return Panel(manifest, made, identity)
 
