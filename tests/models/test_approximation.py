@@ -210,7 +210,9 @@ def test_tokens_that_are_given_and_not_predicted(llama, fitted, rows):
 
 
 def test_one_warning_names_the_layers(llama, rows):
-    with pytest.warns(UserWarning, match=r"less than 100% .* in layer 0 \(.*%\), 2 \(") as caught:
+    with pytest.warns(
+        UserWarning, match=r"less than 100% .* in layer 0 \(.*% of .*\), 2 \("
+    ) as caught:
         approximate_llama(llama, rows, [0, 2], warn_below=0.99999)
     assert len(caught) == 1
 
