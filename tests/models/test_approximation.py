@@ -19,13 +19,17 @@ from transformers import (
 )
 
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer, register_gated_reader
-from tl_bilinear.hooks import loss_added
+from tl_bilinear.circuits import paths
+from tl_bilinear.features import FeatureInteractions
+from tl_bilinear.hooks import ReplaceLayer, loss_added, with_loss_added
 from tl_bilinear.models.approximation import (
     Replacement,
     approximate_llama,
+    fidelity_table,
     mlp_inputs,
     to_bilinear_llama,
 )
+from tl_bilinear.models.repair import repair
 from tl_bilinear.tensor import approximate
 from tl_bilinear.tensor.registry import read_gated
 
@@ -210,7 +214,9 @@ def test_tokens_that_are_given_and_not_predicted(llama, fitted, rows):
 
 
 def test_one_warning_names_the_layers(llama, rows):
-    with pytest.warns(UserWarning, match=r"less than 100% .* in layer 0 \(.*%\), 2 \(") as caught:
+    with pytest.warns(
+        UserWarning, match=r"less than 100% .* in layer 0 \(.*% of .*\), 2 \("
+    ) as caught:
         approximate_llama(llama, rows, [0, 2], warn_below=0.99999)
     assert len(caught) == 1
 
@@ -254,3 +260,234 @@ def test_a_real_model(shared_data):
     added = loss_added(model, held_out, edits, mask=held_out != 1, progress=False)
     neuron, refit = added.difference.tolist()
     assert 0.2 < refit < 0.8 * neuron
+
+
+# ---------------------------------------------------------------------- hooks, bridges and others
+
+
+@pytest.fixture(scope="module")
+def bridges(llama, tmp_path_factory):
+    """The Llama as a TransformerBridge, raw and in compatibility mode."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(folder)
+    made = {}
+    for name in ("raw", "processed"):
+        # Processed weights are written into the model that a bridge wraps, so each has its own.
+        own = LlamaForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(_words(folder))
+        made[name] = TransformerBridge.boot_transformers(
+            str(folder), hf_model=own, tokenizer=tokenizer, device="cpu"
+        )
+    made["processed"].enable_compatibility_mode(disable_warnings=True)
+    return made
+
+
+def _words(folder):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[BOS]": 1, "[EOS]": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_the_mlp_of_a_bridge_is_read(bridges, kind):
+    mlp, x = bridges[kind].blocks[1].mlp, torch.randn(2, 7, 16)
+    with torch.no_grad():
+        assert_close(read_gated(mlp)(x), mlp(x), rtol=1e-5, atol=1e-5)
+        if kind == "raw":
+            own = mlp.original_component
+            assert_close(read_gated(own)(x), own(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fused_gate_is_read():
+    from transformers import Phi3Config
+
+    mlp = make(Phi3Config, pad_token_id=0).model.layers[1].mlp
+    x = torch.randn(4, 7, 16)
+    assert_close(read_gated(mlp)(x), mlp(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_approximation_fits_the_hooks_of_its_model(llama, fitted, bridges, rows):
+    """The Llama's approximation in the bridge does what it does in the Llama."""
+    edit = ReplaceLayer(fitted[1].tensor, layer=1)
+    assert "approximation of a " in repr(edit)
+    with Replacement({1: fitted[1]}).applied(llama), torch.no_grad():
+        want = llama(rows[:3]).logits.log_softmax(-1)
+    with edit.applied(bridges["raw"]), torch.no_grad():
+        given = bridges["raw"](rows[:3]).log_softmax(-1)
+    assert_close(given, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"does not fit blocks\.2\.mlp"):
+        ReplaceLayer(fitted[1].tensor, layer=2).fwd_hooks(bridges["raw"])
+
+
+def test_a_raw_tensor_is_refused_by_a_processed_model(fitted, bridges, rows):
+    saes = torch.randn(5, 16)
+    tensor = fitted[1].tensor
+    assert "approximation of a " in repr(
+        FeatureInteractions(bridges["raw"], 1, saes, saes, layer_tensor=tensor)
+    )
+    processed = bridges["processed"]
+    with pytest.raises(ValueError, match=r"after RMSNorm and its weight.*RMSNorm without a weight"):
+        ReplaceLayer(tensor, layer=1).fwd_hooks(processed)
+    with pytest.raises(ValueError, match=r"layer_tensor does not fit .*RMSNorm without a weight"):
+        FeatureInteractions(processed, 1, saes, saes, layer_tensor=tensor)
+    found = approximate_llama(processed, rows, [1], warn_below=-1e9, progress=False)
+    with ReplaceLayer(found[1].tensor, layer=1).applied(processed), torch.no_grad():
+        given = processed(rows[:3])
+    with ReplaceLayer(tensor, layer=1).applied(bridges["raw"]), torch.no_grad():
+        want = bridges["raw"](rows[:3])
+    # The same function, fitted in other coordinates: up to the ridge.
+    assert_close(given.log_softmax(-1), want.log_softmax(-1), rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("norm", ["RMSPre", "LNPre", "RMS"])
+def test_a_gated_hooked_transformer(norm):
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    torch.manual_seed(0)
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=16,
+            d_head=8,
+            n_ctx=12,
+            d_vocab=23,
+            d_mlp=24,
+            act_fn="silu",
+            gated_mlp=True,
+            normalization_type=norm,
+            seed=0,
+        )
+    )
+    tokens = torch.randint(0, 23, (200, 12))
+    tensor = approximate_llama(model, tokens, [1], warn_below=-1e9, progress=False)[1].tensor
+    edit = ReplaceLayer(tensor, layer=1)
+    if norm == "RMS":  # what the layer reads, behind the norm's weight, passes no hook
+        with pytest.raises(ValueError, match=r"no hook point .*once its norm is folded"):
+            edit.fwd_hooks(model)
+        return
+    with torch.no_grad():
+        given = model.run_with_hooks(tokens[:3], fwd_hooks=edit.fwd_hooks(model))
+        seen = []
+        handle = model.blocks[1].mlp.register_forward_hook(lambda m, a, out: tensor(a[0]))
+        seen.append(model(tokens[:3]))
+        handle.remove()
+    assert_close(given, seen[0], rtol=1e-5, atol=1e-5)
+    direction = torch.randn(16)
+    split = paths(model, tokens[0], 1, direction, layer_tensor=tensor, position=5)
+    _, cache = model.run_with_cache(tokens[:1])
+    want = tensor(cache["blocks.1.ln2.hook_normalized"][0, 5]) @ direction
+    assert split.total == pytest.approx(want.item(), rel=1e-4, abs=1e-5)
+
+
+# ---------------------------------------------------------------------- massive tokens
+
+
+def plant(model, token=7):
+    """Make a token massive in layer 1: one neuron reads a coordinate that this token alone has."""
+    first, second = model.model.layers[:2]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, -1] = 0
+        model.model.embed_tokens.weight[token, -1] = 10
+        for writer in (first.self_attn.o_proj, first.mlp.down_proj, second.self_attn.o_proj):
+            writer.weight[-1] = 0
+        for reader in (second.mlp.gate_proj, second.mlp.up_proj):
+            reader.weight[0], reader.weight[:, -1] = 0, 0
+            reader.weight[0, -1] = 5
+        second.mlp.down_proj.weight[:, 0] = 50
+    return model
+
+
+def test_massive_tokens_of_a_model_are_named_by_their_place():
+    model = plant(make(tie_word_embeddings=True))
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(8, 50, (60, 32), generator=draw)
+    tokens[[3, 17, 55], [5, 9, 30]] = 7
+    with pytest.warns(UserWarning, match=r"massive tokens carry \d+%"):
+        found = approximate_llama(model, tokens, [1], warn_below=1.0, progress=False)[1]
+    massive = found.fidelity.massive
+    places = massive.places.tolist()
+    assert places == [[3, 5], [17, 9], [55, 30]]
+    assert massive.share > 0.5
+    by_row = mlp_inputs(model, tokens, [1], progress=False)[1][massive.rows]
+    table = fidelity_table({1: found}).iloc[0]
+    assert (table["massive"], table["worst"]) == (len(massive), found.worst[1])
+    edits = {
+        "bare": Replacement({1: found}),
+        "massive tokens kept": Replacement({1: found}, keep_massive=True),
+    }
+    with edits["massive tokens kept"].applied(model), torch.no_grad():
+        y = model.model.layers[1].mlp(by_row)
+    assert_close(y, model.model.layers[1].mlp(by_row))
+    added = with_loss_added(model, {1: found}, tokens[:20], progress=False)[1].fidelity.loss_added
+    alone = loss_added(model, tokens[:20], edits["bare"], progress=False).difference.item()
+    assert added == pytest.approx(alone, abs=1e-6)
+
+
+def test_groups_of_text(llama, rows):
+    found = approximate_llama(
+        llama, {"one": rows[:25], "other": rows[25:]}, [0], warn_below=-1e9, progress=False
+    )[0]
+    assert list(found.fidelity.groups) == ["one", "other"]
+    assert {"one", "other"} <= set(fidelity_table({0: found}).columns)
+
+
+# ---------------------------------------------------------------------- all layers at once
+
+
+def test_fitted_in_order_each_layer_reads_what_the_replaced_ones_write(llama, rows):
+    found = approximate_llama(llama, rows, in_order=True, warn_below=-1e9, progress=False)
+    with Replacement({0: found[0], 1: found[1]}).applied(llama):
+        inputs = mlp_inputs(llama, rows, [2], progress=False)[2]
+    again = approximate(llama.model.layers[2].mlp, inputs, warn_below=-1e9)
+    assert_close(found[2].tensor.left, again.tensor.left)
+    with pytest.raises(TypeError, match="in_order replaces layers of a Hugging Face model"):
+        approximate_llama(
+            HookedBilinearTransformer.from_hf(make(hidden_act="linear")), rows, in_order=True
+        )
+
+
+@pytest.mark.parametrize("trains", ["gates", "gates and out"])
+def test_repair(llama, fitted, rows, trains):
+    before = {n: p.clone() for n, p in llama.named_parameters()}
+    options = {"steps": 30, "batch": 8, "trains": trains, "progress": False}
+    found = repair(llama, fitted, rows[:32], **options)
+    assert all(torch.equal(before[n], p) for n, p in llama.named_parameters())
+    assert all(p.requires_grad for p in llama.parameters())
+    kinds = {type(block.mlp).__name__ for block in llama.model.layers}
+    assert kinds == {"LlamaMLP"}  # put back
+
+    def divergence(layers):
+        with torch.no_grad():
+            want = llama(rows[:32]).logits.log_softmax(-1)
+            with Replacement(layers).applied(llama):
+                given = llama(rows[:32]).logits.log_softmax(-1)
+        return (want.exp() * (want - given)).sum(-1).mean().item()
+
+    start = divergence(fitted)
+    assert divergence(found.layers) < 0.9 * start
+    again = repair(llama, fitted, rows[:32], **options)
+    assert torch.equal(again.layers[1].tensor.left, found.layers[1].tensor.left)
+    one, other = found.layers[1].tensor, fitted[1].tensor
+    assert_close(one.right, other.right)
+    scale = (one.left / other.left).nan_to_num(1)
+    assert_close(scale, scale[:, :1].expand_as(scale), rtol=1e-3, atol=1e-3)
+    assert torch.equal(one.out, other.out) == (trains == "gates")
+    assert one.output_space.startswith("blocks.1.hook_mlp_out (approximation of a ")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_repair_of_nothing(llama, fitted, rows):
+    with pytest.raises(ValueError, match="there is no approximation to repair"):
+        repair(llama, {}, rows)
+    with pytest.raises(ValueError, match="unknown trains 'all'; there are gates, gates and out"):
+        repair(llama, fitted, rows, trains="all")
+    with pytest.raises(ValueError, match=r"steps=300 of batch=8 .* of 4 rows"):
+        repair(llama, fitted, rows[:4])

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from tl_bilinear.recipes.language.annealing import (
     shares,
 )
 from tl_bilinear.recipes.language.distillation import Distillation
+from tl_bilinear.recipes.language.trainer import validation_rows
 
 OPTIONS = {"device": "cpu", "progress": False, "precision": "fp32"}
 TINY = FinetuneConfig(steps=30, batch=8, learning_rate=3e-3, fit_rows=48, weight_decay=0.0)
@@ -563,3 +565,21 @@ def test_a_folder_of_another_model_is_refused(compared, swiglu, data, tmp_path):
     llama.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds a run with other settings: model='\w+' \(there:"):
         finetune(tmp_path / "other", data, TINY, folder=compared.runs["affine"].folder, **OPTIONS)
+
+
+def test_validation_does_not_take_most_of_a_short_run():
+    assert list(validation_rows(20, 10_000, 10)) == list(range(20))  # few beside the text: all
+    some = validation_rows(5_000, 400, 10)
+    assert 8 <= len(some) <= 0.25 * 400 / 10
+    assert some[-1] >= 4_500  # spread over all stories
+    assert len(validation_rows(5_000, 16, 2)) == 8
+    assert len(validation_rows(3, 16, 2)) == 3
+
+
+def test_a_run_says_how_long_it_will_take(swiglu, data, tmp_path, capsys):
+    config = FinetuneConfig(path="closed", steps=6, batch=8, learning_rate=1e-3)
+    finetune(swiglu, data, config, folder=tmp_path / "run", device="cpu", precision="fp32")
+    said = capsys.readouterr()
+    assert re.search(
+        r"about \d+ s left: 2 steps of .* s, and 2 validations of \d+ rows", said.out + said.err
+    )

@@ -210,7 +210,7 @@ def test_massive_tokens_are_found_and_ordinary_ones_explained_as_well_as_without
 
 def test_what_one_number_hides():
     """Least squares over all tokens meets the massive ones and little else, and reports nearly 1."""
-    gated, x, with_massive = planted()
+    gated, _, with_massive = planted()
     with pytest.warns(UserWarning, match=r"in the .*ordinary tokens|in the median token"):
         plain = approximate(gated, with_massive, fit="neuron", weights="equal")
     assert plain.fidelity.overall > 0.99

@@ -31,6 +31,7 @@ from tl_bilinear import checks
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
 from tl_bilinear.features.attribution import contributions, error_of, relative_error
 from tl_bilinear.features.labels import kinds
+from tl_bilinear.hooks.points import require_layer_tensor
 from tl_bilinear.results import Result
 from tl_bilinear.tensor import BilinearTensor, TopInteractions
 
@@ -183,6 +184,7 @@ def paths(
     *,
     by: By = "sources",
     words: Sequence[str] | None = None,
+    layer_tensor: BilinearTensor | None = None,
     max_bytes: int = checks.MAX_DENSE_BYTES,
 ) -> Paths:
     """Split a layer's output along a direction over pairs of upstream components.
@@ -200,6 +202,10 @@ def paths(
         A component for each head and source token, for each head, or for each layer's attention.
     words: [pos], optional
         The tokens' names for labels; by default the tokenizer's, or their numbers.
+    layer_tensor: BilinearTensor, optional
+        The layer as a function of ``mlp.hook_in``, instead of reading it from the model: an
+        approximation of a gated one, ``approximate(mlp, inputs).tensor``. `Paths.error` is then what
+        it leaves out.
     max_bytes: int
         The pairs are an n x n matrix: for long prompts and deep models sum over sources.
 
@@ -208,7 +214,11 @@ def paths(
     bilinear, and a model whose residual stream is not a plain sum; MemoryError above `max_bytes`.
     """
     tokens = as_tokens(model, tokens)  # refuses a batch before any work
-    tensor = BilinearTensor.from_model(model, layer)
+    if layer_tensor is None:
+        tensor = BilinearTensor.from_model(model, layer)
+    else:
+        require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
+        tensor = layer_tensor
     tensor = tensor.to(checks.gram_dtype(tensor.left))
     direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
     run = Upstream(model, tokens, layer, position)

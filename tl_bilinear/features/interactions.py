@@ -74,8 +74,14 @@ from tl_bilinear.features.unembedding import (
     unembedding_row,
 )
 from tl_bilinear.hooks import EigenComponents
+from tl_bilinear.hooks.points import require_layer_tensor
 from tl_bilinear.results import Kind
-from tl_bilinear.tensor import BilinearTensor, Eigendecomposition, InteractionMatrix
+from tl_bilinear.tensor import (
+    BilinearTensor,
+    Eigendecomposition,
+    InteractionMatrix,
+    approximation_note,
+)
 
 Along = Literal["encoder", "decoder"]
 Basis = Literal["features", "activations"]
@@ -130,6 +136,8 @@ class FeatureInteractions:
         self.model = model
         if layer_tensor is None:
             layer_tensor = BilinearTensor.from_model(model, layer)
+        else:
+            require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
         self.layer = range(len(model.blocks))[layer]
         self.inputs, self.outputs = Dictionary.of(sae_in), Dictionary.of(sae_out)
         passages = input_passages(model, self.layer)
@@ -165,8 +173,10 @@ class FeatureInteractions:
 
     def __repr__(self) -> str:
         scale = ", up to the token's norm scale" if self.passage.needs_scale else ""
+        note = approximation_note(self.layer_tensor)
+        kind = "" if note is None else f"{note}: "
         return (
-            f"FeatureInteractions(layer {self.layer}: {self.inputs.n} features at "
+            f"FeatureInteractions({kind}layer {self.layer}: {self.inputs.n} features at "
             f"{self.passage.hook}{scale} -> {self.outputs.n} features at {self.output_hook}, "
             f"read along the {self.output})"
         )

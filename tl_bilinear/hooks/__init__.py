@@ -21,6 +21,7 @@ from tl_bilinear.hooks.effects import (
     loss_added,
     next_token_loss,
     token_losses,
+    with_loss_added,
 )
 from tl_bilinear.hooks.interventions import (
     Chain,
@@ -52,4 +53,5 @@ __all__ = [
     "token_losses",
     "verify",
     "verify_trials",
+    "with_loss_added",
 ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -28,7 +28,9 @@ from tqdm.auto import tqdm
 
 from tl_bilinear import checks
 from tl_bilinear.hooks.interventions import Hooks
+from tl_bilinear.models.approximation import Replacement
 from tl_bilinear.results import Result
+from tl_bilinear.tensor import Approximation
 
 if TYPE_CHECKING:
     import pandas
@@ -193,6 +195,30 @@ def loss_added(
         losses[number, rows] = some
     assert losses is not None  # there is at least one sequence
     return LossAdded(list(edits), losses[0].clone(), losses[1:].clone(), confidence)
+
+
+def with_loss_added(
+    llama: Any,
+    approximations: Mapping[int, Approximation],
+    tokens: Int[Tensor, "n pos"],
+    *,
+    mask: Tensor | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[int, Approximation]:
+    """Approximations that know what each adds to a Hugging Face model's loss, replaced alone.
+
+    The mean loss added, in nats a token, is in ``fidelity.loss_added``; `fidelity_table` shows it.
+    `tokens` should not be those of the fit; the rest is as in `loss_added`.
+    """
+    edits = {str(layer): Replacement({layer: one}) for layer, one in approximations.items()}
+    added = loss_added(
+        llama, tokens, edits, mask=mask, batch_size=batch_size, progress=progress
+    ).difference.tolist()
+    return {
+        layer: replace(one, fidelity=replace(one.fidelity, loss_added=value))
+        for (layer, one), value in zip(approximations.items(), added, strict=True)
+    }
 
 
 # ---------------------------------------------------------------------- running and counting

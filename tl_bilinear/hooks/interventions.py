@@ -21,7 +21,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -29,8 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_bilinear import checks
-from tl_bilinear.hooks.points import LayerPoints, Positions, position_mask
-from tl_bilinear.tensor import BilinearTensor, Metric
+from tl_bilinear.hooks.points import (
+    LayerPoints,
+    Positions,
+    position_mask,
+    require_layer_tensor,
+)
+from tl_bilinear.tensor import BilinearTensor, Massive, Metric, approximation_note
 
 Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 Outside: TypeAlias = Literal["keep", "drop"]
@@ -104,26 +109,25 @@ class ReplaceLayer(OutputEdit):
 
     ``ReplaceLayer(cp(tensor, rank=64).tensor, layer=3)``, ``ReplaceLayer(tucker(tensor, 8, 32).tensor,
     layer=3)``. The tensor stands for the whole layer: the layer's own biases are not added.
+
+    keep: the massive tokens of an approximation (``found.fidelity.massive``), which keep the layer's
+        own output
     """
 
     tensor: BilinearTensor
+    keep: Massive | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        note = approximation_note(self.tensor)
+        what = f"{self.tensor!r}" if note is None else f"{note}"
+        return f"ReplaceLayer(layer {self.layer}: {what})"
 
     def check(self, model: Any, points: LayerPoints) -> None:
-        tensor, what = self.tensor, "the tensor"
-        points.require_fit(
-            model, what, width=tensor.d_in, space=tensor.input_space, field="input_space"
-        )
-        points.require_fit(
-            model,
-            what,
-            width=tensor.d_out,
-            space=tensor.output_space,
-            output=True,
-            field="output_space",
-        )
+        require_layer_tensor(model, points.layer, self.tensor)
 
     def edit(self, x: Tensor, out: Tensor) -> Tensor:
-        return self.tensor(x).to(out.dtype)
+        new = self.tensor(x).to(out.dtype)
+        return new if self.keep is None else torch.where(self.keep.beyond(out)[..., None], out, new)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tl_bilinear import checks
+from tl_bilinear.models.modules import is_a
 from tl_bilinear.models.spaces import layer_spaces, require_layer
+from tl_bilinear.tensor import BilinearTensor
+from tl_bilinear.tensor.gated import without_note
 
 Positions = int | slice | Sequence[int] | Tensor | None
 
@@ -39,7 +42,11 @@ class HookName:
 
 @dataclass(frozen=True)
 class LayerPoints:
-    """Where the MLP of a block reads (`mlp.hook_in`) and writes (`mlp.hook_out`)."""
+    """Where the MLP of a block reads (`mlp.hook_in`) and writes (`mlp.hook_out`).
+
+    A gated MLP of TransformerLens has no `mlp.hook_in`: behind a norm without weight, folded, it reads
+    `ln2.hook_normalized`.
+    """
 
     layer: int
     reads: HookName
@@ -48,8 +55,10 @@ class LayerPoints:
     output_space: str | None
 
     @classmethod
-    def of(cls, model: Any, layer: int) -> LayerPoints:
+    def of(cls, model: Any, layer: int, *, hooked: bool = True) -> LayerPoints:
         """The points of a layer of a model; `layer` counts from 0, negative from the end.
+
+        hooked: False where only spaces are compared: the points need not be there
 
         Raises TypeError for a model without hook points, IndexError for a layer that it does not
         have, ValueError where the layer has no hook on its input or output.
@@ -63,21 +72,25 @@ class LayerPoints:
         numbers = [int(n.split(".")[1]) for n in names if re.match(r"blocks\.\d+\.", n)]
         layer = require_layer(layer, max(numbers, default=-1) + 1)
         block = f"blocks.{layer}"
-        spaces = layer_spaces(model, layer) if _has(names, f"{block}.mlp.hook_in") else None
+        reads = f"{block}.mlp.hook_in"
+        if not _has(names, reads) and _folded(model, layer):
+            reads = f"{block}.ln2.hook_normalized"
+        known = _has(names, reads) or not hooked
+        spaces = layer_spaces(model, layer) if known else None
         input_space, output_space = spaces or (None, None)
         writes = f"{block}.mlp.hook_out"
         # TransformerLens's own MLPs have no hook_out; a norm may lie between them and hook_mlp_out.
         if not _has(names, writes) and output_space in (None, f"{block}.hook_mlp_out"):
             writes = f"{block}.hook_mlp_out"
-        points = cls(
-            layer, HookName(f"{block}.mlp.hook_in"), HookName(writes), input_space, output_space
-        )
+        points = cls(layer, HookName(reads), HookName(writes), input_space, output_space)
         for needed in (points.reads, points.writes):
-            if not _has(names, str(needed)):
+            if hooked and not _has(names, str(needed)):
                 raise ValueError(
                     f"{block} has no hook point {needed}: reading or editing a bilinear layer needs one "
                     f"on its input and one on its output. HookedTransformer.from_config("
-                    f"bilinear=True, ...) and TransformerBridge have both"
+                    f"bilinear=True, ...) and TransformerBridge have both; a gated HookedTransformer "
+                    f"has both once its norm is folded, "
+                    f"model.process_weights_(fold_ln=True, center_writing_weights=False, ...)"
                 )
         return points
 
@@ -110,13 +123,52 @@ class LayerPoints:
         )
 
     def _same(self, space: str | None, expected: str) -> bool:
-        if space is None or space == expected:
+        space = without_note(space)
+        if space is None or _where(space) == _where(expected):
             return True
         if self.input_space is not None:
             return False
         # The model's reader gives no spaces. Another layer or another basis is then refused by name.
         found = re.match(r"(?:(?:input|output) of )?blocks\.(\d+)\.", space)
         return found is not None and int(found[1]) == self.layer
+
+
+def require_layer_tensor(
+    model: Any, layer: int, tensor: BilinearTensor, what: str = "the tensor"
+) -> None:
+    """Raise ValueError, naming both sides, for a tensor that is not of a layer's input and output.
+
+    An approximation of the layer fits like the layer itself.
+    """
+    points = LayerPoints.of(model, layer, hooked=False)
+    points.require_fit(
+        model, what, width=tensor.d_in, space=tensor.input_space, field="input_space"
+    )
+    points.require_fit(
+        model,
+        what,
+        width=tensor.d_out,
+        space=tensor.output_space,
+        output=True,
+        field="output_space",
+    )
+
+
+def _folded(model: Any, layer: int) -> bool:
+    """Whether the norm before a HookedTransformer's MLP writes what it normalises, nothing more."""
+    cfg = model.cfg
+    return (
+        getattr(cfg, "normalization_type", None) in ("RMSPre", "LNPre")
+        and not getattr(cfg, "parallel_attn_mlp", False)
+        and is_a(model, "transformer_lens", "HookedTransformer")
+    )
+
+
+def _where(space: str) -> str:
+    """A space by the hook where HookedTransformer's own MLPs have one, which others lack."""
+    return re.sub(
+        r"^(?:input of (blocks\.\d+)\.mlp|(blocks\.\d+)\.mlp\.hook_in) ", r"\1\2: ", space
+    )
 
 
 def _has(names: Any, name: str) -> bool:

@@ -42,7 +42,7 @@ from tl_bilinear.tensor import (
     register_mlp_reader,
     register_model_reader,
 )
-from tl_bilinear.tensor.registry import NamedMaps, read_mlp
+from tl_bilinear.tensor.registry import NamedMaps, read_gated, read_mlp
 
 Spaces = tuple[str | None, str | None]
 
@@ -69,7 +69,9 @@ def register() -> None:
     register_model_reader("transformer-lens", read_transformer)
     register_model_reader("hugging-face-llama", read_llama)
     register_gated_reader("gate_proj/up_proj/down_proj", read_gated_projections)
+    register_gated_reader("gate_up_proj/down_proj", read_gated_fused)
     register_gated_reader("transformer-lens", read_gated_tl)
+    register_gated_reader("transformer-bridge", read_gated_bridge)
 
 
 # ---------------------------------------------------------------------- TransformerLens
@@ -342,19 +344,58 @@ def _refuse_activation(module: Any) -> None:
 
 def read_gated_projections(module: Any) -> GatedLayer | None:
     """Linear maps gate_proj, up_proj and down_proj with an activation on the gate (Llama, Gemma ...)."""
-    maps: list[Any] = [getattr(module, name, None) for name in _LLAMA_MAPS]
-    if not all(isinstance(one, nn.Linear) for one in maps):
+    maps = [getattr(module, name, None) for name in _LLAMA_MAPS]
+    if not all(map(_is_linear, maps)):
         return None
+    return _compared(module, _gated_of(module, *maps))
+
+
+def read_gated_fused(module: Any) -> GatedLayer | None:
+    """gate_up_proj, the gate's rows first, and down_proj, with an activation on the gate (Phi-3)."""
+    fused, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not (_is_linear(fused) and _is_linear(down)):
+        return None
+    weights = _halves(copied(fused.weight), "gate_up_proj")
+    biases = (None, None) if fused.bias is None else _halves(copied(fused.bias), "gate_up_proj")
+    bias_out = None if down.bias is None else copied(down.bias)
+    layer = GatedLayer(*weights, copied(down.weight), _activation(module), *biases, bias_out)
+    return _compared(module, layer)
+
+
+def read_gated_bridge(module: Any) -> GatedLayer | None:
+    """The gated MLP of a TransformerBridge, raw or with processed weights."""
+    if not is_a(module, "transformer_lens", "GatedMLPBridge"):
+        return None
+    if not getattr(module, "_use_processed_weights", False):
+        return read_gated(module.original_component)
+    weights, biases = (
+        [getattr(module, f"_processed_{kind}_{part}") for part in ("gate", "in", "out")]
+        for kind in ("W", "b")
+    )
+    activation = _activation(module.original_component)
+    biases = [None if one is None else copied(one) for one in biases]
+    return _compared(module, GatedLayer(*map(copied, weights), activation, *biases))
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether a module is a linear map, TransformerLens's wrapper of one included."""
+    return isinstance(module, nn.Linear) or is_a(module, "transformer_lens", "LinearBridge")
+
+
+def _activation(module: Any) -> Any:
     found = (getattr(module, name, None) for name in ACTIVATION_NAMES)
     activation = next((one for one in found if callable(one)), None)
     if activation is None:
         raise ValueError(
-            f"this {type(module).__name__} has gate_proj, up_proj and down_proj, but no activation "
+            f"this {type(module).__name__} has the maps of a gated MLP, but no activation "
             f"under {', '.join(ACTIVATION_NAMES)}: build GatedLayer(gate, up, out, activation)"
         )
-    gate, up, out = (copied(one.weight) for one in maps)
+    return activation
+
+
+def _gated_of(module: Any, *maps: Any) -> GatedLayer:
     biases = (None if one.bias is None else copied(one.bias) for one in maps)
-    return _compared(module, GatedLayer(gate, up, out, activation, *biases))
+    return GatedLayer(*(copied(one.weight) for one in maps), _activation(module), *biases)
 
 
 def read_gated_tl(module: Any) -> GatedLayer | None:

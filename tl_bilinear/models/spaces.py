@@ -66,10 +66,15 @@ def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
 
 
 def llama_spaces(block: Any, layer: int) -> tuple[str, str]:
-    """The same for a block of a Hugging Face Llama, in the words of `from_hf`."""
-    # A weight of ones is none: from_hf folds such a norm.
-    norm = "RMSPre" if (block.post_attention_layernorm.weight == 1).all() else "RMS"
-    reads = f"blocks.{layer}.mlp.hook_in (input of the MLP, {_AFTER[norm]})"
+    """The same for a block of a Hugging Face Llama or its kin, in the words of `from_hf`."""
+    # Gemma 2 has a norm before and a norm after the MLP; the others call the one before it this.
+    norm = getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm
+    # A weight of ones is none: from_hf folds such a norm. Gemma's weight is added to 1.
+    none = 0 if "Gemma" in type(norm).__name__ else 1
+    kind = "RMSPre" if (norm.weight == none).all() else "RMS"
+    reads = f"blocks.{layer}.mlp.hook_in (input of the MLP, {_AFTER[kind]})"
+    if hasattr(block, "post_feedforward_layernorm"):
+        return reads, f"blocks.{layer}.mlp.hook_out (before the norm that follows the MLP)"
     return reads, f"blocks.{layer}.hook_mlp_out"
 
 

@@ -16,7 +16,8 @@ from tl_bilinear.tensor.compare import (
 )
 from tl_bilinear.tensor.cp import CP, cp
 from tl_bilinear.tensor.eigendecomposition import Eigendecomposition, EigenProjector
-from tl_bilinear.tensor.gated import Approximation, GatedLayer, approximate
+from tl_bilinear.tensor.fidelity import Fidelity, Massive
+from tl_bilinear.tensor.gated import Approximation, GatedLayer, approximate, approximation_note
 from tl_bilinear.tensor.hosvd import HOSVD, Tucker, hosvd, tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.moments import InputMoments, Metric
@@ -38,9 +39,11 @@ __all__ = [
     "EigenProjector",
     "Eigendecomposition",
     "EigenvectorMatch",
+    "Fidelity",
     "GatedLayer",
     "InputMoments",
     "InteractionMatrix",
+    "Massive",
     "Metric",
     "QuarticDirections",
     "QuarticForm",
@@ -50,6 +53,7 @@ __all__ = [
     "TopInteractions",
     "Tucker",
     "approximate",
+    "approximation_note",
     "cp",
     "functional_inner",
     "functional_similarity",

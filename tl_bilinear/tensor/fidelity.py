@@ -1,9 +1,9 @@
 """How near an approximate layer comes, for every kind of token and not only for a few large ones.
 
-Some layers write *massive activations*: at a few tokens, often the first, the output is hundreds of times
-larger than at the others (Sun et al. 2024). Those few then carry most of the variance, and the
-variance explained says how they are met, and nothing about the rest. So they are found and kept apart,
-and the score is given in several ways, of which the worst decides.
+Some layers write *massive activations*: at a few tokens, often the first, the output is hundreds of
+times larger than at the others (Sun et al. 2024, arXiv:2402.17762). Those few then carry most of the
+variance, and the variance explained says how they are met, and nothing about the rest. So they are
+found and kept apart, and the score is given in several ways, of which the worst decides.
 
 A token is massive where its output lies more than twenty times as far from the median output as the
 median token's does, if at most one token in a hundred does and these carry a tenth of the variance or
@@ -78,10 +78,8 @@ class Massive(Result):
             f"{', '.join(map(str, named[:4]))}{more}"
         )
 
-    def among(self, y: Float[Tensor, "... d_out"]) -> Tensor:
-        """[...], which outputs are massive; none where no massive token was found."""
-        if not len(self):
-            return torch.zeros(y.shape[:-1], dtype=torch.bool, device=y.device)
+    def beyond(self, y: Float[Tensor, "... d_out"]) -> Tensor:
+        """[...], which outputs lie beyond the limit."""
         return (y - self.centre.to(y)).norm(dim=-1) > self.limit
 
 
@@ -189,9 +187,9 @@ def fidelity(
             for one, block in zip(y.split(_BLOCK), x.split(_BLOCK), strict=True)
         ]
     )
-    kept = ~massive.among(y)
-    if not kept.any():
-        kept = ~kept
+    kept = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    if len(massive) and not massive.beyond(y).all():
+        kept = ~massive.beyond(y)
     centred = (y - y[kept].mean(0)).square().sum(-1)[kept]
     ratio = wrong[kept] / centred
     # A token whose output is the mean, reproduced, is explained.

@@ -14,8 +14,9 @@ normal equations need only second moments of the features ``[u, g u]`` and the t
   may cancel;
 - ``fit="refit"`` fits the output map and its bias as well, in turn with a and b.
 
-**Which tokens count.** A few massive tokens can carry most of the variance (`tl_bilinear.tensor.fidelity`):
-least squares then fits them and nothing else. By default they are left out of the fit and scored apart.
+**Which tokens count.** A few massive tokens can carry most of the variance
+(`tl_bilinear.tensor.fidelity`): least squares then fits them and nothing else. By default they are
+left out of the fit and scored apart.
 
 The moments are those of sample inputs, or of Gaussian inputs of a given mean and covariance. Given one
 pre-activation the others are then Gaussian too, which leaves one-dimensional integrals
@@ -62,6 +63,7 @@ _DRAWN = 4096  # Gaussian inputs that the fidelity is measured on
 _BLOCK = 4096  # inputs a product
 _ROUNDS = 8  # of fit="refit"; the error falls with each, the last ones by little
 _RIDGE = 1e-6  # relative, towards the fit before: decides where the inputs do not
+_UNNAMED = "output"  # the space of an output that nobody has named
 _NOTE = " (approximation of a "  # how the space of an approximate layer's output goes on
 
 
@@ -253,7 +255,7 @@ def approximate(
         replace(
             tensor.to(dtype),
             input_space=input_space,
-            output_space=f"{output_space or 'output'}{_NOTE}{_described(layer, score)})",
+            output_space=f"{output_space or _UNNAMED}{_NOTE}{_described(layer, score)})",
         ),
         intercept.to(dtype),
         slope.to(dtype),
@@ -269,15 +271,46 @@ def approximate(
     return result
 
 
+@torch.no_grad()
+def rescored(
+    before: Approximation,
+    layer: GatedLayer,
+    tensor: BilinearTensor,
+    inputs: Float[Tensor, "n d_in"],
+    fit: str,
+) -> Approximation:
+    """An approximation with another tensor (trained further, say), its fidelity measured on inputs.
+
+    The massive tokens, the affine gates and the neurons' own errors are those of `before`.
+    """
+    exact = layer.to(checks.gram_dtype(layer.gate))
+    x = inputs.reshape(-1, layer.d_in).to(exact.gate)
+    massive = before.fidelity.massive.to(exact.gate.dtype)
+    score = fidelity(exact, tensor.to(exact.gate.dtype), x, massive).to(tensor.dtype)
+    written = without_note(before.tensor.output_space) or _UNNAMED
+    return replace(
+        before,
+        tensor=replace(
+            tensor,
+            input_space=before.tensor.input_space,
+            output_space=f"{written}{_NOTE}{_described(layer, score)})",
+        ),
+        fidelity=score,
+        fit=f"{before.fit}, {fit}",
+        measured_on=f"{len(x):,} inputs",
+    )
+
+
 def approximation_note(tensor: BilinearTensor) -> str | None:
-    """What an approximate layer stands for and how well, from its output space; None for an exact one."""
+    """What an approximate layer stands for, and how well; None for an exact one."""
     note = (tensor.output_space or "").partition(_NOTE)[2]
     return f"approximation of a {note.removesuffix(')')}" if note else None
 
 
 def without_note(space: str | None) -> str | None:
-    """A space without the words that it is that of an approximation."""
-    return None if space is None else space.partition(_NOTE)[0]
+    """A space without the words that it is that of an approximation; None for one without a name."""
+    named = (space or "").partition(_NOTE)[0]
+    return None if named in ("", _UNNAMED) else named
 
 
 def _described(layer: GatedLayer, score: Fidelity) -> str:
@@ -296,10 +329,10 @@ def _warning(result: Approximation, level: float) -> str:
     others = {n: v for n, v in score.scores().items() if n != name}
     listed = ", ".join(f"{v:.1%} of {n}" for n, v in others.items())
     return (
-        f"this bilinear layer explains {worst:.1%} of the variance of the {result.activation} layer that "
-        f"it stands for in {name} ({listed}), less than {level:.0%}: what is read from it may not hold "
-        f"for the layer there.{mean}{apart} Measure the loss added, or finetune the model (`tl-bilinear "
-        "finetune`)"
+        f"this bilinear layer explains {worst:.1%} of the variance of the {result.activation} layer "
+        f"that it stands for in {name} ({listed}), less than {level:.0%}: what is read from it may "
+        f"not hold for the layer there.{mean}{apart} Measure the loss added, or finetune the model "
+        "(`tl-bilinear finetune`)"
     )
 
 
