@@ -1,0 +1,71 @@
+"""The documentation site: `sphinx-build -W demos/docs site`, with the extra "docs" installed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import tl_bilinear
+
+HERE = Path(__file__).parent
+
+project = "tl_bilinear"
+author = "The tl_bilinear authors"
+copyright = "2026, the tl_bilinear authors"
+version = release = tl_bilinear.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["README.md"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # `.ci/run` executes the notebooks; the site shows them
+# A page's `output` blocks are words; a notebook may lack the name of its lexer.
+# Types in docstrings are sentences ("int", "[batch, pos]"), no names to link.
+suppress_warnings = ["myst-nb.lexer", "ref.python"]
+
+html_theme = "furo"
+html_title = f"tl_bilinear {version}"
+html_theme_options = {"navigation_with_keys": True}
+
+default_role = "code"  # docstrings write `name`
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures stay short: docstrings give shapes and types
+autodoc_default_options = {"members": True, "show-inheritance": False}
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_preprocess_types = False
+
+# The notebooks lie beside this folder, and Sphinx reads only what is in it.
+NOTEBOOKS = HERE / "notebooks"
+NOTEBOOKS.mkdir(exist_ok=True)
+for notebook in sorted(HERE.parent.glob("*.ipynb")):
+    shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
+
+_CODE = re.compile(r"(``.*?``|`[^`]*`|\*\*[^*]+\*\*)")
+
+
+def escape(line: str) -> str:
+    """A docstring's line with what reStructuredText would read as markup (``*``, ``|``, ``x_``) escaped."""
+    parts = _CODE.split(line)
+    parts[::2] = [
+        re.sub(r"([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", p)) for p in parts[::2]
+    ]
+    return "".join(parts)
+
+
+def escape_docstring(app, what, name, obj, options, lines) -> None:
+    """Escape prose, and leave doctests and indented examples as they are."""
+    literal = False
+    for i, line in enumerate(lines):
+        if line.strip() and not line.startswith(" "):
+            literal = False
+        if not literal and not line.lstrip().startswith((">>>", "...")):
+            lines[i] = escape(line)
+        if line.rstrip().endswith("::"):
+            literal = True
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", escape_docstring, priority=100)
