@@ -44,18 +44,41 @@ for notebook in sorted(HERE.parent.glob("*.ipynb")):
     shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
 
 _CODE = re.compile(r"(``.*?``|`[^`]*`|\*\*[^*]+\*\*)")
+_FIELD = re.compile(r"(\w[\w, ]*): (.+)")
 
 
 def escape(line: str) -> str:
-    """A docstring's line with what reStructuredText would read as markup (``*``, ``|``, ``x_``) escaped."""
+    """A docstring's line, with what reStructuredText would read as markup escaped."""
     parts = _CODE.split(line)
-    parts[::2] = [
-        re.sub(r"([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", p)) for p in parts[::2]
-    ]
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", parts[i]))
     return "".join(parts)
 
 
-def escape_docstring(app, what, name, obj, options, lines) -> None:
+def fields(lines: list[str]) -> list[str]:
+    """The sections "Parameters" and "Attributes" as Napoleon reads them.
+
+    The docstrings write ``name: what it is`` where numpydoc has a type and a line of text, and end a
+    section with one empty line where numpydoc takes two.
+    """
+    out: list[str] = []
+    section = False
+    for i, line in enumerate(lines):
+        after = lines[i + 1] if i + 1 < len(lines) else ""
+        if line.startswith("---"):
+            section = out[-1] in ("Parameters", "Attributes")
+        field = _FIELD.fullmatch(line) if section else None
+        if field and not (len(field[2]) < 60 and re.match(r" +[A-Z`]", after)):
+            out += [field[1], f"    {field[2]}"]
+        elif section and not line and after[:1].strip() and not after.startswith("---"):
+            out += ["", ""]
+            section = False
+        else:
+            out.append(line)
+    return out
+
+
+def prepare_docstring(app, what, name, obj, options, lines) -> None:
     """Escape prose, and leave doctests and indented examples as they are."""
     literal = False
     for i, line in enumerate(lines):
@@ -65,7 +88,8 @@ def escape_docstring(app, what, name, obj, options, lines) -> None:
             lines[i] = escape(line)
         if line.rstrip().endswith("::"):
             literal = True
+    lines[:] = fields(lines)
 
 
 def setup(app) -> None:
-    app.connect("autodoc-process-docstring", escape_docstring, priority=100)
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=100)
