@@ -1,4 +1,4 @@
-"""Internal links of a built site: `python demos/docs/check_links.py FOLDER` names those that lead nowhere."""
+"""Names the links inside a built site that lead nowhere: `python demos/docs/check_links.py FOLDER`."""
 
 from __future__ import annotations
 

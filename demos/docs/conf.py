@@ -15,7 +15,7 @@ author = "The tl_bilinear authors"
 copyright = "2026, the tl_bilinear authors"
 version = release = tl_bilinear.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["README.md"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -35,7 +35,7 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_preprocess_types = False
+napoleon_attr_annotations = False  # shapes stand in the text
 
 # The notebooks lie beside this folder, and Sphinx reads only what is in it.
 NOTEBOOKS = HERE / "notebooks"
@@ -68,8 +68,12 @@ def fields(lines: list[str]) -> list[str]:
         if line.startswith("---"):
             section = out[-1] in ("Parameters", "Attributes")
         field = _FIELD.fullmatch(line) if section else None
-        if field and not (len(field[2]) < 60 and re.match(r" +[A-Z`]", after)):
-            out += [field[1], f"    {field[2]}"]
+        if field:
+            type_alone = len(field[2]) < 60 and re.match(r" +[A-Z]", after)
+            names = field[1].replace(
+                ", ", ","
+            )  # Sphinx takes what stands before a space for a type
+            out += [names, f"    {field[2]}{'.' if type_alone else ''}"]
         elif section and not line and after[:1].strip() and not after.startswith("---"):
             out += ["", ""]
             section = False
@@ -88,6 +92,8 @@ def prepare_docstring(app, what, name, obj, options, lines) -> None:
             lines[i] = escape(line)
         if line.rstrip().endswith("::"):
             literal = True
+    if what in ("attribute", "property"):  # Napoleon takes what stands before a colon for a type
+        lines[0] = lines[0].replace(": ", " – ", 1)
     lines[:] = fields(lines)
 
 
