@@ -1,6 +1,6 @@
 """README's picture, from the model that ships: which inputs make layer 3 write "she", and which "he".
 
-`python demos/pronouns.py` writes pronouns.svg and the numbers that README states, pronouns.json, beside it.
+`python demos/pronouns.py` writes pronouns.svg, and beside it pronouns.json with the numbers in README.
 One minute, no network; matplotlib comes with the extra "vision".
 """
 
@@ -90,6 +90,10 @@ def rounded(values: torch.Tensor, digits: int = 2) -> Any:
     return [round(x, digits) for x in numbers] if values.dim() else round(numbers, digits)
 
 
+def shown(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0"
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
     """Eigenvalues, the two sentences with what each word's eigenvectors add, and the interventions."""
     plt.rcParams.update(
@@ -156,7 +160,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     axes = figure.add_subplot(grid[1, :])
     axes.set_title(
-        "3. On text: what v1 (blue) and v2 (red) add to she - he after each word (before the final norm)",
+        "3. On text: what v1 (blue) and v2 (red) add to she - he after each word, before the final norm",
         loc="left",
         fontsize=10.5,
     )
@@ -180,7 +184,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axes.text(
                     column + 0.5,
                     top - 0.65 - 0.55 * line,
-                    f"{value:+.1f}" if abs(value) >= 0.05 else "0",
+                    shown(value),
                     ha="center",
                     va="center",
                     fontsize=9,

@@ -1,7 +1,7 @@
 """README and the site's pages: every Python block runs as it is written, and shows what is shown.
 
-A page is one namespace. A block that begins ```python runs; a block ```output below it is what it prints,
-compared number by number (one unit of the last digit shown may differ between processors).
+A page is one namespace. A block that begins ```python runs; a block ```output below it is what it
+prints, compared number by number (processors may differ by one unit of the last digit shown).
 Pages may name things of the Hugging Face hub: `stand_ins` puts tiny models of the same format there.
 After a change of a page, `python -m tests.test_docs PAGE.md` writes what its blocks print now.
 """
@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+import tl_bilinear
+from tests.benchmarks.__main__ import table
 from tests.conftest import folder_hub
 from tests.models import published_format
 
@@ -71,7 +73,7 @@ def printed(page: str, name: str) -> Iterator[tuple[Block, Block | None, str]]:
 
 
 def differences(shown: str, got: str) -> str | None:
-    """What differs between two outputs, or None. Spaces count as one; numbers may differ in the last digit."""
+    """What differs between two outputs, or None. Spaces count as one; a last digit may differ."""
     if NUMBER.sub("#", shown).split() != NUMBER.sub("#", got).split():
         return f"shown:\n{shown}\ngot:\n{got}"
     for a, b in zip(NUMBER.findall(shown), NUMBER.findall(got), strict=True):
@@ -83,7 +85,7 @@ def differences(shown: str, got: str) -> str | None:
 
 
 def write_stand_ins(hub: Path) -> None:
-    """The names that pages use: on the hub, a model of the paper's authors; here, a folder with a Llama."""
+    """What pages name: on the hub a model of the paper's authors, in this folder a Llama."""
     import transformers
 
     published_format.write(hub / "tdooms" / "ts-medium")
@@ -147,20 +149,19 @@ def stated() -> list[str]:
     """The sentences and rows of README that hold numbers of runs, made from the runs' stored results."""
     digits = stored("demos/quickstart.json")["images"]
     kept = digits["accuracy_with_k_eigenvectors"]
+    accuracies = [*kept.values(), digits["accuracy"]]
     pronouns = stored("demos/pronouns.json")
     logit = pronouns["mean_logit_difference"]
     card = stored("tl_bilinear/demo/files/card.json")
-    ours, dense = (
-        stored("tests/benchmarks/results/hosvd-512.json")["seconds"][k] for k in ("ours", "dense")
-    )
+    hosvd = stored("tests/benchmarks/results/hosvd-512.json")["seconds"]
     return [
         f"| eigenvectors a class | {' | '.join(kept)} | whole model |",
-        f"| test accuracy | {' | '.join(f'{x:.3f}' for x in kept.values())} | {digits['accuracy']:.3f} |",
+        f"| test accuracy | {' | '.join(f'{x:.3f}' for x in accuracies)} |",
         f"from {logit['whole model']['she']:+.1f} to {logit['without v1']['she']:+.1f}",
         f"from {logit['whole model']['he']:+.1f} to {logit['without v2']['he']:+.1f}",
         f"{pronouns['occurrences']['she']} and {pronouns['occurrences']['he']} places",
         f"{card['model']['parameters'] / 1e6:.1f} million parameters",
-        f"{ours:.2f} s instead of {dense:.1f} s",
+        f"{hosvd['ours']:.2f} s instead of {hosvd['dense']:.1f} s",
     ]
 
 
@@ -198,15 +199,35 @@ def test_links_of_readme_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_method_page_shows_the_stored_benchmarks():
+    assert table() in (SITE / "method.md").read_text()
+
+
+def test_version_is_the_same_everywhere():
+    version = f'"{tl_bilinear.__version__}"'
+    assert f"\nversion = {version}\n" in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {tl_bilinear.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {tl_bilinear.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "demos").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_are_committed_without_outputs(path):
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert not [cell for cell in cells if cell["outputs"] or cell["execution_count"] is not None]
+
+
 def main(pages: list[str]) -> None:
     """Write into pages what their blocks print now."""
     for name in pages:
         path = Path(name).resolve()
         page = path.read_text()
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            with pytest.MonkeyPatch.context() as patch:
-                write_stand_ins(folder_hub(Path(folder) / "hub", patch))
-                found = list(printed(page, name))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.chdir(folder),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            write_stand_ins(folder_hub(Path(folder) / "hub", patch))
+            found = list(printed(page, name))
         for _, shown, got in reversed(found):
             if shown is not None:
                 got = "\n".join(line.rstrip() for line in got.rstrip().split("\n")) + "\n"

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from tl_bilinear.tensor.reexpress import Reexpression, reexpress
     from tl_bilinear.tensor.spectrum import Spectrum, spectrum
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CP",

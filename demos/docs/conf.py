@@ -1,0 +1,101 @@
+"""The documentation site: `sphinx-build -W demos/docs site`, with the extra "docs" installed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import tl_bilinear
+
+HERE = Path(__file__).parent
+
+project = "tl_bilinear"
+author = "The tl_bilinear authors"
+copyright = "2026, the tl_bilinear authors"
+version = release = tl_bilinear.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["README.md"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # `.ci/run` executes the notebooks; the site shows them
+# A page's `output` blocks are words; a notebook may lack the name of its lexer.
+# Types in docstrings are sentences ("int", "[batch, pos]"), no names to link.
+suppress_warnings = ["myst-nb.lexer", "ref.python"]
+
+html_theme = "furo"
+html_title = f"tl_bilinear {version}"
+html_theme_options = {"navigation_with_keys": True}
+
+default_role = "code"  # docstrings write `name`
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures stay short: docstrings give shapes and types
+autodoc_default_options = {"members": True, "show-inheritance": False}
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_attr_annotations = False  # shapes stand in the text
+
+# The notebooks lie beside this folder, and Sphinx reads only what is in it.
+NOTEBOOKS = HERE / "notebooks"
+NOTEBOOKS.mkdir(exist_ok=True)
+for notebook in sorted(HERE.parent.glob("*.ipynb")):
+    shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
+
+_CODE = re.compile(r"(``.*?``|`[^`]*`|\*\*[^*]+\*\*)")
+_FIELD = re.compile(r"(\w[\w, ]*): (.+)")
+
+
+def escape(line: str) -> str:
+    """A docstring's line, with what reStructuredText would read as markup escaped."""
+    parts = _CODE.split(line)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", parts[i]))
+    return "".join(parts)
+
+
+def fields(lines: list[str]) -> list[str]:
+    """The sections "Parameters" and "Attributes" as Napoleon reads them.
+
+    The docstrings write ``name: what it is`` where numpydoc has a type and a line of text, and end a
+    section with one empty line where numpydoc takes two.
+    """
+    out: list[str] = []
+    section = False
+    for i, line in enumerate(lines):
+        after = lines[i + 1] if i + 1 < len(lines) else ""
+        if line.startswith("---"):
+            section = out[-1] in ("Parameters", "Attributes")
+        field = _FIELD.fullmatch(line) if section else None
+        if field:
+            type_alone = len(field[2]) < 60 and re.match(r" +[A-Z]", after)
+            names = field[1].replace(
+                ", ", ","
+            )  # Sphinx takes what stands before a space for a type
+            out += [names, f"    {field[2]}{'.' if type_alone else ''}"]
+        elif section and not line and after[:1].strip() and not after.startswith("---"):
+            out += ["", ""]
+            section = False
+        else:
+            out.append(line)
+    return out
+
+
+def prepare_docstring(app, what, name, obj, options, lines) -> None:
+    """Escape prose, and leave doctests and indented examples as they are."""
+    literal = False
+    for i, line in enumerate(lines):
+        if line.strip() and not line.startswith(" "):
+            literal = False
+        if not literal and not line.lstrip().startswith((">>>", "...")):
+            lines[i] = escape(line)
+        if line.rstrip().endswith("::"):
+            literal = True
+    if what in ("attribute", "property"):  # Napoleon takes what stands before a colon for a type
+        lines[0] = lines[0].replace(": ", " – ", 1)
+    lines[:] = fields(lines)
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=100)
