@@ -11,10 +11,10 @@ of the smallest change in l2 that changes the answer: not a bound, and no attack
 **Pixels.** Distances live in the tensor's input space. A model with an embedding is folded first, best
 in float64: ``tensor.to(torch.float64).fold(embed.weight.T, embed.bias)``.
 
-**Which number is what.** `AdversarialDistances.radius` is exact where inputs may lie anywhere. Where they
-must stay in a box ([0, 1] of pixels) it is a lower bound; :func:`box_attack` gives an upper bound.
-:func:`linf_bound` is a lower bound in the l-infinity norm. :func:`projected_gradient_attack` is a search,
-which proves only what it finds.
+**Which number is what.** `AdversarialDistances.radius` is exact where inputs may lie anywhere. Where
+they must stay in a box ([0, 1] of pixels) it is a lower bound and `attacks.box_attack` gives an upper
+bound. `linf.linf_bound` is a lower bound in the l-infinity norm. `attacks.projected_gradient_attack` is
+a search, which proves only what it finds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,12 +33,11 @@ from tl_bilinear.io import digest_of
 from tl_bilinear.results import Result
 from tl_bilinear.tensor import boundary
 from tl_bilinear.tensor.bilinear import BilinearTensor
-from tl_bilinear.tensor.quadratic import QuadraticForm
 
 if TYPE_CHECKING:
     import pandas
 
-_ROWS = 2048
+ROWS = 2048
 """Inputs at a time: a few arrays [rows, d] in float64."""
 
 Norm = Literal["l2", "linf"]
@@ -109,8 +108,8 @@ def adversarial_distances(
 
     Raises ValueError for fewer than two outputs, inputs of another width, NaN.
     """
-    wide = _classifier(tensor)
-    inputs = _inputs(wide, inputs)
+    wide = as_classifier(tensor)
+    inputs = as_inputs(wide, inputs)
     basis = span(wide)
     small = wide.fold(basis)
     matrices, parts = small.interaction().dense(), small.parts()
@@ -123,12 +122,12 @@ def adversarial_distances(
     distance = torch.full_like(logits, torch.inf)
     multiplier = torch.zeros_like(logits)
     nearest, best = inputs.clone(), logits.new_full((n,), torch.inf)
-    for a, b in _pairs(classes, progress):
+    for a, b in class_pairs(classes, progress):
         difference = matrices[a] - matrices[b]
         linear = parts.linear[a] - parts.linear[b]
         values, vectors = torch.linalg.eigh(difference)
         for sign, y, j in ((1.0, a, b), (-1.0, b, a)):
-            for rows in (predicted == y).nonzero()[:, 0].split(_ROWS):
+            for rows in (predicted == y).nonzero()[:, 0].split(ROWS):
                 gradient = sign * (2 * z[rows] @ difference + linear) @ vectors
                 found = boundary.solve(sign * values, gradient, margin[rows, j])
                 distance[rows, j], multiplier[rows, j] = found.distance, found.multiplier
@@ -208,7 +207,7 @@ def certified_accuracy(
 
     Raises ValueError for labels of another number or that are no class, a negative or NaN radius.
     """
-    labels = _labels(labels, distances.distance)
+    labels = as_labels(labels, distances.distance)
     sizes = torch.tensor([require_radius(radius) for radius in radii], dtype=torch.float64)
     right = distances.predicted == labels
     holds = right & (distances.radius > sizes[:, None].to(labels.device))
@@ -222,312 +221,39 @@ def require_radius(radius: float) -> float:
     return float(radius)
 
 
-# ---------------------------------------------------------------------- attacks
+# ---------------------------------------------------------------------- what callers pass in
 
 
-@dataclass(frozen=True)
-class Attack:
-    """The strength of a projected-gradient attack.
-
-    Each of `restarts` begins at a random point of the ball (the first at the input itself) and takes
-    `steps` steps of `step` times the radius up the gradient of the largest rival logit less the
-    label's, with momentum 0.75 and steps that shrink to a tenth.
-    """
-
-    steps: int = 100
-    restarts: int = 4
-    step: float = 0.2
-    norm: Norm = "l2"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            checks.require_count(name, getattr(self, name), 10**6, "of the attack")
-        if not self.step > 0:
-            raise ValueError(f"step is a share of the radius above 0, got {self.step}")
-        if self.norm not in ("l2", "linf"):
-            raise ValueError(f"norm must be 'l2' or 'linf', got {self.norm!r}")
-
-    def __str__(self) -> str:
-        return (
-            f"projected gradient, {self.norm}, {self.steps} steps of {self.step} radii, "
-            f"{self.restarts} restarts, seed {self.seed}"
-        )
-
-
-@torch.no_grad()
-def projected_gradient_attack(
-    tensor: BilinearTensor,
-    inputs: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    radius: float | Float[Tensor, " n"],
-    attack: Attack = Attack(),
-    *,
-    box: tuple[float, float] | None = None,
-    progress: bool = False,
-) -> Bool[Tensor, " n"]:
-    """Whether a search finds a change of at most `radius` after which the label is not the answer.
-
-    Parameters
-    ----------
-    radius: one for all, or [n]
-    box: (low, high), optional, in which changed inputs must stay
-
-    A search: what it does not find may exist. Raises ValueError for a negative radius, labels that are
-    no class, a box whose ends are crossed.
-    """
-    wide = _classifier(tensor)
-    inputs = _inputs(wide, inputs)
-    labels = _labels(labels, inputs.new_empty(len(inputs), wide.d_out))
-    sizes = torch.as_tensor(radius, dtype=inputs.dtype, device=inputs.device).expand(len(inputs))
-    if not bool((sizes >= 0).all()):
-        raise ValueError(f"a radius is a length and must be at least 0, got {sizes.min().item()}")
-    low, high = _box(box)
-    generator = torch.Generator().manual_seed(attack.seed)
-    broken = wide(inputs).argmax(1) != labels
-    shown = tqdm(range(attack.restarts), unit="restart", disable=not progress)
-    for restart in shown:
-        rows = (~broken).nonzero()[:, 0]
-        x, y, r = inputs[rows], labels[rows], sizes[rows, None]
-        start = torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype)
-        change = _within(start.to(x.device)[rows], r, attack.norm) if restart else 0 * x
-        heading = torch.zeros_like(x)
-        for step in range(attack.steps):
-            rate = attack.step * (0.1 ** (step / max(1, attack.steps - 1)))
-            gap, slope = _worst_gap(wide, x + change, y)
-            broken[rows] |= gap > 0
-            heading = 0.75 * heading + _direction(slope, attack.norm)
-            moved = change + rate * r * _direction(heading, attack.norm)
-            change = (x + _within(moved, r, attack.norm)).clamp(low, high) - x
-        gap, _ = _worst_gap(wide, x + change, y)
-        broken[rows] |= gap > 0
-    return broken
-
-
-def _worst_gap(wide: BilinearTensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest rival logit less the label's [n], and its gradient [n, d]."""
-    left, right = x @ wide.left.T, x @ wide.right.T
-    left = left if wide.bias_left is None else left + wide.bias_left
-    right = right if wide.bias_right is None else right + wide.bias_right
-    logits = torch.nn.functional.linear(left * right, wide.out, wide.bias_out)
-    own = labels[:, None]
-    rivals = logits.scatter(1, own, -torch.inf)
-    rival = rivals.argmax(1)
-    weights = wide.out[rival] - wide.out[labels]
-    slope = (weights * right) @ wide.left + (weights * left) @ wide.right
-    return rivals.amax(1) - logits.gather(1, own)[:, 0], slope
-
-
-def _direction(slope: Tensor, norm: Norm) -> Tensor:
-    if norm == "linf":
-        return slope.sign()
-    return slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-300)
-
-
-def _within(change: Tensor, radius: Tensor, norm: Norm) -> Tensor:
-    if norm == "linf":
-        return torch.minimum(torch.maximum(change, -radius), radius)
-    size = change.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    return change * (radius / size).clamp_max(1)
-
-
-@dataclass(frozen=True, eq=False)
-class BoxBounds(Result):
-    """The l2 distance to another class for inputs that must stay in a box, between two bounds.
-
-    Attributes
-    ----------
-    lower: [n], proved: the exact distance without the box
-    upper: [n], attained by `nearest`; infinite where the attack found nothing
-    nearest: [n, d], inside the box; the input itself where nothing was found
-    box: (low, high)
-    """
-
-    lower: Float[Tensor, " n"]
-    upper: Float[Tensor, " n"]
-    nearest: Float[Tensor, "n d"]
-    box: tuple[float, float]
-
-
-@torch.no_grad()
-def box_attack(
-    tensor: BilinearTensor,
-    inputs: Float[Tensor, "n d"],
-    distances: AdversarialDistances,
-    *,
-    box: tuple[float, float] = (0.0, 1.0),
-    steps: int = 30,
-) -> BoxBounds:
-    """Bounds on the distance within a box: below the exact one without it, above by an attack.
-
-    The attack starts at the exact nearest point and solves, `steps` times, the problem with the margin
-    replaced by its tangent: the nearest point of the box on the right side of a plane. Fixed points
-    satisfy the conditions of a nearest point in the box, which need not be the global one. A point
-    counts only where it lies in the box and the rival's logit is no smaller.
-
-    Raises ValueError for distances of other weights or inputs, inputs outside the box.
-    """
-    require_model(tensor, distances.model)
-    wide = _classifier(tensor)
-    inputs = _inputs(wide, inputs)
-    if len(inputs) != len(distances):
-        raise ValueError(f"{len(inputs)} inputs, but distances of {len(distances)}")
-    low, high = _box(box)
-    if bool(((inputs < low) | (inputs > high)).any()):
-        raise ValueError(
-            f"inputs lie between {inputs.min().item():g} and {inputs.max().item():g}, outside the box "
-            f"{list(box)}"
-        )
-    upper = distances.radius.new_full((len(inputs),), torch.inf)
-    best = inputs.clone()
-    for rows in torch.arange(len(inputs), device=inputs.device).split(_ROWS):
-        x, own, rival = inputs[rows], distances.predicted[rows], distances.rival[rows]
-        weights = wide.out[own] - wide.out[rival]
-        bias = 0 if wide.bias_out is None else wide.bias_out[own] - wide.bias_out[rival]
-        at = distances.nearest[rows].clamp(low, high)
-        for _ in range(steps):
-            value, slope = _value_and_slope(wide, at, weights, bias)
-            at = _nearest_in_box(x, slope, (slope * at).sum(1) - value, low, high)
-            # A little further, so that the point is on the other side and not only at the boundary.
-            for stretch in (1e-9, 1e-5, 1e-2):
-                candidate = (x + (1 + stretch) * (at - x)).clamp(low, high)
-                value, _ = _value_and_slope(wide, candidate, weights, bias)
-                size = (candidate - x).norm(dim=1)
-                better = (value <= 0) & (size < upper[rows])
-                upper[rows[better]], best[rows[better]] = size[better], candidate[better]
-    return BoxBounds(distances.radius, upper, best, (low, high))
-
-
-def _value_and_slope(
-    wide: BilinearTensor, x: Tensor, weights: Tensor, bias: Tensor | int
-) -> tuple[Tensor, Tensor]:
-    """A margin of each row's own output weights [n, h], and its gradient."""
-    left, right = x @ wide.left.T, x @ wide.right.T
-    left = left if wide.bias_left is None else left + wide.bias_left
-    right = right if wide.bias_right is None else right + wide.bias_right
-    slope = (weights * right) @ wide.left + (weights * left) @ wide.right
-    return (weights * left * right).sum(1) + bias, slope
-
-
-def _nearest_in_box(x: Tensor, slope: Tensor, level: Tensor, low: float, high: float) -> Tensor:
-    """The point of the box nearest to x with ``slope . z <= level``; the most extreme where none is."""
-    # z(t) = clip(x - t slope): slope . z falls with t. Ends beyond which nothing moves any more.
-    edge = torch.where(slope > 0, x - low, x - high)
-    end = torch.where(slope == 0, 0.0, edge / slope.where(slope != 0, torch.ones_like(slope)))
-    below, above = torch.zeros_like(level), end.amax(1)
-    for _ in range(40):
-        middle = (below + above) / 2
-        z = (x - middle[:, None] * slope).clamp(low, high)
-        beyond = (slope * z).sum(1) <= level
-        below, above = torch.where(beyond, below, middle), torch.where(beyond, middle, above)
-    return (x - above[:, None] * slope).clamp(low, high)
-
-
-# ---------------------------------------------------------------------- l-infinity
-
-
-@torch.no_grad()
-def linf_bound(
-    tensor: BilinearTensor, inputs: Float[Tensor, "n d"], distances: AdversarialDistances
-) -> Float[Tensor, " n"]:
-    """A lower bound [n] on the l-infinity distance to another class; never a claim of exactness.
-
-    The better of two for each rival: the exact l2 distance over ``sqrt(d)``; and, with
-    ``|g . e| <= eps |g|_1`` and ``e^T A e >= -eps^2 c``, ``c = min(d |lambda_min|, sum_ij |A-_ij|)``
-    (A- the part of A with negative eigenvalues), the positive root of ``m = eps |g|_1 + eps^2 c``.
-
-    Rounding is not accounted for. Raises ValueError for distances of other weights or inputs.
-    """
-    require_model(tensor, distances.model)
-    wide = _classifier(tensor)
-    inputs = _inputs(wide, inputs)
-    if len(inputs) != len(distances):
-        raise ValueError(f"{len(inputs)} inputs, but distances of {len(distances)}")
-    forms = QuadraticForm.of(wide)
-    matrices = forms.interaction.dense()
-    result = distances.distance / inputs.shape[1] ** 0.5
-    for a, b in _pairs(wide.d_out, False):
-        values, vectors = torch.linalg.eigh(matrices[a] - matrices[b])
-        linear = forms.linear[a] - forms.linear[b]
-        for sign, y, j in ((1.0, a, b), (-1.0, b, a)):
-            falling = (sign * values).clamp_max(0)
-            concave = (vectors * falling) @ vectors.T
-            c = torch.minimum(-len(values) * falling.min(), concave.abs().sum())
-            rows = (distances.predicted == y).nonzero()[:, 0]
-            gradient = sign * (2 * inputs[rows] @ (matrices[a] - matrices[b]) + linear)
-            slope, m = gradient.abs().sum(1), distances.margin[rows, j].clamp_min(0)
-            # The root in a form that does not cancel, and holds for c = 0.
-            root = 2 * m / (slope + (slope.square() + 4 * c * m).sqrt()).clamp_min(1e-300)
-            result[rows, j] = torch.maximum(result[rows, j], root)
-    return result.amin(1)
-
-
-@torch.no_grad()
-def linf_sdp_bound(form: QuadraticForm, x: Float[Tensor, " d"], radius: float) -> float:
-    """A lower bound on one form over ``|e|_inf <= radius`` around x, by semidefinite programming.
-
-    The largest ``m - radius^2 sum n - g^T (A + diag n)^-1 g / 4`` over ``n >= 0`` with
-    ``A + diag n`` positive definite (Shor's relaxation). The solver only proposes n: the bound is then
-    computed from it, so that an inexact solver costs tightness, not truth. Needs cvxpy; about
-    ``d^3`` an iteration, for d up to a few hundred.
-
-    Raises ImportError naming cvxpy where it is not installed.
-    """
-    try:
-        import cvxpy
-    except ImportError as error:
-        raise ImportError("the semidefinite bound needs cvxpy: pip install cvxpy") from error
-    require_radius(radius)
-    wide = form.to(torch.float64)
-    row = x.to(torch.float64)[None]
-    matrix, gradient = wide.interaction.dense(), wide.gradient(row)[0]
-    d, margin = len(matrix), float(wide(row))
-    n, gamma = cvxpy.Variable(d, nonneg=True), cvxpy.Variable((1, 1))
-    half = gradient.numpy()[:, None] / 2
-    corner = margin - radius**2 * cvxpy.sum(n) - gamma
-    block = cvxpy.bmat([[matrix.numpy() + cvxpy.diag(n), half], [half.T, corner]])
-    cvxpy.Problem(cvxpy.Maximize(gamma[0, 0]), [block >> 0]).solve()
-    proposed = torch.zeros(d) if n.value is None else torch.from_numpy(n.value)
-    diagonal = proposed.to(torch.float64).clamp_min(0)
-    least = torch.linalg.eigvalsh(matrix + torch.diag(diagonal))[0]
-    scale = torch.linalg.matrix_norm(matrix, 2).clamp_min(1e-300)
-    bounds = []
-    for slack in (1e-9, 1e-7, 1e-5, 1e-3):
-        raised = diagonal + (slack * scale - least).clamp_min(0)
-        inner = torch.linalg.solve(matrix + torch.diag(raised), gradient)
-        bounds.append(margin - radius**2 * float(raised.sum()) - float(gradient @ inner) / 4)
-    return max(bounds)
-
-
-# ---------------------------------------------------------------------- inside
-
-
-def _pairs(classes: int, progress: bool) -> Iterator[tuple[int, int]]:
+def class_pairs(classes: int, progress: bool) -> Iterator[tuple[int, int]]:
+    """Every pair of classes a < b, with a progress bar."""
     every = [(a, b) for a in range(classes) for b in range(a + 1, classes)]
     yield from tqdm(every, unit="pair", disable=not progress)
 
 
-def _classifier(tensor: BilinearTensor) -> BilinearTensor:
+def as_classifier(tensor: BilinearTensor) -> BilinearTensor:
+    """The layer in float64, outside the autograd graph; refuses what is no classifier."""
     if not isinstance(tensor, BilinearTensor):
         raise TypeError(
             f"a certificate needs a classifier that is a quadratic form of its input, a "
-            f"BilinearTensor, got {type(tensor).__name__}. One bilinear layer is one, an embedding before "
-            f"it folded in; several layers, or a norm between, are not: certify the last layer on "
-            f"its own input (BilinearTensor.from_model(model, layer))"
+            f"BilinearTensor, got {type(tensor).__name__}. One bilinear layer is one, an embedding "
+            f"before it folded in; several layers, or a norm between, are not: certify the last layer "
+            f"on its own input (BilinearTensor.from_model(model, layer))"
         )
     if tensor.d_out < 2:
         raise ValueError("a classifier has at least two outputs, this layer has one")
     return tensor.detach().to(torch.float64)
 
 
-def _inputs(wide: BilinearTensor, inputs: Tensor) -> Tensor:
+def as_inputs(wide: BilinearTensor, inputs: Tensor) -> Tensor:
+    """Inputs [n, d] in float64, finite."""
     meaning = checks.meaning("d_in", wide.input_space)
     inputs = checks.require_matrix("inputs", inputs, wide.d_in, meaning, wide.left)
     checks.require_finite("inputs", inputs)
     return inputs
 
 
-def _labels(labels: Tensor, like: Tensor) -> Tensor:
+def as_labels(labels: Tensor, like: Tensor) -> Tensor:
+    """Labels [n] of the classes that `like` [n, classes] has."""
     if labels.shape != like.shape[:1]:
         raise ValueError(f"labels must be [{len(like)}], one an input, got {checks.shape(labels)}")
     if labels.is_floating_point():
@@ -540,7 +266,8 @@ def _labels(labels: Tensor, like: Tensor) -> Tensor:
     return labels.to(like.device, torch.long)
 
 
-def _box(box: tuple[float, float] | None) -> tuple[float, float]:
+def as_box(box: tuple[float, float] | None) -> tuple[float, float]:
+    """The ends of a box; everything, where there is none."""
     low, high = (-torch.inf, torch.inf) if box is None else box
     if not low < high:
         raise ValueError(f"box must be (low, high) with low < high, got {box}")
