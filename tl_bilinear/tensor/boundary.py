@@ -42,6 +42,9 @@ from tl_bilinear.tensor.quadratic import QuadraticForm
 _MOST_STEPS = 200
 """Newton takes about ten; halving the logarithm of any bracket in float64 takes about sixty."""
 
+_ROUNDING = 1e-15
+"""Error of log h below which a step of Newton would only follow rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class BoundaryDistance(Result):
@@ -185,11 +188,16 @@ def solve(
             step = at - error / slope
             inside = (step >= low) & (step <= high)
             new = torch.where(inside, step, (low + high) / 2)
-            # The logarithm of kappa itself is rounded to eps |log kappa|.
+            # log h is known to rounding of its sum, log kappa to eps |log kappa|.
             close = (new - at).abs() <= 2 * eps * at.abs().clamp_min(1)
-            at = torch.where(error.abs() <= eps, at, new)
-            if bool((close | (error.abs() <= eps)).all()):
+            done = close | (error.abs() <= _ROUNDING)
+            at = torch.where(done, at, new)
+            kappa[rows[done]] = at[done].exp()
+            left = ~done
+            rows, at, low, high = rows[left], at[left], low[left], high[left]
+            if not len(rows):
                 break
+        kappa[rows] = at.exp()
         kappa[rows] = at.exp()
     denominator = (kappa[:, None] + mu).masked_fill((at_pole[None]) & (kappa == 0)[:, None], 1.0)
     e = -g / (2 * denominator)
