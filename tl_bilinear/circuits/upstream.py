@@ -117,9 +117,9 @@ class Upstream:
         wanted = {"hook_embed", "hook_pos_embed", self.passage.hook, self.output_hook}
         if self.passage.scale_hook is not None:
             wanted.add(self.passage.scale_hook)
-        for block in self.attention_layers:
-            wanted |= {f"blocks.{block}.attn.hook_{name}" for name in ("pattern", "v")}
-        wanted |= {f"blocks.{block}.hook_mlp_out" for block in range(self.layer)}
+        for number in self.attention_layers:
+            wanted |= {f"blocks.{number}.attn.hook_{name}" for name in ("pattern", "v")}
+        wanted |= {f"blocks.{number}.hook_mlp_out" for number in range(self.layer)}
         _, self.cache = model.run_with_cache(
             self.tokens,
             names_filter=lambda name: name in wanted,
