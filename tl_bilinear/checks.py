@@ -51,20 +51,6 @@ def require_finite(
         )
 
 
-def require_finite_rows(name: str, value: Tensor) -> None:
-    """Raise ValueError, naming the first of them, where rows [..., n] have NaN or infinite entries."""
-    if value.is_meta or value.numel() == 0 or bool(torch.isfinite(value.detach().sum())):
-        return
-    bad = (~torch.isfinite(value.detach())).any(-1)
-    if bool(bad.any()):
-        first = bad.nonzero()[0].tolist() if bad.ndim else []
-        row = (
-            "" if not first else f", the first row {first[0] if len(first) == 1 else tuple(first)}"
-        )
-        rows = f"{int(bad.sum())} of {bad.numel()} rows" if first else "entries that are"
-        raise ValueError(f"{name} has {rows} NaN or infinite{row}; expected finite numbers")
-
-
 def require_tokens(tokens: Tensor, vocabulary: int) -> None:
     """Raise ValueError, naming the first, where token ids [..., pos] are not of a vocabulary."""
     bad = (tokens < 0) | (tokens >= vocabulary)
@@ -90,15 +76,8 @@ def require_rows(name: str, value: Any, width: int, meaning: str, like: Tensor) 
         raise ValueError(f"{name} must have shape [..., {width}] ({meaning}), got {shape(value)}")
     if value.device != like.device:
         require_same_device({name: value, "the layer": like})
-    require_finite_rows(name, value)
+    require_finite(name, value, "expected finite numbers")
     return value.to(like.dtype)
-
-
-def require_directions(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
-    """`value` as directions [..., width] of `like`'s dtype, all of them finite."""
-    value = require_rows(name, value, width, meaning, like)
-    require_finite(name, value, "leave such rows out")
-    return value
 
 
 def require_vector(name: str, value: Any, width: int, meaning: str, like: Tensor) -> Tensor:
@@ -117,7 +96,6 @@ def require_matrix(name: str, value: Any, width: int, meaning: str, like: Tensor
             f"{name} must be a matrix [n, {width}], one direction a row, got {shape(value)}; for one "
             f"direction pass u[None]"
         )
-    require_finite(name, value, "leave such rows out")
     return value
 
 

@@ -118,10 +118,10 @@ class Dictionary:
             raise ValueError(f"{len(self.labels)} labels for {n} features")
         for name in ("decoder", "encoder"):
             if (rows := getattr(self, name)) is not None:
-                checks.require_finite_rows(f"the {name} of the dictionary", rows)
+                checks.require_finite(f"the {name} of the dictionary", rows, "an SAE is finite")
         for name in ("decoder_bias", "encoder_bias", "encoder_offset"):
             if (values := getattr(self, name)) is not None:
-                checks.require_finite_rows(f"the {name} of the dictionary", values)
+                checks.require_finite(f"the {name} of the dictionary", values, "an SAE is finite")
 
     @classmethod
     def of(cls, source: Any, labels: Sequence[str] | None = None) -> Dictionary:
