@@ -47,9 +47,10 @@ def test_it_writes_report_vectors_model_and_summary(quickstart, tmp_path):
         "model.safetensors",
         "report.html",
         "summary.json",
+        "tl_bilinear.json",
     ]
     stored = json.loads((out / "summary.json").read_text())
-    assert list(stored) == ["kind", "images"]
+    assert list(stored) == ["images"]
     summary = stored["images"]
     assert summary["config"]["size"] == 8
     assert summary["largest_difference_model_tensor"] < 1e-4

@@ -22,7 +22,7 @@ import os
 import secrets
 import shutil
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -105,10 +105,17 @@ def claim(folder: Path, kind: str) -> None:
 
     Raises FileExistsError or NotADirectoryError where it is somebody else's.
     """
-    refuse_foreign(folder, kind)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"cannot write into {folder}: it is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_ours(folder, kind):
-        write_json(folder / MARKER, {"kind": kind})
+    if is_ours(folder, kind):
+        return
+    if names := [entry.name for entry in folder.iterdir()]:
+        raise FileExistsError(
+            f"{folder} holds {_listed(names)} and is no {kind} of tl_bilinear: choose a new or an empty "
+            f"folder"
+        )
+    write_json(folder / MARKER, {"kind": kind})
 
 
 def is_ours(folder: Path, kind: str) -> bool:
@@ -135,11 +142,15 @@ def refuse_foreign(target: Path, kind: str) -> None:
         ours = _marker(target).get("holds")
         names = names - {MARKER, *ours} if isinstance(ours, list) else set()
     if names:
-        shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
         raise FileExistsError(
-            f"{target} holds {shown}, and writing replaces the whole folder: choose a new or an empty "
-            f"one"
+            f"{target} holds {_listed(names)}, and writing replaces the whole folder: choose a new or "
+            f"an empty one"
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def require_writable(out: str | os.PathLike[str], kind: str) -> None:

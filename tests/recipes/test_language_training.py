@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from tests.recipes.stories import make_stories
 from tl_bilinear import BilinearTensor
+from tl_bilinear.io import MARKER
 from tl_bilinear.recipes.language import (
     ACTIVATIONS,
     CONFIGS,
@@ -58,7 +60,7 @@ def run(data, tmp_path_factory):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != MARKER)
 
 
 class StopAt:
@@ -210,7 +212,7 @@ def test_paper_settings():
     assert CONFIGS["paper"].total_steps(1_000_000) == 5 * 1953
 
 
-def test_the_callers_random_numbers_stay(data, tmp_path):
+def test_the_callers_random_numbers_stay(unchecked, data, tmp_path):  # the checks draw numbers
     import random
 
     import numpy
@@ -234,7 +236,8 @@ def test_the_figure_shows_both_losses_of_each_run(run):
     from tl_bilinear.plots import loss_figure
 
     curve = run.to_pandas()
-    figure = loss_figure({"a": curve, "b": curve.assign(loss=curve["loss"] + 1)})
+    other = SimpleNamespace(to_pandas=lambda: curve.assign(loss=curve["loss"] + 1))
+    figure = loss_figure({"a": run, "b": other})
     assert [trace.name for trace in figure.data] == [
         *("a, training", "a, validation", "b, training", "b, validation"),
     ]
@@ -504,7 +507,7 @@ def test_options_that_do_not_fit(data, tmp_path, monkeypatch):
         start(dataclasses.replace(TINY, batch=99999))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs tensorboard: pip install tensorboard"):
-        start(report_to=["tensorboard"])
+        start(report_to=("tensorboard",))
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="a batch of 16 rows does not divide among 3 processes"):
         start()
@@ -518,14 +521,14 @@ def test_activations_compared(data, tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, steps=6)
     options = {"folder": tmp_path / "c", "activations": ("bilinear", "swiglu"), **OPTIONS}
     with monkeypatch.context() as patch:  # a machine on which swiglu takes exactly twice as long
-        original = training.write_table
+        original = training.write_json
 
         def write(path, content):
             if path.name == "result.json":
                 content = {**content, "seconds": 2.0 if path.parent.name == "swiglu" else 1.0}
             original(path, content)
 
-        patch.setattr(training, "write_table", write)
+        patch.setattr(training, "write_json", write)
         compared = compare_activations(data, config, **options)
     table = compared.to_pandas()
     assert list(table.index) == ["bilinear", "swiglu"]

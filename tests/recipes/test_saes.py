@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 import tl_bilinear  # noqa: F401  gives HookedTransformer.from_config its option
 from tl_bilinear import FeatureInteractions, cli
 from tl_bilinear.features import SAEEvaluation, evaluate_saes
+from tl_bilinear.io import claim
 from tl_bilinear.recipes.language import SAERun, SAETrainingConfig, train_saes
 
 TINY = SAETrainingConfig(
@@ -72,6 +73,7 @@ def test_what_a_run_leaves(run, model):
         "result.json",
         "run.json",
         "saes",
+        "tl_bilinear.json",
     ]
     assert run.evaluation.names == NAMES
     assert run.layers == (1,)
@@ -167,7 +169,7 @@ def test_other_settings_data_and_folders_are_refused(run, model, story_data, tmp
         train_saes(model, story_data, TINY, folder=tmp_path, progress=False)
     settings = json.loads((run.folder / "run.json").read_text())
     folder = tmp_path / "lm"
-    folder.mkdir()
+    claim(folder, "run")
     (folder / "run.json").write_text(json.dumps(settings | {"format": "other"}))
     with pytest.raises(ValueError, match="does not describe a run of `tl-bilinear train saes`"):
         train_saes(model, story_data, TINY, folder=folder, progress=False)

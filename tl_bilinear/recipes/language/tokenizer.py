@@ -110,7 +110,7 @@ def make_tokenizer(
     cleaner = Cleaner()
     stories = cleaner(itertools.islice(read_stories(source), config.limit))
     tokenizer = train_tokenizer(
-        tqdm(stories, unit=" stories", disable=not progress, desc="reading"), config.size
+        iter(tqdm(stories, unit=" stories", disable=not progress, desc="reading")), config.size
     )
     save_tokenizer(tokenizer, out)
     return tokenizer, cleaner.report()
