@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.features.building import N_OUT, model, sae
-from tl_bilinear import FeatureInteractions
+from tl_bilinear import FeatureInteractions, plots
 from tl_bilinear.features import CentredAttribution, Dictionary, FeatureEffects
 from tl_bilinear.tensor import shapley
 
@@ -70,7 +70,7 @@ def test_a_main_effect_is_what_changes_when_a_feature_changes_alone(run, busy):
 def test_shares_are_covariances_of_the_parts_over_the_population(run, busy, around, tmp_path):
     found = run.effects(busy, around=around, k=60)
     chosen, _ = run.population(around, busy)
-    main, pairs, f = [], {}, []
+    main, f = [], []
     for sequence, position in chosen.nonzero().tolist():
         one = run.centred(busy, position, sequence, around=around)
         f.append(one.measured)
@@ -133,7 +133,7 @@ def test_a_feature_beside_one_that_is_always_there_is_a_main_effect():
     found = run.effects(0, around="all")
     assert float(found.main[0]) == pytest.approx(1, abs=0.05)
     assert abs(found.interactions) < 0.05
-    assert list(found.to_pandas(1)["kind"])[0] == "main"
+    assert found.to_pandas(1)["kind"].iloc[0] == "main"
 
 
 def test_populations_that_are_refused(run, busy, unchecked):
@@ -179,7 +179,7 @@ def test_shapley_values_beside_a_population_are_means_over_its_tokens(run, busy)
     found = run.shapley(busy, 5, 3, baseline=mask)
     f = run.features
     n = f.inputs.n
-    parts = [p for p in run.read(mask)]
+    parts = list(run.read(mask))
     background = torch.cat([torch.cat([p.coefficients, p.rest], 1) for p in parts])
     here = torch.zeros_like(run.mask)
     here[3, 5] = True
@@ -193,3 +193,15 @@ def test_shapley_values_beside_a_population_are_means_over_its_tokens(run, busy)
         assert value == pytest.approx(float(values[b]), abs=1e-9)
     assert found.rest == pytest.approx(float(values[n:].sum()), abs=1e-9)
     assert list(found.to_pandas()["input_feature"]) == found.features.tolist()
+
+
+def test_figures_show_what_the_tables_say(run, busy):
+    effects = run.effects(busy, k=8)
+    parts, sums = plots.effects_figure(effects, 6).data
+    table = effects.to_pandas(6)
+    assert list(parts.x) == pytest.approx(table["share"][:6].tolist(), abs=1e-3)
+    assert sum(sums.x) == pytest.approx(1, abs=1e-3)
+    ranked = run.ranked_pairs(busy, 5)
+    bars = plots.ranked_pairs_figure(ranked, 4).data
+    assert len(bars) == 3
+    assert list(bars[2].x) == pytest.approx(ranked.top(4).where_active.tolist(), rel=1e-2)

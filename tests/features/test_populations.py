@@ -102,7 +102,7 @@ def test_a_stopped_stream_goes_on(f, tokens, tmp_path, monkeypatch):
 
 
 def test_populations_that_are_refused(f, run, tokens, unchecked):
-    with pytest.raises(ValueError, match="no chosen tokens|none was given or chosen"):
+    with pytest.raises(ValueError, match="none was given or chosen"):
         run.moments(mask=torch.zeros_like(tokens, dtype=torch.bool))
     with pytest.raises(ValueError, match="not both"):
         run.moments(3, mask=torch.ones_like(tokens, dtype=torch.bool))

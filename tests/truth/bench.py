@@ -47,7 +47,7 @@ def rank(case):
 
 
 def related(pair, truth, cosines):
-    """Whether a pair's members are, or resemble, those of a true one: what it reads is partly the same."""
+    """Whether a pair resembles a true one: what it reads is partly the same."""
     return any(
         min(cosines[pair[0], a], cosines[pair[1], b]) > 0.3
         or min(cosines[pair[0], b], cosines[pair[1], a]) > 0.3

@@ -98,7 +98,7 @@ def planted(kind, words, size, noise, seed):
 
 
 def null(which, kind, words, size, noise, seed):
-    """A model without a circuit: random weights, or the spectrum of a planted one in random directions."""
+    """A model without a circuit: random weights, or a planted spectrum in random directions."""
     case = planted(kind, words, size, noise, seed)
     generator = torch.Generator().manual_seed(seed + 1000)
     d, _, hidden = size

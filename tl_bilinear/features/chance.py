@@ -1,4 +1,4 @@
-"""Is it more than chance? Nulls for pairs and spectra of output features, and discoveries at a stated rate.
+"""Is it more than chance? Nulls for pairs and spectra, and discoveries at a stated rate.
 
 An interaction matrix is a sum over the layer's hidden neurons, ``Q_u = sum_h p_h l_h r_h^T`` with
 ``p = W_out u``. A finding is one that a null does not show:
@@ -109,8 +109,8 @@ class PairChance(Named):
                 f"discovery at a false-discovery rate of {self.rate:g}."
             )
         return (
-            f"{self.discoveries:,} of {self.tested:,} pairs are discoveries at a false-discovery rate of "
-            f"{self.rate:g} (null: {self.null})."
+            f"{self.discoveries:,} of {self.tested:,} pairs are discoveries at a false-discovery rate "
+            f"of {self.rate:g} (null: {self.null})."
         )
 
     def top(self, k: int) -> PairChance:
@@ -163,8 +163,8 @@ class SpectrumChance(Named):
         count, m = int(self.found.sum()), len(self.features)
         if not count:
             return (
-                f"No spectrum is better than its null ({self.null}): of {m} features none is a discovery "
-                f"at a false-discovery rate of {self.rate:g}."
+                f"No spectrum is better than its null ({self.null}): of {m} features none is a "
+                f"discovery at a false-discovery rate of {self.rate:g}."
             )
         return (
             f"The spectra of {count} of {m} features are more concentrated than their null's at a "
@@ -298,7 +298,7 @@ def pair_scores(
 
     own = coefficients(left, right, p)
     if null == "dictionary":
-        # The same z for all pairs of features as long: a pair's size under rotation goes with |d_b| |d_c|.
+        # Under rotation the size of a pair goes with |d_b| |d_c|.
         lengths = directions.norm(dim=-1)
         scale = torch.outer(lengths, lengths) * twice
         zero = torch.zeros_like(own)

@@ -1,7 +1,7 @@
 """The direction that explains most of a form where it matters: one term fitted to a population.
 
-An eigenvector is the best term under a second moment. What is asked of one where a feature is active is
-another thing: that ``lambda (w . x)^2`` varies as ``f(x) = x^T Q x`` does. So the term is chosen to leave
+An eigenvector is the best term under a second moment. What is asked where a feature is active is another
+thing: that ``lambda (w . x)^2`` varies as ``f(x) = x^T Q x`` does. So the term is chosen to leave
 the least variance of f over that population,
 
     ``(1 - s) Var_N[f - lambda (w . x)^2] / Var_N[f] + s Var_x[f - lambda (w . x)^2] / Var_x[f]``,

@@ -204,7 +204,7 @@ class FeatureRun:
     def inputs_of(
         self, features: Int[Tensor, " m"] | Sequence[int] | None = None
     ) -> list[Float[Tensor, "n d"]]:
-        """What the layer reads on every token that counts, or where each of m output features is active."""
+        """What the layer reads on the tokens that count, or where each output feature is active."""
         if features is None:
             return [self.x[self.mask]]
         index = self.features.numbers(features).reshape(-1)
@@ -216,7 +216,7 @@ class FeatureRun:
 
     @torch.no_grad()
     def read(self, mask: Bool[Tensor, "batch pos"] | None = None) -> Iterator[ReadTokens]:
-        """The tokens that count (of `mask`, where given) as features and rest, some sequences at a time."""
+        """The tokens that count (of `mask`) as features and rest, some sequences at a time."""
         known = self.features
         chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
         for start in range(0, len(self), self.batch_size):

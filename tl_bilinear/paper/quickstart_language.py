@@ -21,13 +21,16 @@ from tl_bilinear.features import (
     ActiveInteractions,
     Attribution,
     Examples,
+    FeatureEffects,
     FeatureInteractions,
     FeaturePairs,
     FeatureRun,
     InteractionStatistics,
     LowRankCorrelation,
+    PairChance,
     PairCheck,
     PromotedTokens,
+    RankedPairs,
     Submatrix,
 )
 from tl_bilinear.hooks import LossAdded, Verification, loss_added, verify
@@ -51,6 +54,10 @@ class OutputFeature:
     name: tokens it is most active on
     strongest, submatrix, statistics: its interactions, from weights alone
     active: the pairs that made it where it was active
+    ranked: pairs by coefficient, by mean contribution on the text, and where it is active
+    effects: main effects and interactions, as shares of what varies where it is active
+    chance: all pairs beside randomly rotated input features
+    alone: all pairs beside hidden neurons whose factors are paired at random
     attribution: of its largest activation, ``examples.positions[0]`` of ``examples.tokens[0]``
     pairs: interventions on the pairs that contribute most in the rows where it is strongest
     eigenvectors: interventions on its leading eigenvectors, at the layer's input
@@ -67,6 +74,10 @@ class OutputFeature:
     submatrix: Submatrix
     statistics: InteractionStatistics
     active: ActiveInteractions
+    ranked: RankedPairs
+    effects: FeatureEffects
+    chance: PairChance
+    alone: PairChance
     attribution: Attribution
     pairs: PairCheck
     eigenvectors: Verification
@@ -83,6 +94,8 @@ class LanguageQuickstart:
     features: the layer between its SAEs, the input features named
     choice: correlations of all output features with 1 and 2 eigenvectors, on the first half
     correlation: those of the features shown with up to 8, on the second half
+    fitted: those of one direction each, fitted where the feature is active in the first half, on the
+        second
     found: the features shown
     tokens: how many the two halves have
     sample: a story; facts: what else is known of the model, by name
@@ -92,6 +105,7 @@ class LanguageQuickstart:
     features: FeatureInteractions
     choice: LowRankCorrelation
     correlation: LowRankCorrelation
+    fitted: LowRankCorrelation
     found: list[OutputFeature]
     tokens: tuple[int, int]
     sample: str
@@ -166,6 +180,23 @@ class LanguageQuickstart:
             "active_correlation": {
                 str(rank): float(self.correlation.active[index, rank - 1]) for rank in RANKS
             },
+            "one_fitted_direction": float(self.fitted.active[index, 0]),
+            "effects": {
+                "tokens": one.effects.tokens,
+                "constant": one.effects.constant,
+                "mean": one.effects.mean,
+                "main_effects": float(one.effects.main.sum()),
+                "interactions": one.effects.interactions,
+                "rest": one.effects.rest,
+            },
+            "pairs": one.ranked.to_pandas().to_dict("records"),
+            "pairs_better_than_chance": {
+                "rotated_input_features": one.chance.discoveries,
+                "neurons_paired_at_random": one.alone.discoveries,
+                "of": one.chance.tested,
+                "false_discovery_rate": one.chance.rate,
+            },
+            "told": told(one),
             "eigenvalues": one.statistics.eigenvalues[[0, -1]].tolist(),
             "effective_rank": one.statistics.effective_rank,
             "strongest_pairs": [
@@ -234,6 +265,9 @@ def language_quickstart(
         choice = first.low_rank_correlation(COMPONENTS, progress=False)
         chosen = choose_features(choice, first, count)
         correlation = second.low_rank_correlation(RANKS[-1], chosen, progress=False)
+        fitted = second.low_rank_correlation(
+            1, chosen, metric="active", by="fit", fit=first, progress=False
+        )
         bar.update()
         found = []
         for feature in chosen:
@@ -243,6 +277,7 @@ def language_quickstart(
         features=features,
         choice=choice,
         correlation=correlation,
+        fitted=fitted,
         found=found,
         tokens=(first.tokens.numel(), second.tokens.numel()),
         sample=sample,
@@ -291,6 +326,67 @@ def _facts(card: Mapping[str, Any], layer: int) -> dict[str, str]:
                 f"{each['loss_added']:.3f} nats ({each['loss_added_relative']:.1%}) to the loss"
             )
     return found
+
+
+def told(one: OutputFeature) -> list[str]:
+    """What is known of a feature, in sentences that claim no more than was measured."""
+    effects, ranked = one.effects, one.ranked
+    labels = effects.input_labels or {}
+
+    def names(numbers: list[int]) -> str:
+        words = list(dict.fromkeys(f"“{labels.get(b, b)}”" for b in numbers))
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+    strongest = effects.main.topk(3).indices.tolist()
+    helping = [b for b in strongest if float(effects.main[b]) > 0.02]
+    own = one.name.partition(" -> ")[0]
+    share, together = float(effects.main.sum()), effects.interactions
+    sentences = [
+        f"It fires on “{own}”, and there it raises the logits of "
+        f"{' '.join(one.promoted.words[:3])} most."
+    ]
+    if helping:
+        made = float(effects.main[helping].sum())
+        sentences.append(
+            f"Where it fires, how strongly it does is decided mostly by single input features: main "
+            f"effects make {share:.0%} of what varies, {made:.0%} by {names(helping)} alone."
+            if share > 0.5
+            else f"Where it fires, main effects of single input features make {share:.0%} of what "
+            f"varies; the largest are of {names(helping)}."
+        )
+    else:
+        sentences.append(
+            f"Where it fires, no single input feature decides how strongly: all main effects together "
+            f"make {share:.0%} of what varies, the largest of them less than 2 %."
+        )
+    if any(labels.get(b) == own for b in helping):
+        sentences.append(
+            "An input feature of that name is among them: for that much, the layer passes on what it is "
+            "given, and combines nothing."
+        )
+    sentences.append(
+        f"What input features do together, beyond that, makes {together:.0%}; what is no feature, "
+        f"{effects.rest:.0%}. Negative shares work against the others."
+    )
+    pair = ranked.top(1)
+    b, c = int(pair.first[0]), int(pair.second[0])
+    what = f"{names([b])} with itself" if b == c else f"{names([b])} with {names([c])}"
+    if b != c and labels.get(b) == labels.get(c):
+        what = f"two input features that are both named {names([b])}"
+    sentences.append(
+        f"The pair that contributes most there is {what}, {float(pair.where_active[0]):+.2f} of a mean "
+        f"pre-activation of {effects.mean:+.2f}; by its coefficient alone it is number "
+        f"{int(pair.ranks[0, 0]):,} among the pairs met."
+    )
+    sentences.append(one.chance.verdict)
+    if not one.alone.discoveries:
+        sentences.append(
+            "Beside the stricter null, hidden neurons whose factors are paired at random, none is: that "
+            "many neurons read these input features would make pairs as strong."
+        )
+    else:
+        sentences.append(one.alone.verdict)
+    return sentences
 
 
 def choose_features(choice: LowRankCorrelation, text: FeatureRun, count: int) -> list[int]:
@@ -353,6 +449,10 @@ def read_feature(feature: int, text: FeatureRun) -> OutputFeature:
         submatrix=features.submatrix(feature, 8),
         statistics=features.statistics(feature, progress=False),
         active=active,
+        ranked=text.ranked_pairs(feature, 6),
+        effects=text.effects(feature),
+        chance=features.pair_chance(feature, null="dictionary"),
+        alone=features.pair_chance(feature),
         attribution=text.attribute(feature, int(examples.positions[0]), int(examples.sequences[0])),
         pairs=strongest.verify_pairs(
             feature, there.top(min(3, cross), kind="cross"), limit=5, progress=False

@@ -9,8 +9,13 @@ from markupsafe import Markup
 
 from tl_bilinear.features.labels import pieces
 from tl_bilinear.paper.page import templates
-from tl_bilinear.paper.quickstart_language import LEAST_ACTIVE, RANKS, SHARED_TOKENS
-from tl_bilinear.plots import correlation_figure, statistics_figure, submatrix_figure
+from tl_bilinear.paper.quickstart_language import LEAST_ACTIVE, RANKS, SHARED_TOKENS, told
+from tl_bilinear.plots import (
+    correlation_figure,
+    effects_figure,
+    ranked_pairs_figure,
+    statistics_figure,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -65,7 +70,10 @@ def _feature(result: LanguageQuickstart, index: int) -> dict[str, Any]:
         "lowers": words[shown:],
         "examples": _examples(result, one),
         **_pairs(result, one),
-        "submatrix_figure": submatrix_figure(one.submatrix),
+        "told": told(one),
+        "effects_figure": effects_figure(one.effects, 10),
+        "ranked_figure": ranked_pairs_figure(one.ranked, 10),
+        "fitted": f"{float(result.fitted.active[index, 0]):.2f}",
         "statistics_figure": statistics_figure(one.statistics),
         "correlations": [f"{float(correlation.active[index, rank - 1]):.3f}" for rank in RANKS],
         **_attribution(result, one),
@@ -108,20 +116,30 @@ def _pair(result: LanguageQuickstart, b: int, c: int) -> Markup:
 
 
 def _pairs(result: LanguageQuickstart, one: OutputFeature) -> dict[str, Any]:
-    weights = one.strongest.to_pandas().head(_PAIRS).to_dict("records")
-    met = one.active.to_pandas().head(_PAIRS).to_dict("records")
+    table = one.ranked.to_pandas().head(_PAIRS).to_dict("records")
+    improbable = one.chance.to_pandas().head(_PAIRS).to_dict("records")
     return {
-        "in_weights": [
-            [_pair(result, row["first"], row["second"]), f"{row['coefficient']:+.4f}"]
-            for row in weights
-        ],
-        "on_text": [
+        "ranked": [
             [
                 _pair(result, row["first"], row["second"]),
-                f"{row['tokens']:,} of {one.active.tokens:,}",
-                f"{row['mean']:+.3f}",
+                f"{row['coefficient']:+.3f}",
+                f"{row['where_active']:+.3f}",
+                f"{row['together']:,}",
+                f"{row['together_active']:,}",
+                f"{row['correlation']:+.2f}",
+                f"{row['rank_weights']:,}",
+                f"{row['rank_text']:,}",
             ]
-            for row in met
+            for row in table
+        ],
+        "improbable": [
+            [
+                _pair(result, row["first"], row["second"]),
+                f"{row['coefficient']:+.3f}",
+                f"{row['z']:+.1f}",
+                "yes" if row["found"] else "no",
+            ]
+            for row in improbable
         ],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -249,16 +249,23 @@ def attribution_figure(result: Attribution, k: int = 12) -> go.Figure:
     )
 
 
+def _pair_name(row: dict[Any, Any], alone: bool = False) -> str:
+    """A pair by numbers and labels (two features may have one label); `alone`: of one feature."""
+
+    def name(which: str) -> str:
+        number, label = str(row[which]), str(row.get(f"label_{which}", row[which]))
+        return number if label == number else f"{number} {short(label)}"
+
+    if alone:
+        return name("first")
+    return f"{name('first')}²" if row["kind"] == "self" else f"{name('first')} × {name('second')}"
+
+
 def effects_figure(result: FeatureEffects, k: int = 12) -> go.Figure:
     """What an output feature is made of on a population: main effects beside interactions, as shares."""
     table = result.to_pandas(k)
     shown, sums = table[: len(table) - 3], table[len(table) - 3 :]
-    names = [
-        f"{short(row['label_first'])}" + ("" if row["kind"] == "main" else "²")
-        if row["kind"] != "cross"
-        else f"{short(row['label_first'])} × {short(row['label_second'])}"
-        for row in shown.to_dict("records")
-    ]
+    names = [_pair_name(row, row["kind"] == "main") for row in shown.to_dict("records")]
     figure = make_subplots(
         rows=1, cols=2, horizontal_spacing=0.3, subplot_titles=["largest parts", "everything: 1"]
     )
@@ -288,19 +295,7 @@ def ranked_pairs_figure(result: RankedPairs, k: int = 12) -> go.Figure:
     """The k first pairs in their order, by all three measures, each beside its largest."""
     shown = result.top(min(k, len(result.first)))
     table = shown.to_pandas()
-    labels = (
-        table
-        if "label_first" in table
-        else table.assign(
-            label_first=table["first"].astype(str), label_second=table["second"].astype(str)
-        )
-    )
-    names = [
-        f"{short(row['label_first'])}²"
-        if row["kind"] == "self"
-        else f"{short(row['label_first'])} × {short(row['label_second'])}"
-        for row in labels.to_dict("records")
-    ]
+    names = [_pair_name(row) for row in table.to_dict("records")]
     titles = ["coefficient", "mean on all tokens", "mean where active"]
     figure = make_subplots(
         rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles
