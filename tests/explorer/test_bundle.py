@@ -11,7 +11,13 @@ import torch
 from torch.testing import assert_close
 
 from tests.explorer import building
-from tl_bilinear.explorer import documents, language_panel, write_folder, write_page
+from tl_bilinear.explorer import (
+    documents,
+    language_documents,  # the module
+    language_panel,
+    write_folder,
+    write_page,
+)
 from tl_bilinear.explorer.documents import Panel, packed, unpacked
 
 KINDS = {
@@ -135,6 +141,35 @@ def test_an_input_dictionary_that_cannot_encode_is_refused():
     run = features.run(building.TOKENS, progress=False)
     with pytest.raises(ValueError, match="no token can be taken apart: give an SAE"):
         language_panel(run, title="x")
+
+
+def test_a_shortlist_finds_what_a_search_of_all_pairs_finds_or_says_that_it_may_not(
+    tmp_path, monkeypatch
+):
+    run = building.run("plain")
+    n = run.features.inputs.n
+    for shortlist in (n - 1, 20, 8):
+        monkeypatch.setattr(language_documents, "SEARCHED_WHOLE", 0)
+        monkeypatch.setattr(language_documents, "SHORTLIST", shortlist)
+        monkeypatch.setattr(language_documents, "PAIRS", 5)
+        page = write_page([building.panel("plain")], tmp_path / "page.html", progress=False)
+        certified = 0
+        for a, one in enumerate(documents_of(page)["plain-output-0"]["features"]):
+            pairs, expected = one["pairs"], run.features.top(a, 5)
+            found = unpacked(pairs["coefficient"])
+            entries = run.features.interaction(a).dense()
+            for b, c, value in zip(
+                *map(unpacked, (pairs["first"], pairs["second"], pairs["coefficient"])), strict=True
+            ):
+                factor = 1 if b == c else 2
+                assert float(value) == pytest.approx(
+                    factor * float(entries[b, c]), rel=1e-4, abs=1e-6
+                )
+            if pairs["searched"] == n:
+                certified += 1
+                assert_close(found.abs(), expected.coefficients.abs().float(), rtol=1e-4, atol=1e-6)
+            assert bool((found.abs() <= expected.coefficients.abs().float() * (1 + 1e-4)).all())
+        assert certified >= (10 if shortlist == n - 1 else 0)
 
 
 # ---------------------------------------------------------------------- folders

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.explorer.documents import Document, Panel, Read, packed, unpacked
 from tl_bilinear.features import Dictionary, FeatureRun
 from tl_bilinear.features.examples import Side
@@ -26,12 +27,15 @@ from tl_bilinear.features.labels import pieces
 from tl_bilinear.features.passage import residual_passage
 from tl_bilinear.features.unembedding import token_names, unembedding
 from tl_bilinear.io import digest_of
+from tl_bilinear.tensor import Eigendecomposition, InteractionMatrix
 
 BLOCK = 64  # features in a document
 PAIRS, TOKENS, NEIGHBOURS, FEEDS = 20, 10, 8, 12
 BEFORE, AFTER = 14, 8  # tokens of an example around its strongest
 STRONGEST, QUANTILES, EACH = 6, (0.9, 0.5, 0.1), 2
 FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width by itself
+SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
+SHORTLIST = 256
 SEARCHED = 5  # tokens of each kind that a search finds a feature by
 
 
@@ -323,12 +327,10 @@ class _Language:
     def _outputs(self, part: range) -> Callable[[Read], Document]:
         def make(read: Read) -> Document:
             known = self.known
-            k = min(PAIRS, known.inputs.n * (known.inputs.n + 1) // 2)
-            pairs = known.top(list(part), k)
             Q = known.interaction(list(part), basis="activations")
             full = self.tensor.d_in <= FULL_SPECTRUM
             eigen = Q.eigh(None if full else min(LEADING, self.tensor.d_in))
-            norms = Q.frobenius_norm()
+            pairs = self._pairs(part, Q, eigen)
             model = self.run.preactivations(list(part)).flatten(0, 1).cpu()
             found = []
             for i, feature in enumerate(part):
@@ -337,12 +339,8 @@ class _Language:
                     "feature": feature,
                     "examples": examples,
                     "measured": packed(self._measured(model[:, i], examples)),
-                    "pairs": {
-                        "first": packed(pairs.first[i]),
-                        "second": packed(pairs.second[i]),
-                        "coefficient": packed(pairs.coefficients[i]),
-                    },
-                    "norm": float(norms[i]),
+                    "pairs": pairs[i],
+                    "norm": float(self._norms[feature]),
                     "eigenvalues": packed(eigen.values[i]),
                 }
                 if not full:
@@ -351,6 +349,66 @@ class _Language:
             return {"features": self._with_directions("output", part, found)}
 
         return make
+
+    def _pairs(
+        self, part: range, Q: InteractionMatrix, eigen: Eigendecomposition
+    ) -> list[Document]:
+        """The strongest pairs of a block's features: of all, or in a large dictionary of a shortlist."""
+        known, n = self.known, self.known.inputs.n
+        if n <= SEARCHED_WHOLE:
+            pairs = known.top(list(part), min(PAIRS, n * (n + 1) // 2))
+            return [
+                {
+                    "first": packed(pairs.first[i]),
+                    "second": packed(pairs.second[i]),
+                    "coefficient": packed(pairs.coefficients[i]),
+                }
+                for i in range(len(part))
+            ]
+        return [self._shortlisted(Q[i], eigen, i) for i in range(len(part))]
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        """``||Q||_F`` of every output feature: their Gram is the costly part, and the same for all."""
+        return self.known.interaction(basis="activations").frobenius_norm()
+
+    @cached_property
+    def _through(self) -> tuple[Tensor, Tensor] | None:
+        """Input features through the layer's two factors, [n_in, h] each, where memory allows it."""
+        rows = self.known.input_directions
+        if 2 * rows.shape[0] * self.tensor.d_hidden * rows.element_size() > checks.MAX_DENSE_BYTES:
+            return None
+        return rows @ self.tensor.left.T, rows @ self.tensor.right.T
+
+    def _shortlisted(self, Q: InteractionMatrix, eigen: Eigendecomposition, i: int) -> Document:
+        """The strongest pairs among the `SHORTLIST` input features with the largest reach.
+
+        With ``reach_b^2 = sum |lambda| (v . d_b)^2 + bound |rest of d_b|^2``, no pair is larger than
+        ``reach_b reach_c``. Where this shuts out every pair beyond the shortlist, the result is that of
+        a search over all; `searched` then says so.
+        """
+        rows = self.known.input_directions
+        along = (rows @ eigen.vectors[i].T).square()
+        rest = (rows.square().sum(1) - along.sum(1)).clamp_min(0)
+        reach = (along @ eigen.values[i].abs() + eigen.bound[i] * rest).sqrt()
+        order = reach.argsort(descending=True)
+        chosen = order[:SHORTLIST].sort().values
+        if self._through is None:
+            left, right = rows[chosen] @ self.tensor.left.T, rows[chosen] @ self.tensor.right.T
+        else:
+            left, right = self._through[0][chosen], self._through[1][chosen]
+        S = (left * Q.weights) @ right.T
+        first, second = torch.triu_indices(len(chosen), len(chosen))
+        values = torch.where(first == second, 0.5, 1.0) * (S + S.T)[first, second]
+        best = values.abs().topk(PAIRS).indices
+        beyond = 2 * float(reach[order[0]] * reach[order[SHORTLIST]])
+        all_of_them = beyond <= float(values[best[-1]].abs())
+        return {
+            "first": packed(chosen[first[best]]),
+            "second": packed(chosen[second[best]]),
+            "coefficient": packed(values[best]),
+            "searched": len(rows) if all_of_them else SHORTLIST,
+        }
 
     def _measured(self, model: Tensor, examples: list[list[Any]]) -> Tensor:
         """The model's own pre-activations on the tokens of examples [examples, window]; NaN outside."""

@@ -79,6 +79,8 @@ export interface FeatureData {
   /** Of output features. */
   measured?: Matrix;
   pairs?: Pair[];
+  /** Among how many input features pairs were searched, where not among all. */
+  searched?: number;
   norm?: number;
   eigenvalues?: Float32Array;
   eigenvectors?: Matrix;
@@ -219,6 +221,7 @@ export class Language {
       ...made,
       measured: unpackMatrix(found.measured, "the model's own values"),
       pairs: pairsOf(found.pairs),
+      searched: found.pairs.searched,
       eigenvalues: unpack(found.eigenvalues, "eigenvalues") as Float32Array,
       eigenvectors: found.eigenvectors && unpackMatrix(found.eigenvectors, "eigenvectors"),
       null_eigenvalues:
