@@ -194,7 +194,9 @@ class _Trained(nn.Module):
             self.before,
             left=self.now("slope")[:, None] * self.before.left,
             out=self.now("out") if "out" in self.start else self.before.out,
-            **{name: self.now(name) for name in ("bias_left", "bias_right", "bias_out")},
+            bias_left=self.now("bias_left"),
+            bias_right=self.now("bias_right"),
+            bias_out=self.now("bias_out"),
         )
 
 
