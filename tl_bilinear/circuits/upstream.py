@@ -110,10 +110,9 @@ class Upstream:
         self.passage: Passage = residual_passage(model, self.layer)
         # With parallel attention the MLP does not see the attention of its own layer.
         self.attention_layers = range(self.layer + (not cfg.parallel_attn_mlp))
-        block = f"blocks.{self.layer}"
         # A gated MLP of TransformerLens, read through its approximation, has no hook_out.
-        own = f"{block}.mlp.hook_out"
-        self.output_hook = own if own in model.hook_dict else f"{block}.hook_mlp_out"
+        own, after = f"blocks.{self.layer}.mlp.hook_out", f"blocks.{self.layer}.hook_mlp_out"
+        self.output_hook = own if own in model.hook_dict else after
         wanted = {"hook_embed", "hook_pos_embed", self.passage.hook, self.output_hook}
         if self.passage.scale_hook is not None:
             wanted.add(self.passage.scale_hook)

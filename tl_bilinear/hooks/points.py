@@ -89,8 +89,7 @@ class LayerPoints:
                     f"{block} has no hook point {needed}: reading or editing a bilinear layer needs one "
                     f"on its input and one on its output. HookedTransformer.from_config("
                     f"bilinear=True, ...) and TransformerBridge have both; a gated HookedTransformer "
-                    f"has both once its norm is folded, "
-                    f"model.process_weights_(fold_ln=True, center_writing_weights=False, ...)"
+                    f"has both once its norm is folded: model.process_weights_()"
                 )
         return points
 

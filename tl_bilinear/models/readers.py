@@ -352,14 +352,20 @@ def read_gated_projections(module: Any) -> GatedLayer | None:
 
 def read_gated_fused(module: Any) -> GatedLayer | None:
     """gate_up_proj, the gate's rows first, and down_proj, with an activation on the gate (Phi-3)."""
-    fused, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    if not (_is_linear(fused) and _is_linear(down)):
+    maps: list[Any] = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not all(map(_is_linear, maps)):
         return None
-    weights = _halves(copied(fused.weight), "gate_up_proj")
-    biases = (None, None) if fused.bias is None else _halves(copied(fused.bias), "gate_up_proj")
+    fused, down = maps
+    gate, up = _halves(copied(fused.weight), "gate_up_proj")
+    bias_gate, bias_up = (
+        (None, None) if fused.bias is None else _halves(copied(fused.bias), "gate_up_proj")
+    )
     bias_out = None if down.bias is None else copied(down.bias)
-    layer = GatedLayer(*weights, copied(down.weight), _activation(module), *biases, bias_out)
-    return _compared(module, layer)
+    activation = _activation(module)
+    return _compared(
+        module,
+        GatedLayer(gate, up, copied(down.weight), activation, bias_gate, bias_up, bias_out),
+    )
 
 
 def read_gated_bridge(module: Any) -> GatedLayer | None:
@@ -368,13 +374,12 @@ def read_gated_bridge(module: Any) -> GatedLayer | None:
         return None
     if not getattr(module, "_use_processed_weights", False):
         return read_gated(module.original_component)
-    weights, biases = (
-        [getattr(module, f"_processed_{kind}_{part}") for part in ("gate", "in", "out")]
-        for kind in ("W", "b")
-    )
+    parts = ("gate", "in", "out")
+    gate, up, out = (copied(getattr(module, f"_processed_W_{part}")) for part in parts)
+    given = (getattr(module, f"_processed_b_{part}") for part in parts)
+    biases = (None if one is None else copied(one) for one in given)
     activation = _activation(module.original_component)
-    biases = [None if one is None else copied(one) for one in biases]
-    return _compared(module, GatedLayer(*map(copied, weights), activation, *biases))
+    return _compared(module, GatedLayer(gate, up, out, activation, *biases))
 
 
 def _is_linear(module: Any) -> bool:
@@ -394,8 +399,9 @@ def _activation(module: Any) -> Any:
 
 
 def _gated_of(module: Any, *maps: Any) -> GatedLayer:
+    gate, up, out = (copied(one.weight) for one in maps)
     biases = (None if one.bias is None else copied(one.bias) for one in maps)
-    return GatedLayer(*(copied(one.weight) for one in maps), _activation(module), *biases)
+    return GatedLayer(gate, up, out, _activation(module), *biases)
 
 
 def read_gated_tl(module: Any) -> GatedLayer | None:
