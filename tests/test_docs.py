@@ -134,7 +134,16 @@ def test_comparison_sees_other_numbers_and_words():
 
 def test_every_page_for_users_has_code_that_runs():
     with_code = {page.stem for page in PAGES}
-    assert with_code >= {"README", "start", "concepts", "train", "saes", "swiglu", "images", "traps"}
+    assert with_code >= {
+        "README",
+        "start",
+        "concepts",
+        "train",
+        "saes",
+        "swiglu",
+        "images",
+        "traps",
+    }
 
 
 def test_a_block_that_fails_names_its_line():
