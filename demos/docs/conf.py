@@ -93,7 +93,7 @@ def prepare_docstring(app, what, name, obj, options, lines) -> None:
         if line.rstrip().endswith("::"):
             literal = True
     if what in ("attribute", "property"):  # Napoleon takes what stands before a colon for a type
-        lines[0] = lines[0].replace(": ", " – ", 1)
+        lines[0] = lines[0].replace(": ", ", ", 1)
     lines[:] = fields(lines)
 
 
