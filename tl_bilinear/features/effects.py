@@ -224,16 +224,18 @@ def centred_attribution(
     """See `FeatureRun.centred`. chosen: [batch, pos], the population whose mean is the centre."""
     known = run.features
     plain = run.attribute(feature, position, sequence)
-    count, means, mean_rest = 0, 0.0, 0.0
+    count = 0
+    sums = known.directions.new_zeros(known.inputs.n, dtype=torch.double)
+    sums_rest = known.directions.new_zeros(known.inputs.d, dtype=torch.double)
     for part in run.read(chosen):
         count += len(part.coefficients)
-        means = means + part.coefficients.double().sum(0)
-        mean_rest = mean_rest + part.rest.double().sum(0)
+        sums += part.coefficients.double().sum(0)
+        sums_rest += part.rest.double().sum(0)
     if not count:
         raise ValueError(f"there are no {population} in this text: give more text")
     layer = known.hook_tensor.project(known.directions[feature][None])
     dtype, directions = layer.left.dtype, known.input_directions
-    means, mean_rest = (torch.as_tensor(sum_ / count).to(dtype) for sum_ in (means, mean_rest))
+    means, mean_rest = ((each / count).to(dtype) for each in (sums, sums_rest))
     here = torch.zeros_like(run.mask)
     here[sequence, plain.position] = True
     one = next(part for part in replace(run, mask=here).read() if len(part.coefficients))
@@ -282,7 +284,8 @@ def feature_effects(
     ones, firsts = torch.zeros(2, dtype=double), torch.zeros(2, n, dtype=double)
     seconds = torch.zeros(n * n, 2, dtype=double)
     count, sums, squares = 0, torch.zeros(n, dtype=double), torch.zeros(n, dtype=double)
-    fired, rest = torch.zeros(n, dtype=torch.long), 0.0
+    fired = torch.zeros(n, dtype=torch.long)
+    rest = torch.zeros(run.features.inputs.d, dtype=torch.double)
     values = []
     for part in run.read(chosen):
         z = part.coefficients.double()

@@ -176,7 +176,8 @@ def _small(matrix: Factors, k: int, which: Which, tol: float) -> Solution | None
     most = limits.max / room if dtype != wide else limits.max**0.5 / room
     if not least < largest < most:
         return None
-    found = _select(dense, *torch.linalg.eigh(dense), k, which)
+    values, columns = torch.linalg.eigh(dense)
+    found = _select(dense, values, columns, k, which)
     # Computed in float64, but rounded to the dtype of the result.
     uncertain = found.norm * (4 * matrix.d**0.5 * limits.eps)
     found = found._replace(bound=found.bound + uncertain, rest=found.rest + uncertain)
@@ -195,7 +196,8 @@ def _batches(matrix: Factors, size: int, progress: bool) -> Iterator[Factors]:
 
 def _dense(matrix: Factors, k: int, which: Which) -> Pairs:
     dense = matrix.dense()
-    return _select(dense, *torch.linalg.eigh(dense), k, which)
+    values, columns = torch.linalg.eigh(dense)
+    return _select(dense, values, columns, k, which)
 
 
 def _lowrank(matrix: Factors, k: int, which: Which) -> Pairs:

@@ -215,7 +215,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
             f"{path} was not written by `tl-bilinear data`: its 'format' is not {FORMAT!r}"
         )
     for name, kind in _REPORTED.items():
-        value = report.get(name)
+        value: Any = report.get(name)
         counts = name in ("stories", "rows")
         if not isinstance(value, kind) or (counts and value.keys() != {*PARTS}):
             raise ValueError(
