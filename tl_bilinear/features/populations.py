@@ -21,8 +21,6 @@ from tl_bilinear.tensor import InputMoments
 if TYPE_CHECKING:
     from tl_bilinear.features.interactions import FeatureInteractions
 
-_SAVE_EVERY = 60.0  # seconds
-
 
 class MomentSums:
     """Running sums of m populations of inputs [d], in float64."""

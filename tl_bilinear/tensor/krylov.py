@@ -104,15 +104,15 @@ class _Settings(NamedTuple):
 class _Run(NamedTuple):
     """Directions whose bases grow together."""
 
-    which: Tensor  # [n], which of the batch
+    where: Tensor  # [n], which of the batch
     matrix: Factors
     basis: Basis
     rounds: int = 0  # how often fresh vectors have been taken in
 
     def of(self, rows: Tensor) -> _Run:
-        if len(rows) == len(self.which):
+        if len(rows) == len(self.where):
             return self
-        return _Run(self.which[rows], self.matrix[rows], self.basis.of(rows), self.rounds)
+        return _Run(self.where[rows], self.matrix[rows], self.basis.of(rows), self.rounds)
 
 
 def block_krylov(
@@ -148,13 +148,13 @@ def _grown(run: _Run, settings: _Settings, outcome: Outcome) -> list[_Run]:
         if basis.size < check_at and not last:
             continue
         check_at = basis.size + max(basis.block, basis.size // 12)
-        if first == math.inf and not last and len(run.which) > 2 * _SCOUTS:
-            scouts = torch.arange(_SCOUTS, device=run.which.device)
+        if first == math.inf and not last and len(run.where) > 2 * _SCOUTS:
+            scouts = torch.arange(_SCOUTS, device=run.where.device)
             found = basis.ritz(k, settings.which, scouts)
-            if not bool(_settled(run.which[scouts], found, settings).any()):
+            if not bool(_settled(run.where[scouts], found, settings).any()):
                 continue
         ritz = basis.ritz(k, settings.which)
-        settled = _settled(run.which, ritz, settings)
+        settled = _settled(run.where, ritz, settings)
         if settled.any():
             first = min(first, basis.size)
         if not (last or basis.size >= _PATIENCE * first or bool(settled.all())):
@@ -189,7 +189,7 @@ def _probed(run: _Run, ritz: Ritz, settings: _Settings, outcome: Outcome) -> lis
     which, generator = settings.which, settings.generator
     goal, _ = _goal(ritz, settings)
     limits = {sign: ritz.limit(sign, goal) for sign in settings.ends}
-    rows = max(1, min(BLOCK, ROWS // len(run.which)))
+    rows = max(1, min(BLOCK, ROWS // len(run.where)))
     rows = min(rows * 2**run.rounds, BLOCK, max(1, (run.basis.width - run.basis.size) // 2))
     run.basis.begin_probing(rows, run.rounds, generator)
     left: list[_Run] = []
@@ -244,7 +244,7 @@ def _store(
         coupling = torch.linalg.vector_norm(residuals.double(), dim=-1)
         bound = torch.maximum(ends[1], ends[-1]).clamp_min(0) + coupling
         rest = torch.stack([ends[sign] for sign in settings.ends]).amax(0)
-        outcome.finished[run.which] = True
+        outcome.finished[run.where] = True
     found = Pairs(values, vectors, residuals, bound, rest, ritz.norm)
     for target, source in zip(outcome.pairs, found, strict=True):
-        target[run.which] = source.to(target.dtype)
+        target[run.where] = source.to(target.dtype)

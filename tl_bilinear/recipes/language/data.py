@@ -225,7 +225,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-_REPORTED = {
+_REPORTED: dict[str, Any] = {
     "n_ctx": int,
     "vocabulary": int,
     "tokenizer": str,
