@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from tests.features.building import N_OUT, model, sae
 from tl_bilinear import BilinearTensor, FeatureInteractions
-from tl_bilinear.features import FeatureTerms, populations
+from tl_bilinear.features import FeatureTerms, streaming
 from tl_bilinear.features.fitted import fitted_terms
 from tl_bilinear.tensor import InputMoments
 
@@ -79,7 +79,7 @@ def test_moments_stream_and_merge(f, run, tokens):
 
 
 def test_a_stopped_stream_goes_on(f, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(populations, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(streaming, "_SAVE_EVERY", -1.0)
     path = tmp_path / "sums.safetensors"
     forward, calls = f.model.run_with_cache, []
 

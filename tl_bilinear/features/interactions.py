@@ -64,9 +64,10 @@ from tl_bilinear.features.passage import (
     output_hooks,
     residual_passage,
 )
-from tl_bilinear.features.populations import require_mask, stream, stream_moments
+from tl_bilinear.features.populations import require_mask
 from tl_bilinear.features.run import FeatureRun, default_mask, run_model, tokenise
 from tl_bilinear.features.statistics import InteractionStatistics, interaction_statistics
+from tl_bilinear.features.streaming import stream, stream_moments
 from tl_bilinear.features.unembedding import (
     PromotedTokens,
     most_promoted,
