@@ -1,7 +1,7 @@
 """Populations of tokens, and the moments of what a layer reads on them.
 
-`FeatureRun.moments` takes them from activations that are held. `FeatureInteractions.moments` streams a
-text of any length: it holds one batch at a time and, with a checkpoint, goes on where it was stopped.
+`FeatureRun.moments` takes them from activations that are held, `FeatureInteractions.moments` from a text
+of any length (`tl_bilinear.features.streaming`).
 """
 
 from __future__ import annotations

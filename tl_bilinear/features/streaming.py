@@ -1,4 +1,7 @@
-"""A text of any length, some sequences at a time: the run of each part, and moments over all of it."""
+"""A text of any length, run one batch at a time: nothing is held but the batch and the sums over it.
+
+With a checkpoint, moments go on where they were stopped.
+"""
 
 from __future__ import annotations
 
