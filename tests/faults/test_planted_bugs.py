@@ -239,7 +239,7 @@ def test_dropout_keeps_the_mean():
 
 
 def test_the_loss_is_the_mean_over_images_of_uneven_batches():
-    """Without a learning rate the model stays, so that the loss of an epoch is its loss on all images."""
+    """Without a learning rate the model stays: the loss of an epoch is its loss on all images."""
     config = TrainingConfig(
         size=4, bias=True, noise=0.0, weight_decay=0.0, learning_rate=0.0, batch=3, epochs=1
     )
