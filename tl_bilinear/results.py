@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
@@ -112,14 +111,6 @@ def of_kind(first: Tensor, second: Tensor, kind: Kind) -> Tensor:
     return masks[kind]
 
 
-def pair_columns(
-    first: Tensor, second: Tensor, labels: Sequence[str] | None = None
-) -> dict[str, list[Any]]:
-    """The columns that every table of pairs begins with: first, second, kind, and their labels."""
-    one, other = first.flatten().tolist(), second.flatten().tolist()
-    kinds = ["self" if i == j else "cross" for i, j in zip(one, other, strict=True)]
-    columns: dict[str, list[Any]] = {"first": one, "second": other, "kind": kinds}
-    if labels is not None:
-        columns["label_first"] = [labels[i] for i in one]
-        columns["label_second"] = [labels[j] for j in other]
-    return columns
+def kinds(first: Tensor, second: Tensor) -> list[str]:
+    """ "self" or "cross", of each pair."""
+    return ["self" if same else "cross" for same in (first == second).flatten().tolist()]

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_bilinear import checks
-from tl_bilinear.results import Kind, Result, pair_columns
+from tl_bilinear.results import Kind, Result, kinds
 from tl_bilinear.tensor import eigensolvers, top
 from tl_bilinear.tensor.eigendecomposition import Eigendecomposition, fix_signs
 from tl_bilinear.tensor.eigensolvers import Method, Which
@@ -377,14 +377,12 @@ class TopInteractions(Result):
     first, second: [..., k], with first <= second; equal for a self-interaction
     values: [..., k], the entries ``Q[i,j]``
     space: what the indices number
-    labels: a name for each input, shown in tables
     """
 
     first: Int[Tensor, "*batch k"]
     second: Int[Tensor, "*batch k"]
     values: Float[Tensor, "*batch k"]
     space: str | None = None
-    labels: tuple[str, ...] | None = None
 
     @property
     def is_self(self) -> Tensor:
@@ -409,7 +407,9 @@ class TopInteractions(Result):
         *batch, k = self.first.shape
         matrix = torch.arange(torch.Size(batch).numel()).repeat_interleave(k)
         columns = {} if not batch else {"matrix": matrix.tolist()}
-        columns |= pair_columns(self.first, self.second, self.labels)
+        columns["first"] = self.first.flatten().tolist()
+        columns["second"] = self.second.flatten().tolist()
+        columns["kind"] = kinds(self.first, self.second)
         columns["value"] = self.values.flatten().tolist()
         columns["coefficient"] = self.coefficients.flatten().tolist()
         return pd.DataFrame(columns)
