@@ -479,6 +479,7 @@ def stored():
             for f in dataclasses.fields(cls)
             if isinstance(getattr(result, f.name), torch.Tensor)
         )
+        numbers = (*cls._finite, "left")[0]
         required = next(
             f.name
             for f in dataclasses.fields(cls)
@@ -516,6 +517,11 @@ def stored():
                     lambda t, m, n=first: t.update({n: torch.ones(2, 1, 3, 1, 1, dtype=t[n].dtype)})
                 ),
                 rf"{first} must be|shape|is not valid",
+            ),
+            (
+                "NaN",
+                rewritten(lambda t, m, n=numbers: t[n].view(-1)[:1].fill_(NAN)),
+                rf"{numbers} is nan at \[|{numbers} has 1 NaN or infinite",
             ),
             (
                 "a field removed",

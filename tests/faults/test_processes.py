@@ -123,7 +123,7 @@ def _killed(write, load, folder, kills, longest):
     for _ in range(kills):
         with forked(_forever(lambda: write(folder))):
             time.sleep(draw.uniform(0, longest))
-        # A folder that was being exchanged is under its old name for a moment.
+        # A folder that was being exchanged is under its old name; the next writer sees to it.
         if names <= {path.name for path in folder.iterdir()}:
             load(folder)
     write(folder)

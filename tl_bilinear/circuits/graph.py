@@ -59,6 +59,8 @@ class FeatureGraph(Result):
     position: the token's, None for weights alone
     """
 
+    _finite = ("coefficients",)
+
     dictionaries: list[str]
     nodes: Int[Tensor, "n 2"]
     labels: list[str]

@@ -59,6 +59,8 @@ class Paths(Result):
     measured: ``u . f(x)`` in the model's own run
     """
 
+    _finite = ("direction", "vectors", "quadratic", "linear")
+
     tokens: Int[Tensor, " pos"]
     layer: int
     position: int

@@ -45,6 +45,8 @@ class Attribution(Named):
     measured: the pre-activation in the model's own run
     """
 
+    _finite = ("activations", "quadratic", "linear")
+
     feature: int
     position: int
     features: Int[Tensor, " m"]

@@ -30,6 +30,8 @@ class FeaturePairs(Named):
     space: what the input features are
     """
 
+    _finite = ("values",)
+
     features: Int[Tensor, "*batch k"]
     first: Int[Tensor, "*batch k"]
     second: Int[Tensor, "*batch k"]

@@ -86,6 +86,8 @@ class CP(Result):
         their norms and products are to be read as ``l M m``
     """
 
+    _finite = ("left", "right", "out")
+
     left: Float[Tensor, "rank d_in"]
     right: Float[Tensor, "rank d_in"]
     out: Float[Tensor, "d_out rank"]

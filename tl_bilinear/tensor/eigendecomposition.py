@@ -82,6 +82,8 @@ class Eigendecomposition(Result):
     metric: the metric in which they are eigenpairs; None for the Euclidean one
     """
 
+    _finite = ("values", "vectors")
+
     values: Float[Tensor, "*batch k"]
     vectors: Float[Tensor, "*batch k d"]
     residuals: Float[Tensor, "*batch k"]

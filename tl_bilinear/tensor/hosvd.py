@@ -59,6 +59,8 @@ class HOSVD(Result):
     metric: in which it is a HOSVD; None for the Euclidean one
     """
 
+    _finite = ("values", "vectors")
+
     values: Float[Tensor, " k"]
     vectors: Float[Tensor, "k d"]
     norm: float
@@ -92,6 +94,8 @@ class Tucker(Result):
     input_space, output_space: what the original coordinates are
     metric: in which it is best; None for the Euclidean one
     """
+
+    _finite = ("output_directions", "input_directions")
 
     core: BilinearTensor
     output_directions: Float[Tensor, "k_out d_out"]

@@ -59,6 +59,8 @@ class InteractionMatrix(Result):
         What the coordinates of the directions are.
     """
 
+    _finite = ("left", "right", "weights")
+
     left: Float[Tensor, "h d"]
     right: Float[Tensor, "h d"]
     weights: Float[Tensor, "*batch h"]

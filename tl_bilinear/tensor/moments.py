@@ -49,6 +49,8 @@ class InputMoments(Result):
     space: what the d coordinates are
     """
 
+    _finite = ("mean", "second")
+
     count: int
     mean: Float[Tensor, " d"]
     second: Float[Tensor, "d d"]
@@ -202,6 +204,8 @@ class Metric(Result):
     ridge: t
     count, population, space: of the inputs that it is made of
     """
+
+    _finite = ("values", "vectors")
 
     values: Float[Tensor, " r"]
     vectors: Float[Tensor, "r d"]

@@ -57,6 +57,8 @@ class Spectrum(Result):
     metric: in which all these numbers are meant; None for the Euclidean one
     """
 
+    _finite = ("values",)
+
     index: Int[Tensor, " m"]
     values: Float[Tensor, "m k"]
     residuals: Float[Tensor, "m k"]
