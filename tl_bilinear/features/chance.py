@@ -215,7 +215,8 @@ def pursue_pairs(
         return (made + made.mT) / 2
 
     rotations = [random_rotation(d, generator) for _ in range(draws)]
-    pairs, weights, p = torch.empty(0, 2, dtype=torch.long), form.new_empty(0), []
+    pairs, weights = torch.empty(0, 2, dtype=torch.long), form.new_empty(0)
+    p: list[float] = []
     left = form
     for _ in range(k):
         match = ((rows @ left) @ rows.T / sizes).abs()

@@ -224,16 +224,19 @@ def centred_attribution(
     """See `FeatureRun.centred`. chosen: [batch, pos], the population whose mean is the centre."""
     known = run.features
     plain = run.attribute(feature, position, sequence)
-    count, means, mean_rest = 0, 0.0, 0.0
-    for part in run.read(chosen):
-        count += len(part.coefficients)
-        means = means + part.coefficients.double().sum(0)
-        mean_rest = mean_rest + part.rest.double().sum(0)
-    if not count:
-        raise ValueError(f"there are no {population} in this text: give more text")
     layer = known.hook_tensor.project(known.directions[feature][None])
     dtype, directions = layer.left.dtype, known.input_directions
-    means, mean_rest = (torch.as_tensor(sum_ / count).to(dtype) for sum_ in (means, mean_rest))
+    n, d = directions.shape
+    count = 0
+    sums = torch.zeros(n, dtype=torch.double, device=run.x.device)
+    rest = torch.zeros(d, dtype=torch.double, device=run.x.device)
+    for part in run.read(chosen):
+        count += len(part.coefficients)
+        sums += part.coefficients.double().sum(0)
+        rest += part.rest.double().sum(0)
+    if not count:
+        raise ValueError(f"there are no {population} in this text: give more text")
+    means, mean_rest = (sums / count).to(dtype), (rest / count).to(dtype)
     here = torch.zeros_like(run.mask)
     here[sequence, plain.position] = True
     one = next(part for part in replace(run, mask=here).read() if len(part.coefficients))
@@ -282,7 +285,8 @@ def feature_effects(
     ones, firsts = torch.zeros(2, dtype=double), torch.zeros(2, n, dtype=double)
     seconds = torch.zeros(n * n, 2, dtype=double)
     count, sums, squares = 0, torch.zeros(n, dtype=double), torch.zeros(n, dtype=double)
-    fired, rest = torch.zeros(n, dtype=torch.long), 0.0
+    fired = torch.zeros(n, dtype=torch.long)
+    rest = torch.zeros(known.input_directions.shape[1], dtype=double)
     values = []
     for part in run.read(chosen):
         z = part.coefficients.double()
@@ -293,7 +297,7 @@ def feature_effects(
         sums += z.sum(0).cpu()
         squares += z.square().sum(0).cpu()
         fired += (z != 0).sum(0).cpu()
-        rest = rest + part.rest.double().sum(0).cpu()
+        rest += part.rest.double().sum(0).cpu()
         ones += weights.sum(1).cpu()
         firsts += (weights @ z).cpu()
         keys, products, at = active_pairs(z)
@@ -309,7 +313,7 @@ def feature_effects(
     means = sums / count
     directions = known.input_directions.double().cpu()
     layer = known.hook_tensor.project(known.directions[feature][None]).to("cpu", double)
-    around = layer.around(means @ directions + torch.as_tensor(rest) / count)
+    around = layer.around(means @ directions + rest / count)
     parts = around.parts()
     slopes = directions @ parts.linear[0]
     entries = directions @ parts.interaction.interaction()[0].dense() @ directions.T

@@ -113,5 +113,5 @@ def _term(left: Tensor, shift: Tensor, rows: Tensor, samples: float) -> tuple[fl
             loss.backward()
             return loss
 
-        solver.step(change)  # type: ignore[arg-type]
+        solver.step(change)
     return sign, v.detach()

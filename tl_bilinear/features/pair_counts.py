@@ -316,8 +316,10 @@ class RankedPairs(Named):
         chosen = of_kind(self.first, self.second, kind).nonzero()[:, 0]
         chosen = chosen[ranks[chosen].argsort(stable=True)]
         checks.require_count("k", k, len(chosen), "the pairs held")
-        names = ("first", "second", "coefficients", "on_text", "where_active", "together")
-        names += ("together_active", "correlation", "ranks")
+        names = (
+            *("first", "second", "coefficients", "on_text", "where_active", "together"),
+            *("together_active", "correlation", "ranks"),
+        )
         held = {name: getattr(self, name)[chosen[:k]] for name in names}
         return replace(self, order=order, **held)
 
