@@ -224,18 +224,19 @@ def centred_attribution(
     """See `FeatureRun.centred`. chosen: [batch, pos], the population whose mean is the centre."""
     known = run.features
     plain = run.attribute(feature, position, sequence)
+    layer = known.hook_tensor.project(known.directions[feature][None])
+    dtype, directions = layer.left.dtype, known.input_directions
+    n, d = directions.shape
     count = 0
-    sums = known.directions.new_zeros(known.inputs.n, dtype=torch.double)
-    sums_rest = known.directions.new_zeros(known.inputs.d, dtype=torch.double)
+    sums = torch.zeros(n, dtype=torch.double, device=run.x.device)
+    rest = torch.zeros(d, dtype=torch.double, device=run.x.device)
     for part in run.read(chosen):
         count += len(part.coefficients)
         sums += part.coefficients.double().sum(0)
-        sums_rest += part.rest.double().sum(0)
+        rest += part.rest.double().sum(0)
     if not count:
         raise ValueError(f"there are no {population} in this text: give more text")
-    layer = known.hook_tensor.project(known.directions[feature][None])
-    dtype, directions = layer.left.dtype, known.input_directions
-    means, mean_rest = ((each / count).to(dtype) for each in (sums, sums_rest))
+    means, mean_rest = (sums / count).to(dtype), (rest / count).to(dtype)
     here = torch.zeros_like(run.mask)
     here[sequence, plain.position] = True
     one = next(part for part in replace(run, mask=here).read() if len(part.coefficients))
@@ -285,7 +286,7 @@ def feature_effects(
     seconds = torch.zeros(n * n, 2, dtype=double)
     count, sums, squares = 0, torch.zeros(n, dtype=double), torch.zeros(n, dtype=double)
     fired = torch.zeros(n, dtype=torch.long)
-    rest = torch.zeros(run.features.inputs.d, dtype=torch.double)
+    rest = torch.zeros(known.input_directions.shape[1], dtype=double)
     values = []
     for part in run.read(chosen):
         z = part.coefficients.double()
@@ -296,7 +297,7 @@ def feature_effects(
         sums += z.sum(0).cpu()
         squares += z.square().sum(0).cpu()
         fired += (z != 0).sum(0).cpu()
-        rest = rest + part.rest.double().sum(0).cpu()
+        rest += part.rest.double().sum(0).cpu()
         ones += weights.sum(1).cpu()
         firsts += (weights @ z).cpu()
         keys, products, at = active_pairs(z)
@@ -312,7 +313,7 @@ def feature_effects(
     means = sums / count
     directions = known.input_directions.double().cpu()
     layer = known.hook_tensor.project(known.directions[feature][None]).to("cpu", double)
-    around = layer.around(means @ directions + torch.as_tensor(rest) / count)
+    around = layer.around(means @ directions + rest / count)
     parts = around.parts()
     slopes = directions @ parts.linear[0]
     entries = directions @ parts.interaction.interaction()[0].dense() @ directions.T
