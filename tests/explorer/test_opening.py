@@ -1,0 +1,74 @@
+"""From Python and from the command line: what is written, and that it is a page."""
+
+from __future__ import annotations
+
+import re
+import webbrowser
+
+import pytest
+
+from tests.explorer import building
+from tests.explorer.conftest import visiting
+from tl_bilinear import cli, explore
+from tl_bilinear.explorer import opening
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    found = []
+    monkeypatch.setattr(webbrowser, "open", found.append)
+    return found
+
+
+def test_a_run_is_explored_and_opened(tmp_path, opened):
+    view = explore(building.run("plain"), tmp_path / "page.html", title="My layer", progress=False)
+    assert opened == [(tmp_path / "page.html").resolve().as_uri()]
+    assert re.fullmatch(r"PageView\(.*page\.html, \d+\.\d MB\)", repr(view))
+    folder = explore(
+        building.panel("plain"), tmp_path / "folder", folder=True, open=False, progress=False
+    )
+    assert folder.path == tmp_path / "folder" / "index.html"
+    assert len(opened) == 1
+
+
+def test_in_a_notebook_the_page_shows_in_a_frame(tmp_path, browser):
+    view = explore(building.panel("plain"), tmp_path / "page.html", open=False, progress=False)
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(f"<!doctype html><body>{view._repr_html_()}</body>")
+    with visiting(browser, allowed=("file:", "data:", "blob:", "about:")) as tab:
+        tab.goto(notebook.as_uri())
+        frame = tab.frame_locator("iframe")
+        frame.get_by_role("link", name="Input features").click()
+        frame.get_by_role("heading", name="Input features of layer 1").wait_for()
+        frame.locator("tbody a.chip").first.click()
+        frame.get_by_role("heading", name="Output features that it feeds").wait_for()
+
+
+def test_the_command_writes_the_page_of_the_model_that_ships(
+    tmp_path, monkeypatch, opened, browser, capsys
+):
+    monkeypatch.setattr(opening, "language_panel", few_features)
+    out = tmp_path / "page.html"
+    arguments = ["explore", "--rows", "2", "--layer", "2", "--out", str(out), "--quiet"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("PageView(")
+    assert opened == [out.resolve().as_uri()]
+    with visiting(browser) as tab:
+        tab.goto(out.as_uri() + "#/language/about")
+        tab.get_by_role("heading", name="Layer 2 of the model that ships").wait_for()
+        assert "SAE 2-mlp_in" in tab.locator("main").inner_text()
+
+
+def few_features(run, **words):
+    """The panel of a run cut to its first features: 768 take a while."""
+    from dataclasses import replace
+
+    from tests.explorer.test_server import few
+    from tl_bilinear import FeatureInteractions
+    from tl_bilinear.explorer import language_panel
+
+    known = run.features
+    cut = FeatureInteractions(
+        known.model, known.layer, few(known.inputs.sae), few(known.outputs.sae)
+    )
+    return language_panel(replace(run, features=cut), **words)
