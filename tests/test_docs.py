@@ -112,7 +112,16 @@ def stand_ins(hub, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+SLOW = {"saes", "images"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in SLOW))
+        for page in PAGES
+    ],
+)
 def test_blocks_run_as_written_and_print_what_is_shown(page, stand_ins, unchecked):
     for block, shown, got in printed(page.read_text(), str(page)):
         place = f"{page.name}, line {block.line}"
