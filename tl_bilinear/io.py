@@ -125,14 +125,19 @@ def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises FileNotFoundError where the folder does not exist, OSError where it cannot be written.
     """
+    target = _place_of(target)
+    with _written_beside(target) as temporary:
+        yield temporary
+        temporary.replace(target)
+
+
+def _place_of(target: str | os.PathLike[str]) -> Path:
     target = Path(target)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
     if target.is_dir():
         raise IsADirectoryError(f"cannot write the file {target}: it is a folder")
-    with _written_beside(target) as temporary:
-        yield temporary
-        temporary.replace(target)
+    return target
 
 
 @contextmanager
@@ -339,8 +344,12 @@ def save_tensors(
         storages.add(contiguous[name].untyped_storage().data_ptr())
     header = {name: json.dumps(value) for name, value in metadata.items()}
     header[DIGEST] = digest_of(contiguous, header)
-    with whole_file(path) as temporary:
-        safetensors.torch.save_file(contiguous, temporary, metadata=header)
+    target = _place_of(path)
+    # In a folder: safetensors writes to a file of a name of its own first, which a kill would leave.
+    with _written_beside(target) as folder:
+        folder.mkdir()
+        safetensors.torch.save_file(contiguous, folder / target.name, metadata=header)
+        (folder / target.name).replace(target)
 
 
 def load_tensors(
