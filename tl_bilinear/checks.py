@@ -117,18 +117,19 @@ def require_int(name: str, value: Any) -> int:
     return value
 
 
-def require_number(name: str, value: Any, what: str, *, positive: bool = False) -> float:
-    """A finite number of at least 0, or above 0; `what` goes on with the name: "bounds a norm"."""
+def require_number(
+    name: str, value: Any, what: str, *, positive: bool = False, signed: bool = False
+) -> float:
+    """A finite number: of at least 0, above 0, or any; `what` goes on with the name: "bounds a norm"."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} {what} and must be a finite number, got {value}")
-    if value < 0 or (positive and value == 0):
-        raise ValueError(
-            f"{name} {what} and must {'be positive' if positive else 'not be negative'}, got {value}"
-        )
+    if not signed and (value < 0 or (positive and value == 0)):
+        needed = "be positive" if positive else "not be negative"
+        raise ValueError(f"{name} {what} and must {needed}, got {value}")
     return float(value)
 
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from tl_bilinear import checks
 from tl_bilinear.results import Result
 from tl_bilinear.tensor import registry
+from tl_bilinear.tensor.factors import Factors, rescaled
 from tl_bilinear.tensor.grams import pair_gram_tiles, squared_norms
 from tl_bilinear.tensor.interaction import InteractionMatrix
 from tl_bilinear.tensor.moments import Metric
@@ -149,6 +150,11 @@ class BilinearTensor(Result):
         return (self.d_out, self.d_in, self.d_in)
 
     @property
+    def factors(self) -> Factors:
+        """The interaction part, ``B[a]`` for every output: what methods take that know no biases."""
+        return Factors(self.left, self.right, self.out)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.left.dtype
 
@@ -201,7 +207,8 @@ class BilinearTensor(Result):
         The result reads n coordinates, the coefficients of the rows (a dictionary's activations,
         the pixels before an embedding). An `offset` (a decoder bias, say) enters the biases exactly.
 
-        Returns a tensor of shape [d_out, n, n]; raises ValueError for rows of another width.
+        Returns a tensor of shape [d_out, n, n]; raises ValueError for rows of another width, or with NaN
+        or infinite entries.
         """
         directions = checks.require_matrix(
             "directions", directions, self.d_in, checks.meaning("d_in", self.input_space), self.left
@@ -229,7 +236,8 @@ class BilinearTensor(Result):
     ) -> BilinearTensor:
         """Change the output basis: ``t.project(E)(x) == t(x) @ E.T``; bias_out is projected too.
 
-        Returns a tensor of shape [n, d_in, d_in]; raises ValueError for rows of another width.
+        Returns a tensor of shape [n, d_in, d_in]; raises ValueError for rows of another width, or with
+        NaN or infinite entries.
         """
         directions = checks.require_matrix(
             "directions",
@@ -320,7 +328,8 @@ class BilinearTensor(Result):
         (`parts()` holds the rest, `augmented().interaction(u)` all of it). Leading dimensions of
         `directions` become batch dimensions; None stands for every output, ``B`` itself.
 
-        Raises ValueError for a direction of the wrong width.
+        Raises ValueError for a direction of the wrong width, or with NaN or infinite entries (naming its
+        row).
         """
         if directions is None:
             weights = self.out
@@ -404,22 +413,31 @@ class BilinearTensor(Result):
         The hidden sizes may differ. Costs O(h1 h2 (d_in + d_out)), holds a few tiles of h1 x h2.
         """
         require_same_shape(self, other, "compared")
+        total, exponent = self._inner(other)
+        return rescaled("inner products", total, exponent, self.dtype)
+
+    def _inner(self, other: BilinearTensor) -> tuple[Tensor, Tensor]:
+        """The inner product over a power of two, and its exponent."""
+        (one, first), (two, second) = (each.factors.normalised_together() for each in (self, other))
         total = torch.zeros((), dtype=checks.gram_dtype(self.left), device=self.device)
-        out = self.out.to(total.dtype)
-        for rows, tile in pair_gram_tiles(self.left, self.right, other.left, other.right):
-            total = total + ((out[:, rows].T @ other.out.to(total.dtype)) * tile).sum()
-        return total.to(self.dtype)
+        out = one.weights.to(total.dtype)
+        for rows, tile in pair_gram_tiles(one.left, one.right, two.left, two.right):
+            total = total + ((out[:, rows].T @ two.weights.to(total.dtype)) * tile).sum()
+        return total, first + second
 
     def norm(self) -> Float[Tensor, ""]:
         """The Frobenius norm of B."""
-        squares = squared_norms(self.out, self.left, self.right)
-        return squares.sum().clamp_min(0).sqrt().to(self.dtype)
+        factors, exponent = self.factors.normalised_together()
+        squares = squared_norms(factors.weights, factors.left, factors.right)
+        return rescaled("norms", squares.sum().clamp_min(0).sqrt(), exponent, self.dtype)
 
     def cosine_similarity(self, other: BilinearTensor) -> Float[Tensor, ""]:
         """``<B1, B2> / (|B1| |B2|)``; 0 where either is zero."""
-        scale = self.norm() * other.norm()
-        tiny = torch.finfo(scale.dtype).tiny
-        return torch.where(scale > 0, self.inner(other) / scale.clamp_min(tiny), 0.0)
+        (one, _), (two, _) = (each.factors.normalised_together() for each in (self, other))
+        norms = [squared_norms(f.weights, f.left, f.right).sum() for f in (one, two)]
+        scale = (norms[0] * norms[1]).clamp_min(0).sqrt()
+        safe = torch.where(scale > 0, scale, 1.0)
+        return torch.where(scale > 0, self._inner(other)[0] / safe, 0.0).to(self.dtype)
 
     # ------------------------------------------------------------------ inside
 

@@ -66,7 +66,7 @@ def functional_inner(
         total = total + (first.parts().linear * second.parts().linear).sum()
     if not centred:
         total = total + _mean(first) @ _mean(second)
-    return total.to(dtype)
+    return checks.narrowed("inner products", total, dtype)
 
 
 def functional_similarity(
@@ -84,10 +84,12 @@ def functional_similarity(
     """
     dtype = first.dtype
     first, second = _under(inputs, first), _under(inputs, second)
-    squares = [functional_inner(each, each, centred=centred) for each in (first, second)]
-    scale = (squares[0] * squares[1]).clamp_min(0).sqrt()
+    norms = [functional_inner(each, each, centred=centred) for each in (first, second)]
+    norms = [square.clamp_min(0).sqrt() for square in norms]
     product = functional_inner(first, second, centred=centred)
-    return torch.where(scale > 0, product / scale.clamp_min(1e-300), 0.0).to(dtype)
+    nonzero = (norms[0] > 0) & (norms[1] > 0)
+    safe = [torch.where(nonzero, norm, 1.0) for norm in norms]
+    return torch.where(nonzero, product / safe[0] / safe[1], 0.0).to(dtype)
 
 
 def _under(inputs: InputMoments | None, layer: BilinearTensor) -> BilinearTensor:
@@ -178,8 +180,7 @@ def match_eigenvectors(
 
     Raises ValueError for different widths, batch shapes or spaces.
     """
-    if by not in ("rank", "assignment"):
-        raise ValueError(f"by must be 'rank' or 'assignment', got {by!r}")
+    checks.require_option("by", by, ("rank", "assignment"))
     _require_comparable(first, second)
     if k is not None:
         first, second = first.top(k), second.top(k)

@@ -48,6 +48,7 @@ from tl_bilinear.results import Result
 from tl_bilinear.tensor import grams
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import fix_signs
+from tl_bilinear.tensor.factors import Factors, rescaled
 from tl_bilinear.tensor.hosvd import hosvd
 from tl_bilinear.tensor.moments import Metric
 
@@ -72,8 +73,8 @@ class CP(Result):
         ``l . m >= 0``; zero rows for neurons that carry nothing
     out: [d_out, rank], what each neuron writes; its column norms are the weights
     norm: Frobenius norm of B
-    error: ``||B - B_hat||`` of these factors, exact: from Grams in float64, whatever the dtype of the
-        fit (an error below 1e-8 of the norm is rounding)
+    error: ``||B - B_hat||`` of these factors in float64, whatever the dtype of the fit; an upper bound,
+        above the truth by rounding only: 1e-14 of the neurons for small layers, 1e-7 for large ones
     errors: [restarts], the same of each restart, before any sparsity
     dense_error: the error of the best restart before sparsity; `error` where none was asked for:
         the difference is what the zeros cost
@@ -150,8 +151,9 @@ class CP(Result):
         """
         checks.require_count("k", k, self.rank, "the neurons held")
         left, right = self._whitened(self.left[k:]), self._whitened(self.right[k:])
-        rest = grams.squared_norms(self.out[:, k:], left, right)
-        error = self.error + math.sqrt(max(0.0, float(rest.sum())))
+        factors, power = Factors(left, right, self.out[:, k:]).normalised_together()
+        left_out = grams.norm_bound(factors.left, factors.right, factors.weights)
+        error = self.error + math.ldexp(left_out, int(power))
         left, right, out = self.left[:k], self.right[:k], self.out[:, :k]
         return replace(self, left=left, right=right, out=out, error=error)
 
@@ -221,19 +223,18 @@ def cp(
     """
     rank = _positive("rank", rank)
     restarts, steps = _positive("restarts", restarts), _positive("steps", steps)
-    if tol <= 0:
-        raise ValueError(f"tol is a relative decrease of the squared error, above 0, got {tol}")
-    if ridge < 0:
-        raise ValueError(
-            f"ridge weighs a penalty on the weights and must not be negative, got {ridge}"
-        )
-    if sparsity < 0:
-        raise ValueError(f"sparsity weighs an L1 penalty and must not be negative, got {sparsity}")
-    layer = tensor.parts().interaction
+    tol = checks.require_number(
+        "tol", tol, "is a relative decrease of the squared error", positive=True
+    )
+    ridge = checks.require_number("ridge", ridge, "weighs a penalty on the weights")
+    sparsity = checks.require_number("sparsity", sparsity, "weighs an L1 penalty")
+    source = tensor
     if metric is not None:
-        layer = layer.whiten(metric)
+        source = tensor.whiten(metric)
         init = init if isinstance(init, str) else init.whiten(metric)
-    generator = torch.Generator().manual_seed(seed)
+    factors, power = source.factors.normalised_together()
+    layer = BilinearTensor(factors.left, factors.right, factors.weights)
+    generator = torch.Generator().manual_seed(checks.require_int("seed", seed))
     start, norm = _first_start(layer, rank, init, generator)
     target = _Target.of(layer, norm)
     fits = []
@@ -243,29 +244,33 @@ def cp(
                 start = _random_start(layer, rank, generator)
             fits.append(_fit(target, start, ridge, steps, tol, bar))
     # Errors are taken from the factors as they are returned, in the layer's own dtype.
-    factors = [_normalise(fit.inputs, fit.out, layer) for fit in fits]
-    errors = [_error(layer, norm, *each) for each in factors]
+    fitted = [_normalise(fit.inputs, fit.out, layer) for fit in fits]
+    errors = [_error(layer, norm, *each) for each in fitted]
     best = min(range(restarts), key=errors.__getitem__)
     error = errors[best]
     if sparsity > 0:
         sparse = _sparsify(target, fits[best], ridge, sparsity, steps, tol)
-        factors[best] = _normalise(sparse.inputs, sparse.out, layer)
-        error = _error(layer, norm, *factors[best])
-    left, right, out = factors[best]
+        fitted[best] = _normalise(sparse.inputs, sparse.out, layer)
+        error = _error(layer, norm, *fitted[best])
+    left, right, out = fitted[best]
     if metric is not None:
         left, right = metric.inverse_root(left), metric.inverse_root(right)
+
+    def scaled(number: float) -> float:
+        return math.ldexp(number, int(power))
+
     return CP(
         left,
         right,
-        out,
-        norm,
-        error,
-        torch.tensor(errors, dtype=checks.gram_dtype(layer.left)),
-        errors[best],
+        rescaled("what neurons write", out, power, layer.dtype),
+        scaled(norm),
+        scaled(error),
+        torch.tensor([scaled(each) for each in errors], dtype=checks.gram_dtype(layer.left)),
+        scaled(errors[best]),
         fits[best].steps,
         fits[best].converged,
-        float(ridge),
-        float(sparsity),
+        ridge,
+        sparsity,
         tensor.input_space,
         tensor.output_space,
         metric,
@@ -281,6 +286,8 @@ def _first_start(
     """Input factors [2 rank, d_in] of the first restart, and the norm of B."""
     if isinstance(init, str) and init not in ("eigen", "random"):
         raise ValueError(f"init must be 'eigen', 'random' or a BilinearTensor, got {init!r}")
+    if not isinstance(init, (str, BilinearTensor)):
+        raise TypeError(f"init must be 'eigen', 'random' or a BilinearTensor, got {init!r}")
     if not isinstance(init, str) and (init.d_in != layer.d_in or init.d_hidden > rank):
         raise ValueError(
             f"init must have d_in={layer.d_in} and at most rank={rank} hidden neurons, got "
@@ -645,11 +652,5 @@ def _normalise(inputs: Tensor, out: Tensor, layer: BilinearTensor) -> tuple[Tens
 
 
 def _error(layer: BilinearTensor, norm: float, left: Tensor, right: Tensor, out: Tensor) -> float:
-    """``||B - B_hat||`` from Grams in float64."""
-    dtype = checks.gram_dtype(layer.left)
-    fitted = float(grams.squared_norms(out, left, right).sum())
-    shared = 0.0
-    for rows, tile in grams.pair_gram_tiles(left, right, layer.left, layer.right):
-        overlap = out[:, rows].to(dtype).T @ layer.out.to(dtype)
-        shared += float((overlap * tile).sum())
-    return math.sqrt(max(0.0, norm**2 - 2 * shared + fitted))
+    """``||B - B_hat||``, from above."""
+    return grams.distance((layer.left, layer.right, layer.out), (left, right, out), norm**2)

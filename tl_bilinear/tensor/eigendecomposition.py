@@ -334,6 +334,7 @@ class Eigendecomposition(Result):
                 f"projectors are of one matrix, this is a batch of {list(self.batch_shape)}; "
                 f"index it first"
             )
+        rtol = checks.require_number("rtol", rtol, "is a relative gap")
         order = self.values.argsort(descending=True)
         values = self.values[order]
         gap = rtol * values.abs().max()

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from tl_bilinear import checks
 from tl_bilinear.tensor import krylov
 from tl_bilinear.tensor.eigendecomposition import Which, signed
-from tl_bilinear.tensor.factors import Factors, rescaled, rounding, times_power
+from tl_bilinear.tensor.factors import Factors, fits, power_of_two, rescaled, rounding, times_power
 from tl_bilinear.tensor.krylov import Pairs
 from tl_bilinear.tensor.probes import FAILURE_PROBABILITY
 
@@ -140,11 +140,14 @@ def _scaled_back(
 ) -> Solution:
     """The pairs of normalised matrices in the scale of the given ones."""
     dtype = found.values.dtype
-    rescaled("eigenvalues", found.norm, exponents, dtype)  # refuses what the dtype cannot hold
+    small = fits(exponents, dtype)
+    factor = power_of_two(exponents, dtype) if small else exponents
+    if not small:
+        rescaled("eigenvalues", found.norm, exponents, dtype)  # refuses what the dtype cannot hold
 
     def scaled(values: Tensor) -> Tensor:
-        powers = exponents.reshape(exponents.shape + (1,) * (values.ndim - 1))
-        return times_power(values, powers)
+        shaped = factor.reshape(factor.shape + (1,) * (values.ndim - 1))
+        return values * shaped if small else times_power(values, shaped)
 
     return Solution(
         scaled(found.values),

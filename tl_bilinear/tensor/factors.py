@@ -84,6 +84,13 @@ class Factors:
             shift = taken - exponents[:, None]
         return Factors(left, right, times_power(self.weights, shift)), exponents
 
+    def normalised_together(self) -> tuple[Factors, Int[Tensor, ""]]:
+        """The same over one power of two for all: the largest matrix has entries near 1."""
+        matrices, exponents = self.normalised()
+        largest = exponents.max() if len(exponents) else exponents.sum()
+        weights = times_power(matrices.weights, (exponents - largest)[:, None])
+        return Factors(matrices.left, matrices.right, weights), largest
+
     def neurons(self) -> Float[Tensor, " n"]:
         """``sqrt(sum_h p_h^2 |l_h|^2 |r_h|^2)``: about ``||Q||_F`` if no two neurons overlap."""
         left, right = (torch.linalg.vector_norm(half, dim=1) for half in (self.left, self.right))
@@ -161,18 +168,31 @@ def times_power(values: Tensor, exponents: Tensor) -> Tensor:
     wide = values.to(checks.gram_dtype(values))
     # In two steps: a power of two may leave the dtype where the result does not.
     half = torch.div(exponents, 2, rounding_mode="floor")
-    wide = torch.ldexp(torch.ldexp(wide, half), exponents - half)
+    for step in (half, exponents - half):
+        wide = wide * power_of_two(step, wide.dtype)
     return wide.to(values.dtype)
 
 
 def rescaled(name: str, values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Results of normalised matrices in the scale of the given ones, in `dtype`; [n] or [n, k].
+    """Results of normalised matrices in the scale of the given ones, in `dtype`; [n] or [n, ...].
 
     Raises ValueError where `dtype` cannot hold numbers of that size.
     """
     exponents = exponents.reshape(exponents.shape + (1,) * (values.ndim - exponents.ndim))
+    if fits(exponents, dtype):
+        return (values * power_of_two(exponents, values.dtype)).to(dtype)
     wide = values.to(checks.gram_dtype(values))
     return checks.narrowed(name, times_power(wide, exponents), dtype)
+
+
+def fits(exponents: Tensor, dtype: torch.dtype) -> bool:
+    """Whether results of normalised matrices can be scaled back in a dtype without a second thought."""
+    room = 60 if dtype.itemsize < 8 else 500  # they are far from the ends of the dtype themselves
+    return not exponents.numel() or int(exponents.abs().max()) <= room
+
+
+def power_of_two(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponents, dtype=dtype), exponents)
 
 
 def _tame(factor: Tensor) -> tuple[Tensor, Tensor | None]:

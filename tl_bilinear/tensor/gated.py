@@ -229,6 +229,8 @@ def approximate(
     layer = mlp if isinstance(mlp, GatedLayer) else read_gated(mlp)
     if fit not in get_args(Fit):
         raise ValueError(f"unknown fit {fit!r}; there are {', '.join(get_args(Fit))}")
+    checks.require_number("held_out", held_out, "is a share of the inputs")
+    checks.require_number("warn_below", warn_below, "is a share of the variance", signed=True)
     dtype = checks.compute_dtype(layer.gate.dtype)
     exact = layer.to(checks.gram_dtype(layer.gate))
     fitted_on, test, kept_out, groups, measured_on = _parted(inputs, exact, held_out)
@@ -389,6 +391,8 @@ def _parted(inputs: Inputs, layer: GatedLayer, held_out: float) -> _Parted:
             f"expected a mean [{layer.d_in}] and a covariance [{layer.d_in}, {layer.d_in}], got "
             f"{checks.shape(mean)} and {checks.shape(covariance)}"
         )
+    checks.require_finite("mean", mean)
+    checks.require_finite("covariance", covariance)
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     if values[0] < -1e-6 * values[-1].abs():
         raise ValueError(f"the covariance has a negative eigenvalue, {values[0].item():.3g}")

@@ -9,6 +9,7 @@ give ``<Q, Q'> = p^T M p'`` for interaction matrices with neuron weights p and p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,11 @@ from tl_bilinear import checks
 
 TILE_BYTES = 64 * 2**20
 """Memory that one tile of M may take, in bytes; a few are alive at a time."""
+
+EXACT_FLOPS = 2e9
+"""Work up to which the norm of a difference is taken from its entries: a second or less."""
+
+_ROUNDING = 8  # of sums in float64, in eps of the size of their terms
 
 
 def pair_gram_tiles(
@@ -78,3 +84,64 @@ def squared_norms(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
             through = chunk[:, columns].to(dtype) @ tile.T
             totals[index] = totals[index] + 2 * (through * chunk[:, rows]).sum(1)
     return torch.cat(totals) if totals else weights.new_zeros(0, dtype=dtype)
+
+
+def size_of(left: Tensor, right: Tensor, out: Tensor) -> float:
+    """``sqrt(sum_h |out_h|^2 |l_h|^2 |r_h|^2)``: what rounding of sums over neurons is relative to."""
+    wide = checks.gram_dtype(left)
+    parts = [torch.linalg.vector_norm(half, dim=1, dtype=wide) for half in (left, right)]
+    parts.append(torch.linalg.vector_norm(out, dim=0, dtype=wide))
+    return float(torch.linalg.vector_norm(parts[0] * parts[1] * parts[2]))
+
+
+def norm_bound(left: Tensor, right: Tensor, out: Tensor, size: float = 0.0) -> float:
+    """An upper bound on the norm of ``sum_h out_h (x) sym(l_h r_h^T)``, near it.
+
+    From the entries, where that can be afforded: they are rounded to eps of the neurons' size, and a
+    Gram to its root. Else from the Gram. `size` is that of numbers whose difference `out` is.
+    """
+    wide = checks.gram_dtype(left)
+    left, right, out = left.to(wide), right.to(wide), out.to(wide)
+    size = max(size, size_of(left, right, out))
+    eps = torch.finfo(wide).eps
+    if affordable(left, out):
+        return _entries_norm(left, right, out) + _ROUNDING * eps * size
+    squares = float(squared_norms(out, left, right).sum())
+    return math.sqrt(max(0.0, squares) + _ROUNDING * eps * size**2)
+
+
+def affordable(left: Tensor, out: Tensor) -> bool:
+    """Whether all entries of such a layer can be met one after the other."""
+    hidden, width = left.shape
+    return 2.0 * len(out) * hidden * width**2 <= EXACT_FLOPS
+
+
+def distance(
+    one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor], square: float
+) -> float:
+    """An upper bound on ``||B - B'||``, near it, for (left, right, out) of two layers.
+
+    `square` is ``||B||^2``. As `norm_bound` of the difference; where that cannot be afforded,
+    ``|B|^2 - 2 <B, B'> + |B'|^2`` and what its cancellation may leave.
+    """
+    wide = checks.gram_dtype(one[0])
+    (left, right, out), others = (tuple(t.to(wide) for t in each) for each in (one, other))
+    stacked = torch.cat([left, others[0]]), torch.cat([right, others[1]])
+    if affordable(stacked[0], out):
+        return norm_bound(*stacked, torch.cat([out, -others[2]], 1), math.sqrt(square))
+    own = float(squared_norms(others[2], others[0], others[1]).sum())
+    shared = 0.0
+    for rows, tile in pair_gram_tiles(others[0], others[1], left, right):
+        shared += float(((others[2][:, rows].T @ out) * tile).sum())
+    size = size_of(left, right, out) ** 2 + size_of(*others) ** 2 + square + max(0.0, own)
+    rounding = _ROUNDING * torch.finfo(wide).eps * size
+    return math.sqrt(max(0.0, square - 2 * shared + own) + rounding)
+
+
+def _entries_norm(left: Tensor, right: Tensor, out: Tensor) -> float:
+    step = max(1, TILE_BYTES // (max(1, left.shape[1] * max(left.shape)) * left.element_size()))
+    total = 0.0
+    for rows in out.split(step):
+        half = (left.T * rows[:, None, :]) @ right
+        total += float((half + half.mT).square().sum()) / 4
+    return math.sqrt(total)

@@ -16,7 +16,9 @@ The same for an input mode (``mode="input"``): the left singular vectors of B fl
 d_in x (d_out d_in), the directions of input space that the layer as a whole reads most.
 
 **Noise.** A Gram squares the condition number. It is taken in float64, so singular values below
-``floor = sigma_1 sqrt(d eps)`` are rounding, whatever the dtype of the factors.
+`floor` are rounding, whatever the dtype of the factors: about 1e-7 of the layer's neurons, which
+where they cancel is more beside the layer itself. Stated errors contain what rounding may do: the
+true ones do not exceed them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from tl_bilinear.results import Result
 from tl_bilinear.tensor import grams
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import fix_signs
+from tl_bilinear.tensor.factors import Factors, rescaled, times_power
 from tl_bilinear.tensor.interaction import InteractionMatrix
 from tl_bilinear.tensor.moments import Metric
 
@@ -51,6 +54,8 @@ class HOSVD(Result):
         largest-magnitude coordinate positive
     norm: Frobenius norm of B, the root of the sum of all squared singular values
     floor: singular values below it are rounding
+    truncation_error: ``||B - sum_i sigma_i u_i (x) q_i||``, what these k components leave out; an upper
+        bound, above the truth by rounding only
     mode: "output" or "input"
     space: what the coordinates of `vectors` are
     interactions: for mode "output" the right singular matrices q_i, a batch of k implicit interaction
@@ -65,20 +70,17 @@ class HOSVD(Result):
     vectors: Float[Tensor, "k d"]
     norm: float
     floor: float
+    truncation_error: float
     mode: Mode = "output"
     space: str | None = None
     interactions: InteractionMatrix | None = field(default=None, metadata={"stored": False})
     metric: Metric | None = None
 
     @property
-    def truncation_error(self) -> float:
-        """``||B - sum_i sigma_i u_i (x) q_i||``, what these k components leave out."""
-        return math.sqrt(max(0.0, self.norm**2 - float(self.values.double().square().sum())))
-
-    @property
     def explained(self) -> Float[Tensor, " k"]:
         """[k], share of the squared norm of B that the first components hold together."""
-        return self.values.square().cumsum(0) / max(self.norm**2, torch.finfo(torch.float32).tiny)
+        shares = (self.values.to(checks.gram_dtype(self.values)) / (self.norm or 1.0)).square()
+        return shares.cumsum(0).to(self.values.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ class Tucker(Result):
     core: BilinearTensor of shape [k_out, k_in, k_in]
     output_directions: U [k_out, d_out], input_directions: V [k_in, d_in]; orthonormal rows (in a
         metric V are filters, ``V M V^T = I``)
-    error: ``||B - approximation||`` (Frobenius), exact
+    error: ``||B - approximation||`` (Frobenius); an upper bound, above the truth by rounding only
     input_space, output_space: what the original coordinates are
     metric: in which it is best; None for the Euclidean one
     """
@@ -137,39 +139,55 @@ def hosvd(
 
     Raises ValueError for k below 1 or above the mode's size.
     """
-    if mode not in ("output", "input"):
-        raise ValueError(f"mode must be 'output' or 'input', got {mode!r}")
+    checks.require_option("mode", mode, ("output", "input"))
     width = tensor.d_out if mode == "output" else tensor.d_in
     k = width if k is None else checks.require_count("k", k, width, f"the {mode} directions")
-    original = tensor
-    if metric is not None:
-        tensor = tensor.whiten(metric)
-    if mode == "output":
-        gram = grams.congruence(tensor.out, tensor.left, tensor.right)
-    else:
-        gram = _input_gram(tensor)
-    squares, vectors = torch.linalg.eigh(gram)
+    source = tensor if metric is None else tensor.whiten(metric)
+    factors, power = source.factors.normalised_together()
+    left, right, out = factors.left, factors.right, factors.weights
+    gram = grams.congruence(out, left, right) if mode == "output" else _input_gram(left, right, out)
+    squares, columns = torch.linalg.eigh(gram)
     norm = float(squares.clamp_min(0).sum().sqrt())
-    values = squares.flip(0)[:k].clamp_min(0).sqrt()
-    largest = float(squares[-1].clamp_min(0).sqrt()) if width else 0.0
-    floor = largest * math.sqrt(width * torch.finfo(gram.dtype).eps)
-    values = values.to(tensor.dtype)
-    directions = vectors.T.flip(0)[:k].to(tensor.dtype)
-    if metric is not None and mode == "input":
-        directions = metric.inverse_root(directions)
-    directions = fix_signs(directions)
-    interactions = None
+    exact = squares.flip(0)[:k].clamp_min(0).sqrt()
+    largest = float(exact[0]) if width else 0.0
+    size = grams.size_of(left, right, out)
+    eps = torch.finfo(gram.dtype).eps
+    floor = math.sqrt(eps * (width * largest**2 + 8 * size**2))
+    values = exact.to(tensor.dtype)
+    directions = fix_signs(columns.T.flip(0)[:k]).to(tensor.dtype)
+    scale = torch.where(values > floor, values, 1.0)  # below the floor u_i meets only rounding
+    interactions, weights = None, None
     if mode == "output":
-        scale = torch.where(values > floor, values, 1.0)  # below the floor u_i meets only rounding
-        interactions = original.interaction(directions / scale[:, None])
-    space = original.output_space if mode == "output" else original.input_space
-    return HOSVD(values, directions, norm, floor, mode, space, interactions, metric)
+        read = directions / scale[:, None]
+        weights = read @ out
+        own = times_power(read, torch.full((k, 1), -int(power), device=read.device))
+        if metric is not None:
+            left, right = metric.inverse_root(left), metric.inverse_root(right)
+        interactions = InteractionMatrix(
+            left, right, weights, tensor.input_space, own, tensor.output_space
+        )
+    error = _left_out(factors, gram, values, directions, weights, norm, floor)
+    if metric is not None and mode == "input":
+        directions = fix_signs(metric.inverse_root(directions))
+    space = tensor.output_space if mode == "output" else tensor.input_space
+    norm, floor, error = (math.ldexp(number, int(power)) for number in (norm, floor, error))
+    return HOSVD(
+        rescaled("singular values", values, power, tensor.dtype),
+        directions,
+        norm,
+        floor,
+        error,
+        mode,
+        space,
+        interactions,
+        metric,
+    )
 
 
 def tucker(
     tensor: BilinearTensor, k_out: int, k_in: int, *, metric: Metric | None = None
 ) -> Tucker:
-    """B on its k_out leading output and k_in leading input directions, with the exact error.
+    """B on its k_out leading output and k_in leading input directions, and what that leaves out.
 
     The truncated higher-order SVD: within a factor sqrt(3) of the best of these ranks. In a metric, of
     ``tensor.whiten(metric)``: norms and the error are then those of the whitened layer.
@@ -180,21 +198,55 @@ def tucker(
     output = hosvd(tensor, k_out)
     directions = hosvd(tensor, k_in, mode="input").vectors
     core = tensor.parts().interaction.project(output.vectors).fold(directions)
-    # An orthogonal projection: the squares of what is kept and what is left out add up.
-    kept = float(core.to(torch.float64).norm())
-    error = math.sqrt(max(0.0, output.norm**2 - kept**2))
+    found = Tucker(core, output.vectors, directions, 0.0, *spaces)
+    (one, power), (other, own) = (
+        each.factors.normalised_together() for each in (tensor, found.tensor)
+    )
+    moved = times_power(other.weights, own - power)
+    error = grams.distance(
+        (one.left, one.right, one.weights),
+        (other.left, other.right, moved),
+        math.ldexp(output.norm, -int(power)) ** 2,
+    )
     if metric is not None:
-        directions = metric.inverse_root(directions)
-    return Tucker(core, output.vectors, directions, error, *spaces, metric)
+        found = replace(found, input_directions=metric.inverse_root(directions), metric=metric)
+    return replace(found, error=math.ldexp(error, int(power)))
 
 
-def _input_gram(tensor: BilinearTensor) -> Tensor:
+def _left_out(
+    factors: Factors,
+    gram: Tensor,
+    values: Tensor,
+    directions: Tensor,
+    weights: Tensor | None,
+    norm: float,
+    floor: float,
+) -> float:
+    """Bound on ``||B - sum_i sigma_i u_i (x) q_i||``, with the u_i and q_i as they are returned."""
+    wide = gram.dtype
+    held = directions.to(wide)
+    size = max(norm, grams.size_of(factors.left, factors.right, factors.weights))
+    if weights is not None and grams.affordable(factors.left, factors.weights):
+        written = held.T @ (values.to(wide)[:, None] * weights.to(wide))
+        rest = factors.weights.to(wide) - written
+        return grams.norm_bound(factors.left, factors.right, rest, size)
+    # Through the Gram: ||P B||^2 = tr P G P. The q_i are rounded as the weights are.
+    rest = torch.eye(len(gram), dtype=wide, device=gram.device) - held.T @ held
+    square = float(((rest @ gram) * rest).sum())
+    rounding = 0.0
+    if weights is not None:
+        noise = int((values <= floor).sum())  # whose q_i are not what they should be
+        rounding = 4 * torch.finfo(weights.dtype).eps * size + math.sqrt(noise) * floor
+    return math.sqrt(max(0.0, square) + 8 * torch.finfo(wide).eps * size**2) + rounding
+
+
+def _input_gram(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``sum_a B[a]^2`` [d_in, d_in] in float64, in tiles of hidden neurons."""
-    dtype = checks.gram_dtype(tensor.left)
-    left, right, out = (t.to(dtype) for t in (tensor.left, tensor.right, tensor.out))
-    hidden = tensor.d_hidden
+    dtype = checks.gram_dtype(left)
+    left, right, out = (t.to(dtype) for t in (left, right, out))
+    hidden, width = left.shape
     step = max(1, grams.TILE_BYTES // (max(1, hidden) * dtype.itemsize))
-    gram = left.new_zeros(tensor.d_in, tensor.d_in)
+    gram = left.new_zeros(width, width)
     for start in range(0, hidden, step):
         rows = slice(start, start + step)
         a, b = left[rows], right[rows]

@@ -111,13 +111,19 @@ class InteractionMatrix(Result):
     def __getitem__(self, index: Any) -> InteractionMatrix:
         """Index the batch dimensions, as a tensor's."""
         count = len(index) if isinstance(index, tuple) else 1
-        if count > len(self.batch_shape):
+        if count > len(self.batch_shape) and index is not Ellipsis:
             raise IndexError(
                 f"{count} indices for {len(self.batch_shape)} batch dimensions; "
                 f"entries of a matrix are in dense()"
             )
+        try:
+            weights = self.weights[index]
+        except IndexError as error:
+            raise IndexError(
+                f"no matrix {index!r} in a batch of shape {list(self.batch_shape)}: {error}"
+            ) from error
         directions = None if self.directions is None else self.directions[index]
-        return replace(self, weights=self.weights[index], directions=directions)
+        return replace(self, weights=weights, directions=directions)
 
     def __iter__(self) -> Iterator[InteractionMatrix]:
         return (self[index] for index in range(len(self)))
@@ -171,7 +177,9 @@ class InteractionMatrix(Result):
             max_bytes,
             "use @, quadratic, eigh(k), top(k) or frobenius_norm, which do not form it",
         )
-        return self.factors.dense().reshape(self.shape)
+        matrices, exponents = self.factors.normalised()
+        dense = factors.rescaled("entries", matrices.dense().flatten(1), exponents, self.dtype)
+        return dense.reshape(self.shape)
 
     # ------------------------------------------------------------------ numbers
 
@@ -298,16 +306,17 @@ class InteractionMatrix(Result):
             inputs, space = len(directions), self._folded_space()
         most = _pair_count(kind, inputs)
         checks.require_count("k", k, most, f"the {kind} interactions of {inputs} inputs")
-        every = self.factors
+        every, exponents = self.factors.normalised()
         found = [top.strongest(every[i : i + 1], k, kind, directions) for i in range(len(every))]
         shape = (*self.batch_shape, k)
         if not found:
             none = self.weights.new_empty(shape, dtype=torch.long)
             return TopInteractions(none, none, self.weights.new_empty(shape), space)
-        first, second, values = (
-            torch.stack(parts).reshape(shape) for parts in zip(*found, strict=True)
+        first, second, values = (torch.stack(parts) for parts in zip(*found, strict=True))
+        values = factors.rescaled("interactions", values, exponents, self.dtype)
+        return TopInteractions(
+            first.reshape(shape), second.reshape(shape), values.reshape(shape), space
         )
-        return TopInteractions(first, second, values, space)
 
     def top_of_batch(
         self, k: int, *, kind: Kind = "all", directions: Float[Tensor, "n d"] | None = None
@@ -316,9 +325,9 @@ class InteractionMatrix(Result):
 
         Matrices whose norm cannot reach the k-th are not searched. The batch is flattened.
         """
-        every = self.factors
-        if not len(every):
+        if not self.batch_shape.numel():
             raise ValueError("an empty batch has no interactions")
+        every, exponent = self.factors.normalised_together()
         longest, space = 1.0, self.space
         if directions is not None:
             directions = self._directions(directions)
@@ -335,7 +344,8 @@ class InteractionMatrix(Result):
             found = top.strongest(one, min(k, most), kind, directions)
             best.add(*found, matrix=index)
         order = best.coefficients.argsort(descending=True, stable=True)[:k]
-        pairs = TopInteractions(best.first[order], best.second[order], best.values[order], space)
+        values = factors.rescaled("interactions", best.values[order], exponent, self.dtype)
+        pairs = TopInteractions(best.first[order], best.second[order], values, space)
         return best.matrices[order], pairs
 
     def entries(
@@ -346,15 +356,31 @@ class InteractionMatrix(Result):
     ) -> Float[Tensor, "*batch m"]:
         """Entries ``d_i^T Q d_j`` of chosen pairs of directions (of inputs, where none are given).
 
-        Without `first` and `second` the diagonal. Accumulated in float64. Returns [*batch, m].
+        Without `first` and `second` the diagonal. Accumulated in float64. Returns [*batch, m]. Raises
+        IndexError for a pair that does not exist.
         """
+        inputs = self.d
         if directions is not None:
             directions = self._directions(directions)
-        found = top.entries(self.factors, directions, first, second)
+            inputs = len(directions)
+        if (first is None) != (second is None):
+            raise ValueError("first and second are the two members of pairs: give both or neither")
+        if first is not None and second is not None:
+            what = "inputs" if directions is None else "directions"
+            first = checks.require_index("first", first, inputs, what, self.left)
+            second = checks.require_index("second", second, inputs, what, self.left)
+            if first.shape != second.shape or first.ndim != 1:
+                raise ValueError(
+                    f"first and second must be index vectors of one length, got "
+                    f"{checks.shape(first)} and {checks.shape(second)}"
+                )
+        matrices, exponents = self.factors.normalised()
+        found = top.entries(matrices, directions, first, second)
+        found = factors.rescaled("entries", found, exponents, self.dtype)
         return found.reshape(*self.batch_shape, found.shape[1])
 
     def _directions(self, directions: Tensor) -> Tensor:
-        return checks.require_rows(
+        return checks.require_matrix(
             "directions", directions, self.d, checks.meaning("d", self.space), self.left
         )
 

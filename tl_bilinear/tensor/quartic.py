@@ -242,8 +242,7 @@ class QuarticForm(Result):
         Raises ValueError for counts below 1, and for a size that costs more than `max_flops`;
         MemoryError above `max_bytes`.
         """
-        if which not in ("positive", "negative"):
-            raise ValueError(f"which must be 'positive' or 'negative', got {which!r}")
+        checks.require_option("which", which, ("positive", "negative"))
         for name, count in (("k", k), ("starts", starts), ("steps", steps)):
             checks.require_count(name, count, 10**9, "a count")
         hidden = len(self.left)
@@ -258,6 +257,8 @@ class QuarticForm(Result):
         )
         if tol is None:
             tol = 1e-10 if self.left.dtype == torch.float64 else 1e-4
+        tol = checks.require_number("tol", tol, "is a relative residual", positive=True)
+        checks.require_int("seed", seed)
         sign = 1.0 if which == "positive" else -1.0
         x, done, taken = self._climb(self._starts(starts, seed), sign, steps, tol, progress)
         values = self(x)
@@ -340,7 +341,7 @@ class QuarticForm(Result):
         return self.forms.to(dtype).dense()
 
     def _require_work(self, what: str, flops: float, most: float) -> None:
-        if flops > most:
+        if flops > checks.require_number("max_flops", most, "is a limit of work", positive=True):
             raise ValueError(
                 f"{what} of {self!r} would take {flops:.1e} flops, more than max_flops={most:.1e}: use "
                 f"fewer squares (rank), fold the first layer into a subspace, or raise max_flops"

@@ -16,6 +16,7 @@ independent set do not see.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.results import Result
+from tl_bilinear.tensor import grams
 from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.factors import Factors
 from tl_bilinear.tensor.interaction import InteractionMatrix
 
 
@@ -38,12 +41,14 @@ class Reexpression(Result):
     dual: [n, d_out], the pseudo-inverse of ``directions^T``, computed in float64:
         ``directions^T @ dual = I``
     interactions: Q_k, a batch of n implicit interaction matrices
+    error: ``||B - tensor||`` (Frobenius), which is rounding: an upper bound
     output_space: what the coordinates of the directions are
     """
 
     directions: Float[Tensor, "n d_out"]
     dual: Float[Tensor, "n d_out"]
     interactions: InteractionMatrix
+    error: float
     output_space: str | None = None
 
     @property
@@ -80,7 +85,6 @@ def reexpress(tensor: BilinearTensor, directions: Float[Tensor, "n d_out"]) -> R
     """
     meaning = checks.meaning("d_out", tensor.output_space)
     directions = checks.require_matrix("directions", directions, tensor.d_out, meaning, tensor.out)
-    checks.require_finite("directions", directions)
     dual, rank = dual_directions(directions)
     if rank < tensor.d_out:
         raise ValueError(
@@ -90,7 +94,25 @@ def reexpress(tensor: BilinearTensor, directions: Float[Tensor, "n d_out"]) -> R
             f"with directions @ basis.T"
         )
     interactions = tensor.interaction(directions)
-    return Reexpression(directions, dual, interactions, tensor.output_space)
+    error = _error(tensor, dual.T @ interactions.weights)
+    return Reexpression(directions, dual, interactions, error, tensor.output_space)
+
+
+def _error(tensor: BilinearTensor, written: Tensor) -> float:
+    """Bound on how far the layer with these output factors is from the layer itself."""
+    wide = checks.gram_dtype(tensor.out)
+    difference = Factors(tensor.left, tensor.right, written.to(wide) - tensor.out.to(wide))
+    lost, power = difference.normalised_together()
+    if grams.affordable(lost.left, lost.weights):
+        whole, own = tensor.factors.normalised_together()
+        size = math.ldexp(grams.size_of(whole.left, whole.right, whole.weights), int(own - power))
+        error = grams.norm_bound(lost.left, lost.right, lost.weights, size)
+    else:  # each neuron by itself
+        left, right = (
+            torch.linalg.vector_norm(half, dim=1, dtype=wide) for half in (lost.left, lost.right)
+        )
+        error = float((torch.linalg.vector_norm(lost.weights, dim=0) * left * right).sum())
+    return math.ldexp(error, int(power))
 
 
 def dual_directions(directions: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], int]:

@@ -30,6 +30,7 @@ from tl_bilinear.tensor.batching import Rows, human_bytes, sweep
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import Which, participation
 from tl_bilinear.tensor.eigensolvers import Method
+from tl_bilinear.tensor.factors import rescaled
 from tl_bilinear.tensor.moments import Metric
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ class Spectrum(Result):
     @property
     def share(self) -> Float[Tensor, " m"]:
         """[m], part of ``||Q||_F^2`` that the k pairs hold: 1 for a matrix of rank k."""
-        squares = self.norms[self.index].square()
-        return self.values.square().sum(-1) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+        norms = self.norms[self.index]
+        parts = self.values / torch.where(norms > 0, norms, 1.0)[:, None]
+        return parts.square().sum(-1)
 
     def __getitem__(self, rows: slice | Tensor) -> Spectrum:
         """Some of the directions; `norms` and `traces` stay those of all."""
@@ -205,7 +207,7 @@ def spectrum(
             "failure": torch.full_like(pairs.bound, pairs.bound_failure),
         }
         if effective_rank:
-            every = torch.linalg.eigvalsh(matrices.factors.dense())
+            every = torch.linalg.eigvalsh(matrices.factors.normalised()[0].dense())
             found["effective_rank"] = participation(every)
         return found
 
@@ -255,9 +257,18 @@ def _norms_and_traces(tensor: BilinearTensor, directions: Tensor | None) -> tupl
     if directions is None or len(directions) < tensor.d_out or tensor.d_out > tensor.d_hidden:
         matrices = tensor.interaction(directions)
         return matrices.frobenius_norm(), matrices.trace()
-    traces = directions @ (tensor.out @ (tensor.left * tensor.right).sum(1))
-    gram = grams.congruence(tensor.out, tensor.left, tensor.right)
+    factors, power = tensor.factors.normalised_together()
+    gram = grams.congruence(factors.weights, factors.left, factors.right)
+    diagonals = (factors.left * factors.right).sum(1)
+    each = factors.weights.to(gram.dtype) @ diagonals.to(gram.dtype)  # the trace of every output
     step = max(1, grams.TILE_BYTES // (tensor.d_out * gram.dtype.itemsize))
-    wide = (rows.to(gram.dtype) for rows in directions.split(step))
-    squares = torch.cat([(rows @ gram).mul_(rows).sum(1) for rows in wide])
-    return squares.clamp_min(0).sqrt().to(tensor.dtype), traces
+    squares, traces = [], []
+    for part in directions.split(step):
+        rows = part.to(gram.dtype)
+        squares.append((rows @ gram).mul_(rows).sum(1))
+        traces.append(rows @ each)
+    norms = torch.cat(squares).clamp_min(0).sqrt()
+    return (
+        rescaled("Frobenius norms", norms, power, tensor.dtype),
+        rescaled("traces", torch.cat(traces), power, tensor.dtype),
+    )

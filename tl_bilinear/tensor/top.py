@@ -64,7 +64,7 @@ def entries(
         hidden = (a * right[j] + b * left[j]) / 2
         parts.append(weights @ hidden.T)
     found = torch.cat(parts, 1) if parts else weights.new_empty(len(weights), 0)
-    return found.to(matrices.dtype)
+    return checks.narrowed("entries", found, matrices.dtype)
 
 
 def strongest(
