@@ -258,7 +258,12 @@ def test_neurons_that_never_move_are_no_trouble():
             "there are neuron, output, refit",
         ),
         (torch.randn(50, 5).double(), {"held_out": 1.0}, ValueError, "between 0 and 1, got 1.0"),
-        (torch.randn(50, 5).double() / 0, {}, ValueError, "inputs has 50 of 50 rows NaN or infinite"),
+        (
+            torch.randn(50, 5).double() / 0,
+            {},
+            ValueError,
+            "inputs has 50 of 50 rows NaN or infinite",
+        ),
         (
             torch.randn(50, 5).double(),
             {"max_bytes": 100},
