@@ -355,7 +355,7 @@ class _Language:
     ) -> list[Document]:
         """The strongest pairs of a block's features: of all, or in a large dictionary of a shortlist."""
         known, n = self.known, self.known.inputs.n
-        if n <= SEARCHED_WHOLE:
+        if n <= SEARCHED_WHOLE and self.tensor.d_in <= FULL_SPECTRUM:
             pairs = known.top(list(part), min(PAIRS, n * (n + 1) // 2))
             return [
                 {
@@ -400,14 +400,15 @@ class _Language:
         S = (left * Q.weights) @ right.T
         first, second = torch.triu_indices(len(chosen), len(chosen))
         values = torch.where(first == second, 0.5, 1.0) * (S + S.T)[first, second]
-        best = values.abs().topk(PAIRS).indices
-        beyond = 2 * float(reach[order[0]] * reach[order[SHORTLIST]])
+        best = values.abs().topk(min(PAIRS, len(values))).indices
+        left_out = reach[order[SHORTLIST:]]
+        beyond = 2 * float(reach[order[0]] * left_out[0]) if len(left_out) else 0.0
         all_of_them = beyond <= float(values[best[-1]].abs())
         return {
             "first": packed(chosen[first[best]]),
             "second": packed(chosen[second[best]]),
             "coefficient": packed(values[best]),
-            "searched": len(rows) if all_of_them else SHORTLIST,
+            "searched": len(rows) if all_of_them else len(chosen),
         }
 
     def _measured(self, model: Tensor, examples: list[list[Any]]) -> Tensor:
