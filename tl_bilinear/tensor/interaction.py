@@ -32,7 +32,7 @@ from tl_bilinear.results import Kind, Result, kinds
 from tl_bilinear.tensor import eigensolvers, top
 from tl_bilinear.tensor.eigendecomposition import Eigendecomposition, Which, fix_signs
 from tl_bilinear.tensor.eigensolvers import Method
-from tl_bilinear.tensor.factors import Factors, apply
+from tl_bilinear.tensor.factors import Factors, apply, rescaled
 from tl_bilinear.tensor.moments import Metric
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class InteractionMatrix(Result):
             "use @, quadratic, eigh(k), top(k) or frobenius_norm, which do not form it",
         )
         matrices, exponents = self.factors.normalised()
-        dense = factors.rescaled("entries", matrices.dense().flatten(1), exponents, self.dtype)
+        dense = rescaled("entries", matrices.dense().flatten(1), exponents, self.dtype)
         return dense.reshape(self.shape)
 
     # ------------------------------------------------------------------ numbers
@@ -313,7 +313,7 @@ class InteractionMatrix(Result):
             none = self.weights.new_empty(shape, dtype=torch.long)
             return TopInteractions(none, none, self.weights.new_empty(shape), space)
         first, second, values = (torch.stack(parts) for parts in zip(*found, strict=True))
-        values = factors.rescaled("interactions", values, exponents, self.dtype)
+        values = rescaled("interactions", values, exponents, self.dtype)
         return TopInteractions(
             first.reshape(shape), second.reshape(shape), values.reshape(shape), space
         )
@@ -344,7 +344,7 @@ class InteractionMatrix(Result):
             found = top.strongest(one, min(k, most), kind, directions)
             best.add(*found, matrix=index)
         order = best.coefficients.argsort(descending=True, stable=True)[:k]
-        values = factors.rescaled("interactions", best.values[order], exponent, self.dtype)
+        values = rescaled("interactions", best.values[order], exponent, self.dtype)
         pairs = TopInteractions(best.first[order], best.second[order], values, space)
         return best.matrices[order], pairs
 
@@ -376,7 +376,7 @@ class InteractionMatrix(Result):
                 )
         matrices, exponents = self.factors.normalised()
         found = top.entries(matrices, directions, first, second)
-        found = factors.rescaled("entries", found, exponents, self.dtype)
+        found = rescaled("entries", found, exponents, self.dtype)
         return found.reshape(*self.batch_shape, found.shape[1])
 
     def _directions(self, directions: Tensor) -> Tensor:
