@@ -65,7 +65,7 @@ def bad_rows(width):
             with_entry(good, (1, 2), NAN),
             r"has 1 NaN or infinite.*\(row 1\)",
         ),
-        "infinite in a row": (with_entry(good, (2, 0), INF), r"the first row 2"),
+        "infinite in a row": (with_entry(good, (2, 0), INF), r"\(row 2\)"),
         "all NaN": (good * NAN, r"has \d+ NaN or infinite.*\(row 0\)"),
         "another width": (
             rows(width + 1),
@@ -408,11 +408,11 @@ def dictionaries():
     sources = {
         "NaN in the decoder": (
             _broken(lambda s: s.W_dec.data.__setitem__((3, 1), NAN)),
-            r"decoder.*the first row 3",
+            r"decoder.*\(row 3\)",
         ),
         "NaN in the encoder": (
             _broken(lambda s: s.W_enc.data.__setitem__((1, 3), NAN)),
-            r"encoder.*the first row 3",
+            r"encoder.*\(row 3\)",
         ),
         "infinite b_dec": (
             _broken(lambda s: s.b_dec.data.__setitem__(0, INF)),
@@ -424,9 +424,9 @@ def dictionaries():
         ),
         "a NaN matrix": (
             with_entry(good, (2, 0), NAN),
-            r"the decoder of the dictionary .* the first row 2",
+            r"the decoder of the dictionary .* \(row 2\)",
         ),
-        "an infinite matrix": (with_entry(good, (0, 0), INF), r"the first row 0"),
+        "an infinite matrix": (with_entry(good, (0, 0), INF), r"\(row 0\)"),
         "another width": (rows(D + 1), r"width 17, but layer 1 of the model has width 16"),
         "one row": (good[0], r"a dictionary is a matrix \[n, d\]"),
         "integers": (torch.ones(3, D, dtype=torch.long), r"floating-point dtype"),
@@ -459,7 +459,7 @@ def dictionaries():
         (
             "encoder",
             with_entry(good, (1, 1), NAN),
-            r"the encoder of the dictionary .*the first row 1",
+            r"the encoder of the dictionary .*\(row 1\)",
         ),
         ("decoder_bias", torch.ones(3), r"decoder_bias must have shape \[16\]"),
         ("decoder_bias", torch.full((D,), NAN), r"decoder_bias .*NaN or infinite"),

@@ -81,11 +81,12 @@ def make_gallery(
     chosen = [find_study(name) for name in names]
     require_writable(settings.out, KIND)
     data = load_images(settings.data)
-    if settings.label >= len(data.classes):
+    fashion = None if settings.fashion is None else load_images(settings.fashion)
+    one_class = any("label" in {f.name for f in dataclasses.fields(s.settings)} for s in chosen)
+    if one_class and settings.label >= len(data.classes):
         raise ValueError(
             f"label must number one of {len(data.classes)} classes, got {settings.label}"
         )
-    fashion = None if settings.fashion is None else load_images(settings.fashion)
     runs = Runs(settings.runs_folder, progress=progress)
     made = []
     try:

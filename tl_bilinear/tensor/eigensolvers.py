@@ -103,6 +103,8 @@ def eigenpairs(
         if solution is not None:
             return solution
     matrix, exponents = matrix.normalised()
+    if method == "krylov":  # a basis that is grown in place has no gradient
+        matrix = Factors(matrix.left.detach(), matrix.right.detach(), matrix.weights.detach())
     iterative = _Krylov(tol, seed, max_bytes)
     solvers: dict[str, Solver] = {"dense": _dense, "lowrank": _lowrank, "krylov": iterative}
     item = matrix.dtype.itemsize
