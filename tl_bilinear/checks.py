@@ -76,7 +76,7 @@ def require_rows(name: str, value: Any, width: int, meaning: str, like: Tensor) 
         raise ValueError(f"{name} must have shape [..., {width}] ({meaning}), got {shape(value)}")
     if value.device != like.device:
         require_same_device({name: value, "the layer": like})
-    require_finite(name, value, "expected finite numbers")
+    require_finite(name, value, "leave such rows out")
     return value.to(like.dtype)
 
 

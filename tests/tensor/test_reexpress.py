@@ -81,7 +81,7 @@ def test_other_errors():
         reexpress(t, torch.eye(6))
     broken = torch.eye(5)
     broken[2, 2] = torch.nan
-    with pytest.raises(ValueError, match="directions has 1 NaN or infinite of .* .row 2"):
+    with pytest.raises(ValueError, match=r"directions has 1 NaN or infinite of .* .row 2"):
         reexpress(t, broken)
     with pytest.raises(ValueError, match="k must lie between 1 and 6"):
         reexpress(t, torch.eye(5)).eigenvector_form(7)
