@@ -140,7 +140,7 @@ def test_a_killed_writer_leaves_what_was_there_and_nothing_else(writer, tmp_path
     _killed(*WRITERS[writer], folder, 6 if slow else 20, 0.2 if slow else 0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("writer", WRITERS)
 def test_writers_killed_a_hundred_times(writer, tmp_path):
     folder = tmp_path / "place"

@@ -174,7 +174,7 @@ print(counter.tokens, (after - before) * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_million_tokens_take_no_more_memory_than_a_few():
     done = subprocess.run(
         [sys.executable, "-c", MILLION], capture_output=True, text=True, check=True, env=os.environ

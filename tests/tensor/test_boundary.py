@@ -90,7 +90,7 @@ def test_against_a_grid(d, seed):
         assert best <= float(distance) + 2 * cell
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     "kind",
     ["indefinite", "negative", "positive", "semidefinite", "negative-semi", "degenerate", "zero"],

@@ -44,7 +44,7 @@ def test_every_statement_holds(part):
     assert ways == {"lowrank", "krylov", "; dense", "NOT"}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.skipif(not os.environ.get("TL_BILINEAR_CAMPAIGN"), reason="takes half an hour")
 @pytest.mark.parametrize("part", range(20))
 def test_every_statement_holds_in_ten_thousand_cases(part):

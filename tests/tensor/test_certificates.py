@@ -224,7 +224,7 @@ TAMPERED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_thousand_tampered_certificates_are_refused(tmp_path):
     build(tmp_path / "good")
     original = (tmp_path / "good").read_bytes()

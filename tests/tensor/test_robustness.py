@@ -90,7 +90,7 @@ def test_the_radius_is_exact_for_every_input():
     assert not still_right(t, x, found, 1.001).any()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_radius_is_exact_for_every_image_of_a_test_set(digits):
     t, x, labels = digits
     found = adversarial_distances(t, x)
@@ -108,7 +108,7 @@ def test_the_radius_is_exact_for_every_image_of_a_test_set(digits):
     assert outside.double().mean() > 0.8
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_bounds_in_the_box_of_pixels(digits):
     t, x, _ = (part[:200] if isinstance(part, torch.Tensor) else part for part in digits)
     found = adversarial_distances(t, x)

@@ -27,7 +27,7 @@ def _after(rows, seed):
     return generator
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_some_planted_circuits_are_found_and_no_others():
     planted, null = bench.run(few=True)
     assert len(planted) == len(null) == 12
@@ -51,7 +51,7 @@ def test_the_stored_results_are_of_this_bench():
         assert stored["summary"]["all"][key] == pytest.approx(value)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_all_of_it_gives_what_is_stored():
     planted, null = bench.run()
     stored = json.loads(bench.RESULTS.read_text())["summary"]["all"]
