@@ -230,7 +230,8 @@ def approximate(
     if fit not in get_args(Fit):
         raise ValueError(f"unknown fit {fit!r}; there are {', '.join(get_args(Fit))}")
     checks.require_number("held_out", held_out, "is a share of the inputs")
-    checks.require_number("warn_below", warn_below, "is a share of the variance", signed=True)
+    if warn_below != -math.inf:  # never
+        checks.require_number("warn_below", warn_below, "is a share of the variance", signed=True)
     dtype = checks.compute_dtype(layer.gate.dtype)
     exact = layer.to(checks.gram_dtype(layer.gate))
     fitted_on, test, kept_out, groups, measured_on = _parted(inputs, exact, held_out)
