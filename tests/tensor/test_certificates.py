@@ -15,8 +15,10 @@ from tests.tensor.reference import random_tensor
 from tl_bilinear.io import load_tensors, save_tensors
 from tl_bilinear.tensor import certificate_checker as checker
 from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.boundary import boundary_distance
 from tl_bilinear.tensor.certificates import folded, verify_certificate, write_certificate
 from tl_bilinear.tensor.margins import margin_spectrum, moment_metric
+from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.robustness import adversarial_distances
 
 f64 = torch.float64
@@ -132,6 +134,61 @@ def test_its_error_bounds_cover_rounding():
         logits = exact["out"] @ (left * right) + exact["bias_out"]
         value, _, error, _ = checker.at(form, z[None])
         assert abs(Fraction(float(value[0])) - (logits[0] - logits[1])) <= Fraction(float(error[0]))
+
+
+def test_its_error_bounds_cover_an_embedding_that_cancels():
+    """The product of layer and embedding is a trillionth of its terms."""
+    from fractions import Fraction
+
+    rng = np.random.default_rng(0)
+    worst = 0
+    for _ in range(20):
+        big = 1e6 * rng.normal(size=(4, 6))
+        directions = np.concatenate([big, -big * (1 + 1e-12 * rng.normal(size=(4, 6)))], 1)
+        one = rng.normal(size=(3, 6))
+        w = {
+            "left": np.concatenate([one, one], 1), "right": rng.normal(size=(3, 12)),
+            "out": np.array([[1.0, 2.0, -1.0], [0.0, 0.0, 0.0]]), "directions": directions,
+        }  # fmt: skip
+        form = checker.Forms(w).pair(0, 1)
+        exact = {name: np.vectorize(Fraction)(array) for name, array in w.items()}
+        left, right = (exact[side] @ exact["directions"].T for side in ("left", "right"))
+        half = (left.T * exact["out"][0]) @ right
+        error = (half + half.T) / 2 - np.vectorize(Fraction)(form[0])
+        size = float((error**2).sum()) ** 0.5
+        assert size <= form[3][0]
+        # Rounding of the product alone would not cover it: the embedding's is what counts.
+        worst = max(worst, size / (1e-15 * np.linalg.norm(form[0])))
+    assert worst > 10
+
+
+def test_no_multiplier_and_no_eigenvectors_prove_too_much():
+    """Whatever is proposed, the bound stays below the distance; the hard case with nu too large, too."""
+    rng = np.random.default_rng(0)
+    reached = 0
+    for seed in range(60):
+        lam = np.array([-2.0, -0.5, 0.3, 1.0, 2.0])
+        vectors = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+        x = rng.normal(size=(20, 5))
+        if seed % 2:
+            x[:, :2] = 0  # no part where the form falls
+        x = x @ vectors.T
+        matrix = (vectors * lam) @ vectors.T
+        q = QuadraticForm.from_matrix(torch.from_numpy(matrix))
+        exact = boundary_distance(q, torch.from_numpy(x))
+        held = (exact.distance > 1e-3).numpy()
+        x, distance = x[held], exact.distance.numpy()[held]
+        form = (matrix, np.zeros(5), 0.0, [1e-14, 0.0, 0.0])
+        w, V = np.linalg.eigh(matrix)
+        turned = np.linalg.qr(V + rng.normal(size=(5, 5)) * 10.0 ** rng.uniform(-6, 0))[0]
+        for basis, values in ((V, w), (turned, w), (V, w + 0.1 * rng.normal(size=5))):
+            values = np.concatenate([w[:1], values[1:]])  # too high a least one is refused at once
+            for factor in (0.5, 0.99, 1.0, 1.01, 2.0, 10.0, 1e6):
+                nu = factor * exact.multiplier.numpy()[held]
+                bound = checker.lower_bounds(form, values, basis, x, nu)
+                assert (bound <= distance * (1 + 1e-9)).all()
+                reached += int((bound > 0.9 * distance).sum())
+    assert reached > 1000
 
 
 # ------------------------------------------------------------------ tampering
