@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False
 """Checks a certificate of a bilinear classifier. It needs numpy and shares no code with the prover.
 
     python certificate_checker.py FILE [MODEL_DIGEST [DATA_DIGEST]]
