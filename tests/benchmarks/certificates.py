@@ -2,7 +2,7 @@
 
 FOLDER holds the four IDX files. Two classifiers are trained: "embedding", the paper's (size 256, noise
 .4, 20 epochs), and "plain", one bilinear layer on pixels (128 neurons, noise .3, 6 epochs). What is
-found goes to tests/benchmarks/results/certificates-NAME.json, part by part, with its environment.
+found goes to tests/benchmarks/results/certificates/NAME.json, part by part, with its environment.
 WORK keeps the trained weights, so that parts can be measured one at a time.
 
 Times are minima of the repeats in one run; on a loaded machine they are upper bounds.
@@ -332,7 +332,7 @@ def main() -> None:
     data = load_images(options.folder)
     for name in options.models:
         case, settings = trained(name, data, options.work)
-        path = RESULTS / f"certificates-{name}.json"
+        path = RESULTS / "certificates" / f"{name}.json"
         result = json.loads(path.read_text()) if path.is_file() else {}
         result |= {"model": name, "settings": settings}
         weights = [case.layer.left, case.layer.right, case.layer.out]

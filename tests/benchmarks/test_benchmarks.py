@@ -27,7 +27,7 @@ def test_both_sides_find_the_same(case):
 
 def test_both_ways_of_training_learn_the_same():
     labels = torch.arange(200) % 3
-    images = torch.nn.functional.one_hot(labels, 12).float() + 0.1 * torch.rand(200, 12)
+    images = 0.9 * torch.nn.functional.one_hot(labels, 12) + 0.1 * torch.rand(200, 12)
     data = ImageData(images, labels, images, labels, (3, 4), ("a", "b", "c"), "dots")
     config = TrainingConfig(
         size=8, noise=0.1, weight_decay=0.1, batch=20, epochs=10, learning_rate=0.02
@@ -54,6 +54,22 @@ def test_every_stored_result_has_a_row_and_an_environment():
         assert path.stem in [case.name for case in CASES]
         assert result["title"] in benchmarks.table()
         assert result["environment"]["torch"]
+
+
+def test_stored_certificates_agree_with_the_run_that_made_them():
+    stored = sorted((benchmarks.RESULTS / "certificates").glob("*.json"))
+    assert [path.stem for path in stored] == ["embedding", "plain"]
+    for path in stored:
+        result = json.loads(path.read_text())
+        found, checked = result["distances"], result["certificate"]
+        shares = found["certified accuracy"]
+        counts = {str(radius): count for radius, count in checked["certified"]}
+        assert counts == {radius: round(share * 10_000) for radius, share in shares.items()}
+        for part in ("attack", "linf"):  # an attack leaves no fewer right than are proved
+            for accuracy in result[part]["accuracy by radius"].values():
+                assert accuracy["proved"] <= accuracy["left by the attack"]
+        for part in ("distances", "attack", "box", "linf", "proofs", "certificate"):
+            assert result[part]["environment"]["torch"]
 
 
 def test_peak_memory_is_that_of_a_fresh_process():

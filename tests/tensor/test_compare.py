@@ -157,3 +157,43 @@ def test_storage_and_errors(tmp_path, unchecked):
         match_eigenvectors(first, first, by="value")
     with pytest.raises(ValueError, match="k must lie between 1 and 2"):
         match_eigenvectors(first, first, k=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("by", ["rank", "assignment"])
+def test_null_vectors_are_not_matched(by, dtype):
+    """A matrix of rank 4 in 9 inputs has five eigenvalues of 1e-17, which mean nothing."""
+    for seed in range(5):
+        one, other = (
+            random_tensor(9, 2, 1, seed=s, dtype=dtype).interaction().eigh()
+            for s in (seed, seed + 9)
+        )
+        assert one.k == 9
+        found = match_eigenvectors(one, other, by=by)
+        for side, e in ((found.first, one), (found.second, other)):
+            values = e.values[0, side].abs()
+            assert (values > 1e-4 * e.values.abs().max()).all()
+        assert len(found.cosines) <= 4
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e20])
+@pytest.mark.parametrize("centred", [False, True])
+def test_similarity_does_not_depend_on_the_scale(scale, centred):
+    f, g = (random_tensor(4, 5, 3, biases=True, seed=s, dtype=torch.float32) for s in (1, 2))
+    plain = functional_similarity(f, g, centred=centred)
+    moved = functional_similarity(scale * f, 2.0**-40 * g, centred=centred)
+    assert_close(moved, plain, rtol=1e-5, atol=1e-7)
+    bare, other = f.parts().interaction, g.parts().interaction
+    one = replace(bare, left=2.0**-10 * bare.left, out=scale * bare.out)
+    assert_close(one.cosine_similarity(other), bare.cosine_similarity(other), rtol=1e-5, atol=1e-7)
+    assert_close(one.norm().double() / scale, 2.0**-10 * bare.norm().double(), rtol=1e-6, atol=0)
+
+
+def test_an_inner_product_that_float32_cannot_hold_is_refused():
+    f = 1e20 * random_tensor(4, 5, 3, dtype=torch.float32)
+    for call in (lambda: functional_inner(f, f), lambda: f.inner(f)):
+        with pytest.raises(
+            ValueError, match=r"inner products of up to .*e\+4\d cannot be held in float32"
+        ):
+            call()
+    assert_close(f.cosine_similarity(f).item(), 1.0, rtol=1e-6, atol=0)

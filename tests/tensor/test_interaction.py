@@ -1,6 +1,7 @@
 """InteractionMatrix and Eigendecomposition against the dense matrix."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,6 +153,48 @@ def test_truncation_and_its_certificate(t, seed, radius):
             norm = torch.linalg.matrix_norm(Q.dense() - e.dense(), ord=2)
             assert_close(e.bound, norm, rtol=1e-6, atol=1e-9)
     assert_close(full.certificate(radius, 1), full.top(1).certificate(radius))
+
+
+def test_a_truncation_knows_what_was_left_out_before_it():
+    """At one end of a spectrum what was never held may be larger than anything that is."""
+    Q, _ = planted([5.0, 3.0, 1.0, -9.0], d=8)
+    for scale in (1e-3, 1.0, 1e3):
+        whole = replace(Q, weights=scale * Q.weights)
+        for held in (2, 3):
+            found = whole.eigh(held, which="positive")
+            for e in (found, found.top(1)):
+                left_out = torch.linalg.matrix_norm(whole.dense() - e.dense(), ord=2)
+                assert_close(left_out, torch.tensor(9 * scale).double())
+                assert_close(e.bound, left_out)
+                assert_close(e.norm, left_out)
+            assert_close(found.top(1).rest, torch.tensor(3 * scale).double())
+        low = whole.eigh(3, which="negative")  # -9, and then zeros
+        assert_close(low.top(1).bound, torch.tensor(5 * scale).double())
+        assert_close(low.top(1).rest, torch.tensor(0.0).double(), rtol=0, atol=1e-9 * scale)
+        assert low.n_signed == 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_residuals_are_part_of_a_truncations_bound(scale):
+    """Of Ritz pairs that have not converged: without their residuals the bound would be too small."""
+    too_small = 0
+    for seed in range(20):
+        Q = scale * random_tensor(8, 12, 1, seed=seed).dense()[0]
+        basis = torch.linalg.qr(normal(seed, 8, 4)).Q.mT
+        values, columns = torch.linalg.eigh(basis @ Q @ basis.mT)
+        order = values.abs().argsort(descending=True)
+        values, vectors = values[order], columns.mT[order] @ basis
+        residuals = torch.linalg.vector_norm(vectors @ Q - values[:, None] * vectors, dim=1)
+
+        def left_out(k, Q=Q, values=values, vectors=vectors):
+            return torch.linalg.matrix_norm(Q - (vectors[:k].mT * values[:k]) @ vectors[:k], ord=2)
+
+        held = Eigendecomposition(values, vectors, residuals, left_out(4), tol=1e-3)
+        for k in (1, 2, 3):
+            assert left_out(k) <= held.top(k).bound * (1 + 1e-12)
+            too_small += bool(left_out(k) > torch.maximum(held.bound, values[k].abs()))
+        assert not held.converged
+    assert too_small > 5
 
 
 def test_the_certificate_is_attained():
@@ -340,6 +383,51 @@ def test_most_pairs_of_directions_are_never_computed(monkeypatch):
     assert top.first.tolist() == (best.indices // 4000).tolist()
     assert top.second.tolist() == (best.indices % 4000).tolist()
     assert_close(top.coefficients.abs(), best.values, rtol=1e-5, atol=0)
+
+
+def test_the_strongest_pair_of_a_batch_may_be_in_a_matrix_of_smaller_norm():
+    """A pair is met twice: its coefficient, 2, is larger than the norm of its matrix, 1.41."""
+    left = torch.eye(3, dtype=torch.float64)
+    pair, alone = torch.zeros(2, 2, 3, dtype=torch.float64)
+    pair[0, 0], alone[1, 0] = 2.0, 1.5
+    t = BilinearTensor(left, left.roll(1, 0), pair) + BilinearTensor(left, left, alone)
+    both = t.interaction()
+    assert_close(both.frobenius_norm(), torch.tensor([2**0.5, 1.5]).double())
+    for directions in (None, left, 3 * left):
+        which, top = both.top_of_batch(1, directions=directions)
+        assert which.tolist() == [0]
+        assert sorted([int(top.first), int(top.second)]) == [0, 2]
+        factor = 1 if directions is None else float(directions[0, 0]) ** 2
+        assert_close(top.coefficients, torch.tensor([2.0 * factor]).double())
+        which, top = both.top_of_batch(2, directions=directions)
+        assert which.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+def test_strongest_interactions_of_any_scale(scale):
+    t = random_tensor(7, 9, 4, dtype=torch.float32)
+    t = replace(t, out=t.out * torch.tensor([1, 1e-3, 1e3, 1.0])[:, None])
+    moved = replace(t, left=2.0**-30 * t.left, out=2.0**30 * scale * t.out)
+    directions = torch.randn(20, 7)
+    for rows in (None, directions):
+        one, other = (x.interaction().top(5, directions=rows) for x in (t, moved))
+        assert torch.equal(one.first, other.first)
+        assert torch.equal(one.second, other.second)
+        assert_close(one.values.double(), other.values.double() / scale, rtol=1e-5, atol=0)
+        (a, one), (b, other) = (
+            x.interaction().top_of_batch(6, directions=rows) for x in (t, moved)
+        )
+        assert a.tolist() == b.tolist() == [2] * 6
+        assert_close(one.values.double(), other.values.double() / scale, rtol=1e-5, atol=0)
+    for name in ("trace", "frobenius_norm", "dense"):
+        one, other = (getattr(x.interaction(), name)() for x in (t, moved))
+        assert_close(
+            one.double(), other.double() / scale, rtol=1e-5, atol=1e-6 * float(one.abs().max())
+        )
+    one, other = t.interaction().entries(directions), moved.interaction().entries(directions)
+    assert_close(
+        one.double(), other.double() / scale, rtol=1e-5, atol=1e-6 * float(one.abs().max())
+    )
 
 
 def test_entries():

@@ -259,6 +259,43 @@ def test_an_unfinished_bound_holds_at_every_scale():
             ).all()
 
 
+def test_an_unfinished_bound_holds_where_squares_cancel(monkeypatch):
+    """What is left out is a thousandth of the matrix: the difference of squares is rounding."""
+    monkeypatch.setattr(krylov, "_settled", lambda index, *_: torch.zeros_like(index, dtype=bool))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        values = [-1.0, -0.6, -0.3, 1e-4]
+        Q = with_spectrum(values, 64, n=4).to(torch.float32)
+        found = Q.eigh(3, method="krylov", which="negative", max_bytes=1)
+        assert "NOT converged" in found.method
+        rest = Q.to(torch.float64).dense() - found.to(torch.float64).dense()
+        assert (found.bound >= torch.linalg.matrix_norm(rest, ord=2)).all()
+        assert (found.bound <= 2e-3).all()
+
+
+def test_no_tolerance_below_rounding_is_worked_for():
+    Q = decaying(n=40, dtype=torch.float32)
+    for method in ("krylov", "dense"):
+        found = Q.eigh(4, method=method, tol=1e-12)
+        assert found.tol == 32 * torch.finfo(torch.float32).eps
+    assert Q.eigh(4, tol=1e-3, method="krylov").tol == 1e-3
+
+
+def test_a_looser_tolerance_takes_fewer_columns():
+    Q = decaying(n=40)
+    columns = {}
+    for tol in (1e-1, 1e-3, 1e-9):
+        found = Q.eigh(4, method="krylov", tol=tol)
+        assert found.converged.all()
+        assert (found.residuals <= tol * found.norm[:, None]).all()
+        columns[tol] = int(found.method.split()[3])
+        exact = Q.eigh(4, method="dense")
+        # The error of a value is about the square of its residual.
+        assert ((found.values - exact.values).abs() <= found.errors).all()
+        assert_close(found.values, exact.values, rtol=0, atol=200 * tol**2 + 1e-12)
+    assert columns[1e-1] < columns[1e-9]
+
+
 def test_neurons_that_cancel_are_not_called_converged():
     """Float32 cannot know a matrix that is a millionth of its neurons, and says so."""
     Q = decaying(d=64, h=100, n=1)

@@ -227,3 +227,31 @@ def test_sizes_that_cannot_work_are_refused():
         form.inner(form, max_flops=1e9)
     with pytest.raises(MemoryError, match="the Hessians would take"):
         form.leading(1, starts=100, steps=1, max_flops=1e16)
+
+
+def test_a_direction_and_its_opposite_are_one():
+    """Starts end at v as often as at -v, and all of them count for one direction."""
+    t = BilinearTensor(
+        torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), torch.eye(3).double()
+    )
+    form = QuarticForm(
+        t.left, t.right, torch.eye(3).double(), torch.tensor([4.0, 2.0, 1.0]).double()
+    )
+    ends = []
+    climb = QuarticForm._climb
+
+    def watched(self, *args):
+        x, done, taken = climb(self, *args)
+        ends.append(x)
+        return x, done, taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuarticForm, "_climb", watched)
+        found = form.leading(3, starts=40, seed=1)
+    signs = ends[0].gather(1, ends[0].abs().argmax(1, keepdim=True))[:, 0].sign()
+    assert -1 in signs
+    assert 1 in signs
+    assert len(found.values) == 3
+    assert int(found.hits.sum()) == 40
+    cosines = (found.vectors @ found.vectors.T).abs().fill_diagonal_(0)
+    assert cosines.max() < 0.5

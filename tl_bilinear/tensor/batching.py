@@ -1,20 +1,26 @@
-"""Long work over many rows: in batches, resumable, and split between the processes of one launch."""
+"""Long work over many rows: in batches, resumable, and split between the processes of one launch.
+
+A checkpoint folder keeps each batch as it is done, in a file that says to which sweep and which rows it
+belongs and what it holds. What is found there is believed only if all of that is right.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.io import load_tensors, save_tensors
+from tl_bilinear.io import digest_of, load_tensors, save_tensors
 
 Rows = dict[str, Tensor]
 """Named results, one row for each item of the work."""
@@ -37,56 +43,147 @@ def sweep(
     """``work`` on every batch of `count` rows, its results joined in order.
 
     `checkpoint` names a folder that keeps each batch as it is done, under the digest that `identity`
-    returns; batches found there are read instead of done. Under torchrun or accelerate launch the
-    processes share the batches out between them and each returns the whole result.
+    returns; batches found there are read instead of done, and a damaged one is done again, with a
+    warning. Under torchrun or accelerate launch the processes share the batches out between them and
+    each returns the whole result.
 
-    Raises ValueError for a folder with the batches of another sweep.
+    Raises ValueError, naming the file, for a folder with a batch of another sweep; RuntimeError where
+    another run is at work in it.
     """
     batches = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
     if not batches:
         return work(slice(0, 0))
-    folder = None if checkpoint is None else Path(checkpoint)
-    digest = "" if folder is None else identity()
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_others(folder, digest)
     with _processes() as (rank, world, group):
-        mine = {}
-        share = range(rank, len(batches), world)
-        with tqdm(
-            total=sum(batches[i].stop - batches[i].start for i in share),
-            unit=unit,
-            desc=describe,
-            disable=not progress or rank > 0,
-        ) as bar:
-            for index in share:
-                mine[index] = _one(work, batches[index], index, folder, digest)
-                bar.update(batches[index].stop - batches[index].start)
-        done = mine if group is None else _gather(mine, group, world)
+        folder = None if checkpoint is None else _Folder(Path(checkpoint), identity(), batches)
+        with _prepared(folder, rank, group):
+            mine = {}
+            share = range(rank, len(batches), world)
+            with tqdm(
+                total=sum(batches[i].stop - batches[i].start for i in share),
+                unit=unit,
+                desc=describe,
+                disable=not progress or rank > 0,
+            ) as bar:
+                for index in share:
+                    mine[index] = _one(work, batches[index], index, folder)
+                    bar.update(batches[index].stop - batches[index].start)
+            done = mine if group is None else _gather(mine, group, world)
     first = done[0]
     return {name: torch.cat([done[i][name] for i in range(len(batches))]) for name in first}
 
 
-def _one(
-    work: Callable[[slice], Rows], rows: slice, index: int, folder: Path | None, digest: str
-) -> Rows:
-    if folder is None:
-        return work(rows)
-    path = folder / f"batch-{index:06d}.safetensors"
-    if path.is_file():
-        return load_tensors(path)[0]
-    found = {name: tensor.cpu() for name, tensor in work(rows).items()}
-    save_tensors(path, found, {"sweep": digest})
+@contextmanager
+def one_run(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, and make it where it is missing.
+
+    Raises RuntimeError where another process holds it. The lock of a killed process is released.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"another run is at work in {folder}: wait until it has ended, or give another folder. "
+            f"Processes that shall share the work are launched together (torchrun, accelerate launch)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _one(work: Callable[[slice], Rows], rows: slice, index: int, folder: _Folder | None) -> Rows:
+    found = None if folder is None else folder.read(index)
+    if found is None:
+        found = work(rows)
+        if folder is not None:
+            found = {name: tensor.cpu() for name, tensor in found.items()}
+            folder.write(index, found)
     return found
 
 
-def _refuse_others(folder: Path, digest: str) -> None:
-    for path in sorted(folder.glob("batch-*.safetensors"))[:1]:
-        if load_tensors(path)[1].get("sweep") != digest:
-            raise ValueError(
-                f"{folder} holds the batches of another sweep (other weights, directions, settings or "
-                f"version): give checkpoint= a new folder, or delete this one"
-            )
+class _Folder:
+    """The stored batches of one sweep."""
+
+    def __init__(self, path: Path, identity: str, batches: list[slice]) -> None:
+        self.path, self.identity, self.batches = path, identity, batches
+
+    def require_ours(self) -> None:
+        """Raise ValueError for any stored batch that is not of this sweep; clear what writers left."""
+        for path in sorted(self.path.glob("batch-*.safetensors")):
+            stored = self._stored(path)
+            if stored is not None:
+                self._require_ours(path, stored[1])
+        for path in self.path.glob(".batch-*.tmp"):  # of a writer that was killed
+            path.unlink(missing_ok=True)
+
+    def read(self, index: int) -> Rows | None:
+        """A stored batch; None where there is none, or none that is whole."""
+        path = self._place(index)
+        if not path.is_file():
+            return None
+        stored = self._stored(path)
+        if stored is not None:
+            rows, says = stored
+            if says.get("content") == digest_of(dict(sorted(rows.items())), {}):
+                return rows
+        warnings.warn(f"{path} is damaged and done again", stacklevel=2)
+        return None
+
+    def write(self, index: int, rows: Rows) -> None:
+        content = digest_of(dict(sorted(rows.items())), {})
+        save_tensors(self._place(index), rows, {**self._label(index), "content": content})
+
+    def _place(self, index: int) -> Path:
+        return self.path / f"batch-{index:06d}.safetensors"
+
+    def _label(self, index: int) -> dict[str, Any]:
+        rows, count = self.batches[index], self.batches[-1].stop
+        return {"sweep": self.identity, "rows": [rows.start, rows.stop], "of": count}
+
+    @staticmethod
+    def _stored(path: Path) -> tuple[Rows, dict[str, Any]] | None:
+        try:
+            return load_tensors(path)
+        except ValueError:
+            return None
+
+    def _require_ours(self, path: Path, says: dict[str, Any]) -> None:
+        index = next((i for i in range(len(self.batches)) if self._place(i) == path), None)
+        if index is not None and says.items() >= self._label(index).items():
+            return
+        if says.get("sweep") == self.identity:
+            what = f"it says rows {says.get('rows')} of {says.get('of')}"
+        else:
+            what = "other weights, directions, settings or version"
+        raise ValueError(
+            f"{self.path} holds the batches of another sweep: {path.name} is not of this one ({what}); "
+            f"give checkpoint= a new folder, or delete this one"
+        )
+
+
+@contextmanager
+def _prepared(folder: _Folder | None, rank: int, group: Any) -> Iterator[None]:
+    """The folder held for this launch and found to be ours; every process gets the first one's error."""
+    if folder is None:
+        yield
+        return
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if rank == 0:
+            try:
+                stack.enter_context(one_run(folder.path))
+                folder.require_ours()
+            except Exception as raised:
+                error = raised
+        if group is not None:
+            told = [error]
+            dist.broadcast_object_list(told, src=0, group=group)
+            error = told[0]
+        if error is not None:
+            raise error
+        yield
 
 
 @contextmanager

@@ -210,7 +210,8 @@ def _lowrank(matrix: Factors, k: int, which: Which) -> Pairs:
     factors = torch.cat([matrix.left, matrix.right])
     rank = len(factors)
     if which != "magnitude":
-        # Outside the span are zeros, which may come before the other end of the spectrum.
+        # Outside the span are zeros, which may come before the other end of the spectrum. Half of the
+        # span's own eigenvalues at least have the sign asked for or are zero: k zeros more are enough.
         more = max(0, min(k, matrix.d - rank))
         filling = torch.Generator().manual_seed(0)
         drawn = torch.randn(more, matrix.d, generator=filling, dtype=matrix.dtype)
@@ -223,12 +224,7 @@ def _lowrank(matrix: Factors, k: int, which: Which) -> Pairs:
     inside = (half + half.mT) / 2
     values, columns = torch.linalg.eigh(inside)
     found = _select(inside, values, columns, k, which)
-    zero = torch.zeros_like(found.rest)
-    left_out = len(triangle) < matrix.d and which != "magnitude"
-    return found._replace(
-        vectors=found.vectors @ basis.T,
-        rest=torch.maximum(found.rest, zero) if left_out else found.rest,
-    )
+    return found._replace(vectors=found.vectors @ basis.T)
 
 
 def _select(dense: Tensor, values: Tensor, columns: Tensor, k: int, which: Which) -> Pairs:
