@@ -34,8 +34,7 @@ from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
 from tl_bilinear.features.unembedding import token_names
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import InteractionMatrix
-from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
+from tl_bilinear.tensor import InteractionMatrix, TwoInputForm
 
 if TYPE_CHECKING:
     import pandas
@@ -136,6 +135,14 @@ def reaches(model: Any, source: Dictionary, layer: int) -> bool:
     return _is_before(source, layer, _seen(model))
 
 
+def writes_before_attention(source: Dictionary, layer: int) -> bool:
+    """Whether attention of a layer sees what a dictionary writes into the residual stream.
+
+    Raises ValueError for one that does not write into it.
+    """
+    return _is_before(source, layer, _BEFORE_ATTENTION)
+
+
 def _seen(model: Any) -> Sequence[str]:
     """Hooks of a layer that its MLP comes after."""
     return _BEFORE_ATTENTION if model.cfg.parallel_attn_mlp else _BEFORE_MLP
@@ -224,30 +231,24 @@ def source_pairs(
     A position holds one token, so that two embeddings never meet there; a token and another one that a
     head brings do: ``source_pairs(model, 0, u, embedding(model), through_head(model, tokens, 0, h))``
     is the table of token pairs that head h makes. (Of one dictionary with itself, features of an SAE
-    say, `FeatureInteractions.top`.) Streamed: the n x m table is never held.
+    say, `FeatureInteractions.top`.) The n x m table is never held (`PairMatrix.top`).
 
     Up to positive factors (see the module). Errors as `direct_path`.
     """
     one, other = (direct_path(model, layer, each) for each in (first, second))
-    Q = _interaction(model, layer, direction)
-    checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
-    columns = 2 * (Q @ other.decoder.to(Q.left).T)
-    values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
-    step = max(1, BLOCK_ELEMENTS // other.n)
-    for start in range(0, one.n, step):
-        block = (one.decoder[start : start + step].to(columns) @ columns).flatten()
-        values = torch.cat([values, block])
-        places = torch.cat([places, torch.arange(len(block), device=Q.device) + start * other.n])
-        kept = values.abs().topk(min(k, len(values))).indices
-        values, places = values[kept], places[kept]
-    rows, columns_met = places // other.n, places % other.n
+    tensor = residual_tensor(model, layer)
+    direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
+    # Of the layer polarised: what stands before z_first z_second is twice its entry.
+    form = 2 * TwoInputForm.of(tensor)
+    sides = [each.decoder.to(tensor.left) for each in (one, other)]
+    found = form.matrix(direction).top(k, left=sides[0], right=sides[1])
     return SourcePairs(
         layer=range(len(model.blocks))[layer],
-        first=rows,
-        second=columns_met,
-        coefficients=values,
-        label_first=[one.label(i) for i in rows.tolist()],
-        label_second=[other.label(i) for i in columns_met.tolist()],
+        first=found.first,
+        second=found.second,
+        coefficients=found.coefficients,
+        label_first=[one.label(i) for i in found.first.tolist()],
+        label_second=[other.label(i) for i in found.second.tolist()],
     )
 
 

@@ -21,6 +21,7 @@ from tl_bilinear.tensor.gated import Approximation, GatedLayer, approximate, app
 from tl_bilinear.tensor.hosvd import HOSVD, Tucker, hosvd, tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.moments import InputMoments, Metric
+from tl_bilinear.tensor.pair_matrix import SVD, PairMatrix, TopPairs
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
 from tl_bilinear.tensor.registry import (
@@ -29,10 +30,12 @@ from tl_bilinear.tensor.registry import (
     register_model_reader,
 )
 from tl_bilinear.tensor.spectrum import Spectrum, spectrum
+from tl_bilinear.tensor.two_input import TwoInputForm, TwoInputParts
 
 __all__ = [
     "CP",
     "HOSVD",
+    "SVD",
     "Approximation",
     "BilinearParts",
     "BilinearTensor",
@@ -45,13 +48,17 @@ __all__ = [
     "InteractionMatrix",
     "Massive",
     "Metric",
+    "PairMatrix",
     "QuarticDirections",
     "QuarticForm",
     "Reexpression",
     "ShapleyValues",
     "Spectrum",
     "TopInteractions",
+    "TopPairs",
     "Tucker",
+    "TwoInputForm",
+    "TwoInputParts",
     "approximate",
     "approximation_note",
     "cp",
