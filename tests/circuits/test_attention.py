@@ -127,7 +127,7 @@ def test_the_sum_over_pairs_is_the_score(kind, dtype):
     query, key = dictionaries("float64" if dtype == torch.float64 else "float32")
     for head, other in ((0, embedding(built)), (built.cfg.n_heads - 1, key)):
         run = AttentionInteractions(built, 1, head, query, other).run(TOKENS)
-        # After it: TransformerLens shifts all ALiBi scores of a query by what an earlier, longer run left.
+        # After it: an earlier, longer run shifts all ALiBi scores of a query in TransformerLens.
         scores = scores_of(built)
         for i in range(len(TOKENS)):
             for j in range(i + 1):
