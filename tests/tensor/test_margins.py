@@ -191,7 +191,9 @@ def test_bad_input(unchecked):
         margin_spectrum(classifier(6), 2, euclidean_metric(t))
     with pytest.raises(ValueError, match="power and ridge lie between 0 and 1"):
         moment_metric(t, moments, power=1.5)
-    with pytest.raises(ValueError, match=r"the moments are of 4 inputs .*, the classifier reads 10"):
+    with pytest.raises(
+        ValueError, match=r"the moments are of 4 inputs .*, the classifier reads 10"
+    ):
         moment_metric(t, InputMoments.of(x[:, :4]))
     with pytest.raises(TypeError, match=r"moments must be InputMoments, .* got Tensor"):
         moment_metric(t, x.T @ x)
