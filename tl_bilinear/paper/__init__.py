@@ -6,7 +6,7 @@
 
 One file a study, which computes, draws and describes: `eigenvectors`, `hosvd_components`,
 `regularisation` (with sparsity), `similarity`, `target`, `adversarial`, `explanation`, `toy`, `neurons`,
-`certified`. What they share is in `image_spectra`.
+`certified`, `proofs` (with `nearest`). What they share is in `image_spectra`.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ class InputRegion(Result):
         return torch.where(off > 1e-6 * offset.norm(dim=1), torch.inf, y.norm(dim=1))
 
     def contains(self, x: Float[Tensor, "n d"]) -> Tensor:
-        """[n], whether each input lies in it; a rounding of 1e-9 outside counts as inside."""
-        return self.length(x) <= self.radius * (1 + 1e-9)
+        """[n], whether each input lies in it; float32's rounding outside counts as inside."""
+        return self.length(x) <= self.radius * (1 + 1e-5)
 
     def holding(self, x: Float[Tensor, "n d"], share: float = 1.0) -> InputRegion:
         """The same shape at the smallest radius that holds a share of these inputs.
