@@ -19,7 +19,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from tl_bilinear.explorer.config import ExploreConfig
-from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
+from tl_bilinear.paper.config import CertifyConfig, GallerySettings, QuickstartConfig
 from tl_bilinear.recipes.language.config import (
     CONFIGS,
     TINYSTORIES,
@@ -146,6 +146,26 @@ def images(
     made = make_gallery(config, report=print, progress=not quiet)
     seconds = sum(study.seconds for study in made)
     print(f"{len(made)} studies in {seconds:.0f} s. Open {config.out / PAGE}.")
+
+
+@app.command(name="certify")
+def certify_images(
+    *,
+    config: Annotated[CertifyConfig, fields_of()] = CertifyConfig(),
+    quiet: Quiet = False,
+) -> None:
+    """Prove how far every test image is from another answer, and write a certificate of it.
+
+    The certificate is checked by one file that needs numpy only, and lies beside it. Trained models are
+    kept in a folder of runs, so that an interrupted command goes on.
+    """
+    from tl_bilinear.paper.certification import CERTIFICATE, CHECKER, PAGE, certify
+
+    print(certify(config, progress=not quiet))
+    print(
+        f"Open {config.out / PAGE}. To check again: "
+        f"python {config.out / CHECKER} {config.out / CERTIFICATE}"
+    )
 
 
 @app.command

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from markupsafe import Markup
 from plotly.subplots import make_subplots
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_bilinear.paper.nearest import (
     Detours,
@@ -175,13 +176,11 @@ def proofs(
     held = (
         (right[few] & (found.radius[few] > torch.tensor(settings.radii)[:, None])).double().mean(1)
     )
-    rank = min(2 * tensor.d_hidden, tensor.d_in)
-    kept = tuple(k for k in settings.kept if k <= rank)
     moments = InputMoments.of(data.train_images, population="training images", space=PIXEL_SPACE)
-    metrics = {
-        "Euclidean": euclidean_metric(tensor),
-        "of the training images": moment_metric(tensor, moments),
-    }
+    plain = euclidean_metric(tensor)
+    metrics = {"Euclidean": plain, "of the training images": moment_metric(tensor, moments)}
+    rank = len(plain.map)
+    kept = tuple(k for k in settings.kept if k <= rank) or (rank,)
     return Proofs(
         settings.noises,
         torch.stack(accuracy),
@@ -211,8 +210,8 @@ def attacked(
 ) -> Float[Tensor, " r"]:
     """The share of images that a projected-gradient attack leaves right, by radius."""
     broken = [
-        projected_gradient_attack(tensor, images, labels, radius, ATTACK, progress=progress)
-        for radius in radii
+        projected_gradient_attack(tensor, images, labels, radius, ATTACK)
+        for radius in tqdm(radii, unit="attack", disable=not progress)
     ]
     return 1 - torch.stack(broken).double().mean(1)
 
