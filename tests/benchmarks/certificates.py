@@ -294,6 +294,50 @@ PARTS = {
 }
 
 
+TITLES = {
+    "embedding": "the paper's model (size 256, noise 0.4, 20 epochs)",
+    "plain": "one bilinear layer on pixels (128 neurons, noise 0.3)",
+}
+
+
+def table() -> str:
+    """The stored results as Markdown."""
+    stored = {
+        name: json.loads((RESULTS / "certificates" / f"{name}.json").read_text()) for name in TITLES
+    }
+    certified = [each["distances"]["certified accuracy"] for each in stored.values()]
+    attacks = [each["attack"]["accuracy by radius"]["1.0"] for each in stored.values()]
+    best = [
+        max(part["proved"]["32"] for part in (*_metrics(each["proofs"]), each["proofs_32"]))
+        for each in stored.values()
+    ]
+    rows = {
+        "test accuracy": [f"{each['0.0']:.4f}" for each in certified],
+        "certified at radius 0.5": [f"{each['0.5']:.4f}" for each in certified],
+        "certified at radius 1": [f"{each['1.0']:.4f}" for each in certified],
+        "first 1,000 at radius 1: proved / left by the attack": [
+            f"{each['proved']:.3f} / {each['left by the attack']:.3f}" for each in attacks
+        ],
+        "distances to all rivals, one thread": [
+            f"{each['distances']['seconds']:.1f} s" for each in stored.values()
+        ],
+        "certificate checked in": [
+            f"{each['certificate']['checked in seconds']:.0f} s" for each in stored.values()
+        ],
+        "proved from 32 pairs, Euclidean": [
+            f"{each['proofs']['euclidean, all pixels']['proved']['32']:.4f}"
+            for each in stored.values()
+        ],
+        "proved from 32 pairs, best metric": [f"{each:.4f}" for each in best],
+    }
+    head = ["| | " + " | ".join(TITLES.values()) + " |", "| --- | --- | --- |"]
+    return "\n".join(head + [f"| {what} | {' | '.join(values)} |" for what, values in rows.items()])
+
+
+def _metrics(proofs: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in proofs.values() if "proved" in part]
+
+
 def trained(name: str, data: ImageData, work: Path) -> tuple[Case, dict[str, Any]]:
     """The classifier, from `work` where it has been trained already."""
     path = work / f"{name}.safetensors"
