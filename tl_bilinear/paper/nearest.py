@@ -144,8 +144,8 @@ class Detours(Result):
         """One row a direction."""
         import pandas as pd
 
-        columns = {"direction": DIRECTIONS, "reached": self.reached, "over the minimum": self.ratio}
-        return pd.DataFrame({name: list(map(_plain, each)) for name, each in columns.items()})
+        columns = {"reached": self.reached.tolist(), "over the minimum": self.ratio.tolist()}
+        return pd.DataFrame({"direction": list(DIRECTIONS)} | columns)
 
 
 @torch.no_grad()
@@ -214,7 +214,3 @@ def _gradient(tensor: BilinearTensor, x: Tensor, weights: Tensor) -> Tensor:
     pre_left = x @ left.T + (0 if tensor.bias_left is None else tensor.bias_left)
     pre_right = x @ right.T + (0 if tensor.bias_right is None else tensor.bias_right)
     return (out * pre_right) @ left + (out * pre_left) @ right
-
-
-def _plain(value: str | Tensor) -> str | float:
-    return value if isinstance(value, str) else float(value)
