@@ -44,6 +44,7 @@ SMALL = {
     "sparsity": {"config": CONFIG},
     "neurons": {"config": CONFIG},
     "certificates": {"config": CONFIG},
+    "across-layers": {"config": dataclasses.replace(CONFIG, depth=3), "kept": (2, 8)},
 }
 
 

@@ -21,6 +21,7 @@ from tl_bilinear.tensor.gated import Approximation, GatedLayer, approximate, app
 from tl_bilinear.tensor.hosvd import HOSVD, Tucker, hosvd, tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.moments import InputMoments, Metric
+from tl_bilinear.tensor.odt import ODT, odt
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
 from tl_bilinear.tensor.registry import (
@@ -29,12 +30,15 @@ from tl_bilinear.tensor.registry import (
     register_model_reader,
 )
 from tl_bilinear.tensor.spectrum import Spectrum, spectrum
+from tl_bilinear.tensor.stack import BilinearStack
 
 __all__ = [
     "CP",
     "HOSVD",
+    "ODT",
     "Approximation",
     "BilinearParts",
+    "BilinearStack",
     "BilinearTensor",
     "EigenProjector",
     "Eigendecomposition",
@@ -59,6 +63,7 @@ __all__ = [
     "functional_similarity",
     "hosvd",
     "match_eigenvectors",
+    "odt",
     "pairwise_similarity",
     "reexpress",
     "register_gated_reader",
