@@ -37,6 +37,7 @@ _FILES = {  # which file registers which study, in the order of the gallery
     "neurons": "neurons",
     "certificates": "certified",
     "proofs": "proofs",
+    "across-layers": "across_layers",
 }
 
 

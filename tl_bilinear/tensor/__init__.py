@@ -37,6 +37,7 @@ from tl_bilinear.tensor.margins import (
 )
 from tl_bilinear.tensor.moments import InputMoments, Metric
 from tl_bilinear.tensor.quadratic import QuadraticForm
+from tl_bilinear.tensor.odt import ODT, odt
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
 from tl_bilinear.tensor.regions import (
@@ -59,14 +60,17 @@ from tl_bilinear.tensor.robustness import (
     certified_accuracy,
 )
 from tl_bilinear.tensor.spectrum import Spectrum, spectrum
+from tl_bilinear.tensor.stack import BilinearStack
 
 __all__ = [
     "CP",
     "HOSVD",
     "AdversarialDistances",
+    "ODT",
     "Approximation",
     "Attack",
     "BilinearParts",
+    "BilinearStack",
     "BilinearTensor",
     "BoxBounds",
     "CertifiedAccuracy",
@@ -111,6 +115,7 @@ __all__ = [
     "margin_spectrum",
     "match_eigenvectors",
     "moment_metric",
+    "odt",
     "pairwise_similarity",
     "projected_gradient_attack",
     "proved_accuracy",
