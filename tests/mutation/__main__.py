@@ -28,6 +28,7 @@ from tests.mutation.changes import changes, make_live
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tl_bilinear"
+LEFT = ("survived", "no test")
 SHARE = 60.0  # seconds of tests for one change, by their times without it
 
 
@@ -106,6 +107,12 @@ class Runner:
     def sample(self) -> list[tuple[Path, int]]:
         files = sorted((PACKAGE / self.options.folder).glob("*.py"))
         every = [(f, i) for f in files for i in range(len(changes(ast.parse(f.read_text()))))]
+        if self.options.again:
+            before = map(json.loads, self.options.again.read_text().splitlines())
+            kept = {
+                (ROOT / each["file"], each["index"]) for each in before if each["outcome"] in LEFT
+            }
+            return [each for each in every if each in kept]
         drawn = random.Random(self.options.seed).sample(every, min(self.options.sample, len(every)))
         print(f"{len(every)} changes in {self.options.folder}, {len(drawn)} drawn", flush=True)
         part, parts = map(int, self.options.part.split("/"))
@@ -140,12 +147,12 @@ class Runner:
             if lines.get(n)
         )
         names = [name for name in next(near, ()) if name in items]
-        if self.options.whole:
+        if self.options.again:  # all tests of the files that reach the line
             files = {name.split("::")[0] for name in names}
             names = [n for n in items if n.split("::")[0] in files and self.seconds.get(n, -1) >= 0]
         own = f"tests/{file.parent.name}/"
         names.sort(key=lambda name: (not name.startswith(own), self.seconds[name]))
-        kept, left = [], SHARE * (5 if self.options.whole else 1)
+        kept, left = [], SHARE * (5 if self.options.again else 1)
         for name in names:
             left -= self.seconds[name]
             if left > 0 or not kept:

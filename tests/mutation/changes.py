@@ -142,6 +142,8 @@ def _replacements(node: ast.AST) -> Iterator[ast.AST]:
                 yield called.value
         elif isinstance(called, ast.Name) and called.id in RENAMED:
             yield ast.Call(ast.Name(RENAMED[called.id], ast.Load()), node.args, node.keywords)
+        elif isinstance(called, ast.Name) and called.id == "abs":
+            yield node.args[0]
         for place, keyword in enumerate(node.keywords):
             if keyword.arg and keyword.arg not in QUIET:
                 rest = node.keywords[:place] + node.keywords[place + 1 :]
