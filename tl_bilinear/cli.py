@@ -7,6 +7,7 @@ reads; a setting is written once, there. Commands import what they need when the
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import threading
 import traceback
@@ -363,14 +364,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CycloptsError, ValueError, OSError, ImportError, MemoryError) as error:
         raised, status, line = error, 2, str(error) or type(error).__name__
     except Exception as error:
-        line = f"unexpected {type(error).__name__}: {error}. This is a bug: {_how_to_report()}"
         raised, status = error, 2
+        if _NO_MEMORY.search(str(error)):  # torch raises a RuntimeError
+            line = f"there is not enough memory for these sizes: {error}"
+        else:
+            line = f"unexpected {type(error).__name__}: {error}. This is a bug: {_how_to_report()}"
     if status == 2 and _was_interrupted(raised):
         status, line = 130, "interrupted"
     if "--debug" in given:
         traceback.print_exception(raised)
     print("tl-bilinear:", " ".join(line.splitlines()), file=sys.stderr)
     return status
+
+
+_NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
