@@ -36,8 +36,8 @@ from tl_bilinear.tensor.margins import (
     proving_metric,
 )
 from tl_bilinear.tensor.moments import InputMoments, Metric
-from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.odt import ODT, odt
+from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
 from tl_bilinear.tensor.regions import (
@@ -65,8 +65,8 @@ from tl_bilinear.tensor.stack import BilinearStack
 __all__ = [
     "CP",
     "HOSVD",
-    "AdversarialDistances",
     "ODT",
+    "AdversarialDistances",
     "Approximation",
     "Attack",
     "BilinearParts",
