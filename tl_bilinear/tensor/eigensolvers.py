@@ -40,15 +40,30 @@ def choose_method(d: int, hidden: int, k: int, n: int) -> Method:
     """The cheapest way to k pairs of n matrices, by the cost model in `InteractionMatrix.eigh`."""
     if 2 * hidden < d and k <= 2 * hidden:
         return "lowrank"
-    block = krylov.block_size(n)
-    columns = _COLUMNS_PER_PAIR * k + _COLUMNS_MORE + _COLUMNS_PER_BLOCK * (block - 1)
-    if not krylov.applicable(d, k) or columns > krylov.DENSE_AT * d:
+    if not krylov.applicable(d, k) or _columns(k, n) > krylov.DENSE_AT * d:
         return "dense"
-    dense = 2 * hidden * d**2 + _DENSE_EIGH_FLOPS * d**3
-    loading = 1 + _ROWS_TO_LOAD / (max(1, n) * block)
+    costs = {method: flops(method, d, hidden, k, n) for method in ("krylov", "dense")}
     # Small steps run below the speed of a large product: the factor two.
-    iterative = 2 * (8 * columns * d * hidden * loading + 8 * columns**2 * d + 20 * columns**3)
-    return "krylov" if iterative < dense else "dense"
+    return "krylov" if 2 * costs["krylov"] < costs["dense"] else "dense"
+
+
+def flops(method: Method, d: int, hidden: int, k: int, n: int) -> float:
+    """Work for each of n matrices, in flops at the speed of a large matrix product."""
+    if method == "auto":
+        method = choose_method(d, hidden, k, n)
+    if method == "dense":
+        return 2 * hidden * d**2 + _DENSE_EIGH_FLOPS * d**3
+    if method == "lowrank":
+        return 8 * hidden**2 * min(2 * hidden, d) + _DENSE_EIGH_FLOPS * min(2 * hidden, d) ** 3
+    columns = _columns(k, n)
+    loading = 1 + _ROWS_TO_LOAD / (max(1, n) * krylov.block_size(n))
+    return 8 * columns * d * hidden * loading + 8 * columns**2 * d + 20 * columns**3
+
+
+def _columns(k: int, n: int) -> float:
+    """Basis columns of each of n matrices."""
+    wider = krylov.block_size(n) - 1
+    return _COLUMNS_PER_PAIR * k + _COLUMNS_MORE + _COLUMNS_PER_BLOCK * wider
 
 
 class Solution(NamedTuple):
