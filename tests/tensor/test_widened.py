@@ -59,6 +59,7 @@ def test_a_quadratic_layer_is_met_exactly():
     wide = widened(square, start, x, torch.ones(2000).double(), 24)
     assert share_left(wide, square, x) < 1e-6
     assert_close(wide.left[:2], start.left)
+    assert (wide.d_hidden, wide.bias_left[2:8].tolist()) == (2 + 6 + 24, [1.0] * 6)
 
 
 def test_inputs_without_weight_do_not_count():

@@ -27,6 +27,7 @@ _OUTPUTS = (
     64  # output directions at least, where there are as many, that squares are looked for along
 )
 _CANDIDATES = 4  # for each neuron added
+_ROUNDS = 4  # against one they leave a tenth less
 _SMALLEST = 1e-4  # of the largest variance: inputs that vary less are not whitened further
 _RIDGE = 1e-5  # relative
 _BLOCK = 4096  # inputs a product
@@ -43,30 +44,42 @@ def widened(
 
     x, weight: inputs, and how much each counts
 
-    Costs the products ``E[(p . r) z z^T]``, 2 n d_in^2 for each output direction p (64 of them, or
-    ``4 extra / d_in``), and the Gram matrix of all hidden neurons.
+    In four rounds, each on what the last one leaves. One costs the products ``E[(p . r) z z^T]``,
+    2 n d_in^2 for each output direction p (64 of them, or ``extra / d_in``), and the Gram matrix of all
+    hidden neurons.
     """
     x, weight = x[weight > 0], weight[weight > 0] / weight.sum()
     mean = weight @ x
     white = _whitening(x, mean, weight)
-    along = _directions(layer, tensor, x, weight, mean, white, extra) @ white.T
-    squares = -(along @ mean)  # v . (x - mean), whitened
-    h, d = tensor.d_hidden, tensor.d_in
-    eye = torch.eye(d).to(along)
-    ones, none = along.new_ones(d), along.new_zeros(d)
-    wide = replace(
+    eye, none = torch.eye(len(mean)).to(x), torch.zeros_like(mean)
+    wide = _with_neurons(tensor, torch.zeros_like(eye), eye, torch.ones_like(mean), none)
+    wide = _with_best_output(layer, wide, x, weight)
+    rounds = min(_ROUNDS, extra)
+    for number in range(rounds):
+        count = extra // rounds + (number < extra % rounds)
+        along = _directions(layer, wide, x, weight, mean, white, count) @ white.T
+        offset = -(along @ mean)  # v . (x - mean), whitened
+        wide = _with_neurons(wide, along, along, offset, offset)
+        wide = _with_best_output(layer, wide, x, weight)
+    return wide
+
+
+def _with_neurons(
+    tensor: BilinearTensor, left: Tensor, right: Tensor, bias_left: Tensor, bias_right: Tensor
+) -> BilinearTensor:
+    """With hidden neurons more, which write nothing yet."""
+
+    def old(bias: Tensor | None) -> Tensor:
+        return left.new_zeros(tensor.d_hidden) if bias is None else bias
+
+    return replace(
         tensor,
-        left=torch.cat([tensor.left, along, torch.zeros_like(eye)]),
-        right=torch.cat([tensor.right, along, eye]),
-        out=torch.cat([tensor.out, tensor.out.new_zeros(tensor.d_out, extra + d)], 1),
-        bias_left=torch.cat([_or_zeros(tensor.bias_left, along, h), squares, ones]),
-        bias_right=torch.cat([_or_zeros(tensor.bias_right, along, h), squares, none]),
+        left=torch.cat([tensor.left, left]),
+        right=torch.cat([tensor.right, right]),
+        out=torch.cat([tensor.out, tensor.out.new_zeros(tensor.d_out, len(left))], 1),
+        bias_left=torch.cat([old(tensor.bias_left), bias_left]),
+        bias_right=torch.cat([old(tensor.bias_right), bias_right]),
     )
-    return _with_best_output(layer, wide, x, weight)
-
-
-def _or_zeros(bias: Tensor | None, like: Tensor, n: int) -> Tensor:
-    return like.new_zeros(n) if bias is None else bias
 
 
 def _blocks(x: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
