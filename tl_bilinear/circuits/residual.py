@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
 from tl_bilinear.features.unembedding import token_names
 from tl_bilinear.hooks.points import LayerTensor
@@ -166,7 +167,7 @@ def _upstream(
     source: Any, layer: int, same_layer: Sequence[str], reader: str, model: Any
 ) -> Dictionary:
     """`source` as a dictionary, if what it writes is in the residual stream that `reader` sees."""
-    found = Dictionary.of(source)
+    found = placed(model, Dictionary.of(source))
     if found.d != model.cfg.d_model:
         raise ValueError(f"{found!r} has width {found.d}, the residual stream {model.cfg.d_model}")
     if not _is_before(found, layer, same_layer):
