@@ -145,7 +145,7 @@ def hosvd(
     source = tensor if metric is None else tensor.whiten(metric)
     factors, power = source.factors.normalised_together()
     left, right, out = factors.left, factors.right, factors.weights
-    gram = grams.congruence(out, left, right) if mode == "output" else _input_gram(left, right, out)
+    gram = grams.congruence(out, left, right) if mode == "output" else input_gram(left, right, out)
     squares, columns = torch.linalg.eigh(gram)
     norm = float(squares.clamp_min(0).sum().sqrt())
     exact = squares.flip(0)[:k].clamp_min(0).sqrt()
@@ -240,7 +240,7 @@ def _left_out(
     return math.sqrt(max(0.0, square) + 8 * torch.finfo(wide).eps * size**2) + rounding
 
 
-def _input_gram(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def input_gram(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``sum_a B[a]^2`` [d_in, d_in] in float64, in tiles of hidden neurons."""
     dtype = checks.gram_dtype(left)
     left, right, out = (t.to(dtype) for t in (left, right, out))
