@@ -64,7 +64,8 @@ class GallerySettings:
     of a file classes.txt in the folder, or numbers."""
     studies: tuple[str, ...] = ()
     """Which studies, by name; all by default: eigenvectors, hosvd, regularisation, similarity, target,
-    adversarial, explanation, toy, sparsity, neurons, certificates."""
+    adversarial, explanation, toy, sparsity, neurons, certificates, proofs,
+    across-layers."""
     space: Literal["pixels", "embedding"] = "pixels"
     """Where eigenvectors are taken in the studies similarity and explanation: of the images, or behind
     the embedding as in the paper. Other studies show both, or pixels."""
