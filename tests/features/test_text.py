@@ -15,7 +15,14 @@ from tests.features.building import N_OUT, model, sae
 from tests.recipes.stories import make_stories
 from tl_bilinear import FeatureInteractions, plots
 from tl_bilinear.features import ActiveInteractions, FeatureSweep, verification
-from tl_bilinear.features.labels import NEVER, NOTHING, distinguishing, label, pieces
+from tl_bilinear.features.labels import (
+    NEVER,
+    NOTHING,
+    distinguishing,
+    label,
+    name_features,
+    pieces,
+)
 from tl_bilinear.recipes.language import train_tokenizer
 
 LAYER = "blocks.1"
@@ -103,6 +110,33 @@ def test_a_common_token_is_told_by_what_stands_further_in_front():
     assert label(None, [7] * 10, [None] * 10, near, rates | {3: 0.09}) == "7"
     assert label(None, [7] * 10, [None] * 10, near, rates | {7: 0.001}) == "7"
     assert label(None, [*range(30, 40)], [None] * 10, near, rates) == "anything after 3"
+
+
+def test_special_tokens_name_nothing_unless_they_are_all_there_is():
+    special = {1, 2}
+    near = [{1, 2, i + 20} for i in range(10)]
+    rates = {7: 0.1, 1: 0.001, 2: 0.001}
+    assert label(None, [7] * 10, [None] * 10, near, rates) == "7 after 1 2"
+    assert label(None, [7] * 10, [None] * 10, near, rates, special) == "7"
+    assert label(None, [5] * 10, [1] * 10, base={5: 0.001}, special=special) == "5"
+    assert label(None, [1] * 6 + [5] * 4, [None] * 10, special=special) == "5"
+    assert label(None, [1] * 9 + [5], [None] * 10, special=special) == NOTHING
+    assert label(None, [1, 5], [None] * 2, special=special) == "5 (seen twice)"
+    assert label(None, [1] * 6 + [2] * 4, [2] * 10, special=special) == "(2) 1"
+
+
+def test_the_tokenizers_special_tokens_are_left_out():
+    class Tokenizer:
+        all_special_ids = (1,)
+
+        def decode(self, ids):
+            return str(ids[0])
+
+    tokens = torch.tensor([[1, 5, 1, 6, 1, 5]])
+    z = torch.ones(1, 6, 1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    (name,) = name_features(Tokenizer(), tokens, iter([z]), 6, mask)
+    assert name == "5 | 6 (seen 6 times)"
 
 
 def test_what_distinguishes_is_ordered_by_how_much_it_tells():
