@@ -8,6 +8,11 @@ features over several layers (`FeatureCircuit`); two layers as one form of degre
 from tl_bilinear.circuits.composition import composed
 from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
+from tl_bilinear.circuits.polynomial import (
+    TensorPolynomial,
+    product_head,
+    tensor_polynomial,
+)
 from tl_bilinear.circuits.residual import (
     SourcePairs,
     VirtualWeights,
@@ -26,6 +31,7 @@ __all__ = [
     "PathCheck",
     "Paths",
     "SourcePairs",
+    "TensorPolynomial",
     "VirtualWeights",
     "check_paths",
     "composed",
@@ -33,7 +39,9 @@ __all__ = [
     "embedding",
     "paths",
     "positions",
+    "product_head",
     "source_pairs",
+    "tensor_polynomial",
     "through_head",
     "unembedding",
     "virtual_weights",

@@ -22,6 +22,7 @@ from tl_bilinear.tensor.hosvd import HOSVD, Tucker, hosvd, tucker
 from tl_bilinear.tensor.interaction import InteractionMatrix, TopInteractions
 from tl_bilinear.tensor.moments import InputMoments, Metric
 from tl_bilinear.tensor.odt import ODT, odt
+from tl_bilinear.tensor.product_head import ProductHead, ProductTerms
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
 from tl_bilinear.tensor.registry import (
@@ -49,6 +50,8 @@ __all__ = [
     "InteractionMatrix",
     "Massive",
     "Metric",
+    "ProductHead",
+    "ProductTerms",
     "QuarticDirections",
     "QuarticForm",
     "Reexpression",
