@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.models.building import write_tokenizer
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer, register_gated_reader
 from tl_bilinear.circuits import paths
 from tl_bilinear.features import FeatureInteractions
@@ -276,24 +277,12 @@ def bridges(llama, tmp_path_factory):
     for name in ("raw", "processed"):
         # Processed weights are written into the model that a bridge wraps, so each has its own.
         own = LlamaForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(_words(folder))
+        tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(folder))
         made[name] = TransformerBridge.boot_transformers(
             str(folder), hf_model=own, tokenizer=tokenizer, device="cpu"
         )
     made["processed"].enable_compatibility_mode(disable_warnings=True)
     return made
-
-
-def _words(folder):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"[UNK]": 0, "[BOS]": 1, "[EOS]": 2}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]"
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["raw", "processed"])

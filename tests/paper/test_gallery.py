@@ -44,6 +44,7 @@ SMALL = {
     "sparsity": {"config": CONFIG},
     "neurons": {"config": CONFIG},
     "certificates": {"config": CONFIG},
+    "proofs": {"config": CONFIG, "noises": (0.1, 0.4), "kept": (4, 16), "attacked": 30},
     "across-layers": {"config": dataclasses.replace(CONFIG, depth=3), "kept": (2, 8)},
 }
 

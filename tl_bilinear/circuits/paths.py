@@ -32,9 +32,9 @@ from tl_bilinear.circuits.residual import require_plain_stream
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
 from tl_bilinear.features.attribution import contributions, error_of, relative_error
 from tl_bilinear.features.labels import kinds
-from tl_bilinear.hooks.points import require_layer_tensor
+from tl_bilinear.hooks.points import LayerTensor, require_layer_tensor
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import BilinearTensor, TopInteractions
+from tl_bilinear.tensor import BilinearTensor, TopInteractions, approximation_note
 
 if TYPE_CHECKING:
     import pandas
@@ -58,6 +58,7 @@ class Paths(Result):
     constants: name to value: "layer constant", "b_out"
     scale: the norm's scale s (1 without a norm), the number that is frozen
     measured: ``u . f(x)`` in the model's own run
+    approximation: what the layer stands for and how well, where it is an approximation
     """
 
     _finite = ("direction", "vectors", "quadratic", "linear")
@@ -76,6 +77,7 @@ class Paths(Result):
     constants: dict[str, float]
     scale: float
     measured: float
+    approximation: str | None = None
 
     @property
     def total(self) -> float:
@@ -165,6 +167,7 @@ class Paths(Result):
             f"layer {self.layer} at position {self.position}: {self.measured:+.4f} "
             f"(contributions sum to {self.total:+.4f}, off by {self.measured_error:.1e} of that)"
         ]
+        lines += [self.approximation] if self.approximation else []
         n = len(self.labels)
         pairs = self.strongest(min(k, n * (n + 1) // 2))
         for i, j, value in zip(
@@ -187,14 +190,15 @@ def paths(
     *,
     by: By = "sources",
     words: Sequence[str] | None = None,
-    layer_tensor: BilinearTensor | None = None,
+    layer_tensor: LayerTensor | None = None,
     max_bytes: int = checks.MAX_DENSE_BYTES,
 ) -> Paths:
     """Split a layer's output along a direction over pairs of upstream components.
 
     Parameters
     ----------
-    model: a bilinear HookedTransformer, folded or not
+    model: a bilinear HookedTransformer or TransformerBridge, folded or not; with `layer_tensor` a gated
+        one
     tokens: [pos] or [1, pos], or text
     layer: int
         From 0; negative from the end.
@@ -205,10 +209,10 @@ def paths(
         A component for each head and source token, for each head, or for each layer's attention.
     words: [pos], optional
         The tokens' names for labels; by default the tokenizer's, or their numbers.
-    layer_tensor: BilinearTensor, optional
+    layer_tensor: BilinearTensor or Approximation, optional
         The layer as a function of ``mlp.hook_in``, instead of reading it from the model: an
-        approximation of a gated one, ``approximate(mlp, inputs).tensor``. `Paths.error` is then what
-        it leaves out.
+        approximation of a gated one, ``approximate_llama(model, tokens)[layer]``. `Paths.error` is
+        then what it leaves out.
     max_bytes: int
         The pairs are an n x n matrix: for long prompts and deep models sum over sources.
 
@@ -221,8 +225,8 @@ def paths(
     if layer_tensor is None:
         tensor = BilinearTensor.from_model(model, layer)
     else:
-        require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
-        tensor = layer_tensor
+        tensor = require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
+    note = approximation_note(tensor)
     tensor = tensor.to(checks.gram_dtype(tensor.left))
     direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
     run = Upstream(model, tokens, layer, position)
@@ -256,6 +260,7 @@ def paths(
         constants={name: value for name, value in constants.items() if value},
         scale=run.scale,
         measured=float(run.at(run.output_hook) @ direction),
+        approximation=note,
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,8 +33,9 @@ from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
 from tl_bilinear.features.unembedding import token_names
+from tl_bilinear.hooks.points import LayerTensor
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import InteractionMatrix
+from tl_bilinear.tensor import InteractionMatrix, approximation_note
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class SourcePairs(Result):
     first, second: [k], numbers in the first and the second source, by falling absolute coefficient
     coefficients: [k], ``2 d_first^T Q d_second``, what stands before the product of their activations
     label_first, label_second: [k] names
+    approximation: what the layer stands for and how well, where it is an approximation
     """
 
     layer: int
@@ -200,11 +202,12 @@ class SourcePairs(Result):
     coefficients: Float[Tensor, " k"]
     label_first: list[str]
     label_second: list[str]
+    approximation: str | None = None
 
     def top(self, k: int) -> SourcePairs:
         """The first k of them."""
         checks.require_count("k", k, len(self.first), "the pairs held")
-        return SourcePairs(self.layer, *(getattr(self, name)[:k] for name in _PAIR_COLUMNS))
+        return replace(self, **{name: getattr(self, name)[:k] for name in _PAIR_COLUMNS})
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a pair: first, second, their labels, coefficient."""
@@ -231,6 +234,8 @@ def source_pairs(
     first: Any,
     second: Any,
     k: int = 20,
+    *,
+    layer_tensor: LayerTensor | None = None,
 ) -> SourcePairs:
     """The strongest pairs across two sources for a direction of a layer's output, from weights alone.
 
@@ -239,10 +244,11 @@ def source_pairs(
     is the table of token pairs that head h makes. (Of one dictionary with itself, features of an SAE
     say, `FeatureInteractions.top`.) Streamed: the n x m table is never held.
 
-    Up to positive factors (see the module). Errors as `direct_path`.
+    Up to positive factors (see the module). `layer_tensor` stands for the layer where it is not read
+    from the model, as in `virtual_weights`. Errors as `direct_path`.
     """
     one, other = (direct_path(model, layer, each) for each in (first, second))
-    Q = _interaction(model, layer, direction)
+    Q, note = _interaction(model, layer, direction, layer_tensor)
     checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
     columns = 2 * (Q @ other.decoder.to(Q.left).T)
     values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
@@ -261,14 +267,20 @@ def source_pairs(
         coefficients=values,
         label_first=[one.label(i) for i in rows.tolist()],
         label_second=[other.label(i) for i in columns_met.tolist()],
+        approximation=note,
     )
 
 
-def _interaction(model: Any, layer: int, direction: Tensor) -> InteractionMatrix:
-    """What a layer's MLP makes of pairs of directions of the residual stream before it."""
-    tensor = residual_tensor(model, layer)
+def _interaction(
+    model: Any, layer: int, direction: Tensor, layer_tensor: LayerTensor | None
+) -> tuple[InteractionMatrix, str | None]:
+    """What a layer's MLP makes of pairs of directions of the residual stream before it.
+
+    With what it is an approximation of, if it is one.
+    """
+    tensor = residual_tensor(model, layer, layer_tensor)
     direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
-    return tensor.interaction(direction)
+    return tensor.interaction(direction), approximation_note(tensor)
 
 
 # ---------------------------------------------------------------------- virtual weights
@@ -288,6 +300,7 @@ class VirtualWeights(Result):
     weights: [n, k], ``d_b . v_i``
     residual: how much of the matrix the k pairs leave out, in spectral norm (a bound)
     labels: names of the n directions
+    approximation: what the layer stands for and how well, where it is an approximation
     """
 
     layer: int
@@ -295,6 +308,7 @@ class VirtualWeights(Result):
     weights: Float[Tensor, "n k"]
     residual: float
     labels: list[str]
+    approximation: str | None = None
 
     def strongest(self, k: int, eigenvector: int = 0) -> pandas.DataFrame:
         """The k directions that an eigenvector reads most: index, label, weight, contribution.
@@ -324,7 +338,13 @@ class VirtualWeights(Result):
 
 
 def virtual_weights(
-    model: Any, source: Any, layer: int, direction: Float[Tensor, " d_model"], k: int = 5
+    model: Any,
+    source: Any,
+    layer: int,
+    direction: Float[Tensor, " d_model"],
+    k: int = 5,
+    *,
+    layer_tensor: LayerTensor | None = None,
 ) -> VirtualWeights:
     """An earlier layer's output directions (or any source) against a later layer's eigenvectors.
 
@@ -334,15 +354,19 @@ def virtual_weights(
     layer, direction: whose interaction matrix; direction [d_model] is read from the layer's output
     k: int
         Eigenpairs.
+    layer_tensor: BilinearTensor or Approximation, optional
+        The layer as a function of ``mlp.hook_in``, instead of reading it from the model.
 
     From weights alone, along the direct path, up to the norm's scale. Errors as `direct_path`.
     """
     inputs = direct_path(model, layer, source)
-    eigen = _interaction(model, layer, direction).eigh(k)
+    matrix, note = _interaction(model, layer, direction, layer_tensor)
+    eigen = matrix.eigh(k)
     return VirtualWeights(
         layer=range(len(model.blocks))[layer],
         values=eigen.values,
         weights=inputs.decoder.to(eigen.vectors) @ eigen.vectors.T,
         residual=float(eigen.bound),
         labels=[inputs.label(i) for i in range(inputs.n)],
+        approximation=note,
     )

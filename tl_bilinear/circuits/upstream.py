@@ -163,17 +163,19 @@ class Upstream:
         value = self.cache[f"{name}_v"][0].to(self.dtype).transpose(0, 1)
         # Grouped queries: several heads read one value.
         value = value.repeat_interleave(len(pattern) // len(value), 0)
-        return pattern, attention.b_V.detach().to(self.dtype), value
+        bias = _or_zeros(attention.b_V, value[:, 0])
+        return pattern, bias.repeat_interleave(len(pattern) // len(bias), 0), value
 
     def attention_bias(self, layer: int) -> Float[Tensor, " d"]:
         """``b_O + sum_h (sum_s A_h[p,s]) b_V,h W_O,h``."""
         attention = self.model.blocks[layer].attn
         pattern, bias, _ = self._attention(layer)
         through = (pattern.sum(1)[:, None] * bias)[:, None] @ attention.W_O.detach().to(self.dtype)
-        return attention.b_O.detach().to(self.dtype) + through.sum((0, 1))
+        return _or_zeros(attention.b_O, through[0, 0]) + through.sum((0, 1))
 
     def mlp_bias(self, layer: int) -> Float[Tensor, " d"]:
-        return self.model.blocks[layer].mlp.b_out.detach().to(self.dtype)
+        bias = getattr(self.model.blocks[layer].mlp, "b_out", None)
+        return _or_zeros(bias, self.at(f"blocks.{layer}.hook_mlp_out"))
 
     def components(self) -> UpstreamComponents:
         """Every component that is not zero, in the order in which they are written.
@@ -280,6 +282,11 @@ class Upstream:
             self.tokens, fwd_hooks=hooks, return_type=None, stop_at_layer=self.layer + 1
         )
         return output[0][0, self.position].to(self.dtype)
+
+
+def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
+    """A bias as `like`; a TransformerBridge has None where there is none."""
+    return torch.zeros_like(like) if bias is None else bias.detach().to(like)
 
 
 def as_tokens(model: Any, tokens: Tensor | str) -> Int[Tensor, "1 pos"]:

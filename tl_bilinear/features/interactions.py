@@ -75,7 +75,7 @@ from tl_bilinear.features.unembedding import (
     unembedding_row,
 )
 from tl_bilinear.hooks import EigenComponents
-from tl_bilinear.hooks.points import require_layer_tensor
+from tl_bilinear.hooks.points import LayerTensor, require_layer_tensor
 from tl_bilinear.results import Kind
 from tl_bilinear.tensor import (
     BilinearTensor,
@@ -104,9 +104,9 @@ class FeatureInteractions:
     output: "encoder" or "decoder", optional
         Read output features along encoder directions, what makes a feature fire, or along decoder
         directions. By default the encoder's, where it reads the layer's output.
-    layer_tensor: BilinearTensor, optional
+    layer_tensor: BilinearTensor or Approximation, optional
         The layer as a function of ``mlp.hook_in``, instead of reading it from the model: for a gated
-        MLP that is not bilinear, ``approximate(mlp, inputs).tensor``. An attribution's
+        MLP that is not bilinear, ``approximate_llama(model, tokens)[layer]``. An attribution's
         `error` and a check's `difference` then say what the approximation leaves out.
 
     Attributes
@@ -132,13 +132,13 @@ class FeatureInteractions:
         sae_out: Any,
         *,
         output: Along | None = None,
-        layer_tensor: BilinearTensor | None = None,
+        layer_tensor: LayerTensor | None = None,
     ) -> None:
         self.model = model
         if layer_tensor is None:
             layer_tensor = BilinearTensor.from_model(model, layer)
         else:
-            require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
+            layer_tensor = require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
         self.layer = range(len(model.blocks))[layer]
         self.inputs, self.outputs = Dictionary.of(sae_in), Dictionary.of(sae_out)
         passages = input_passages(model, self.layer)

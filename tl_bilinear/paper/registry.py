@@ -36,6 +36,7 @@ _FILES = {  # which file registers which study, in the order of the gallery
     "sparsity": "regularisation",
     "neurons": "neurons",
     "certificates": "certified",
+    "proofs": "proofs",
     "across-layers": "across_layers",
 }
 
