@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pickle
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,7 +40,7 @@ from tl_bilinear.models.tensor_attention import (
     TensorTransformerConfig,
 )
 from tl_bilinear.models.tensor_format import LOGIT_CAP, TensorFields, read_fields
-from tl_bilinear.models.transformer import HookedBilinearTransformer
+from tl_bilinear.models.transformer import named_tokenizer
 
 if TYPE_CHECKING:
     from tl_bilinear.models.registration import HookedTransformer
@@ -86,8 +85,10 @@ class TensorTransformer(HookedTransformer):
             self.move_model_modules_to_device()
         self.setup()
 
-    # Tokenizers made in memory.
-    set_tokenizer = HookedBilinearTransformer.set_tokenizer
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: Any = None) -> None:
+        """As HookedTransformer's, also for tokenizers made in memory."""
+        with named_tokenizer(tokenizer) as named:
+            super().set_tokenizer(named, default_padding_side)
 
     def forward(self, input: Any, *args: Any, **options: Any) -> Any:
         """As HookedTransformer's. Raises ValueError for a later `start_at_layer` and a cache of keys."""
@@ -294,7 +295,7 @@ def _stored_weights(source: Source) -> tuple[Path, dict[str, Tensor]]:
     path = source.require(PICKLED)
     try:  # only tensors: nothing in the file is run
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # of a damaged file each layer of torch has its own
         raise ValueError(f"{path} is truncated, or holds more than tensors: {error}") from error
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise ValueError(f"{path} holds no table of tensors by name")

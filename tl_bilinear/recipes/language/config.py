@@ -215,11 +215,12 @@ class LanguageConfig(LoopConfig):
             if not self.norm:
                 raise ValueError("norm=False needs attention='product': a Llama has norms")
             return
-        if self.activation not in ("bilinear", "swiglu") or self.bias or self.d_mlp % self.d_model:
+        d, h = self.d_model, self.d_mlp
+        if self.activation not in ("bilinear", "swiglu") or self.bias or h % d:
             raise ValueError(
                 f"attention={self.attention!r} makes a tensor transformer: its activation is bilinear "
-                "or swiglu, its only bias that of the MLP's output (bias=False), and its d_mlp a multiple "
-                f"of d_model; got {self.activation}, bias={self.bias}, {self.d_mlp} and {self.d_model}"
+                "or swiglu, its only bias that of the MLP's output (bias=False), and its d_mlp a "
+                f"multiple of d_model; got {self.activation}, bias={self.bias}, {h} and {d}"
             )
 
 
