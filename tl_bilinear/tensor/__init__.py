@@ -37,6 +37,7 @@ from tl_bilinear.tensor.margins import (
 )
 from tl_bilinear.tensor.moments import InputMoments, Metric
 from tl_bilinear.tensor.odt import ODT, odt
+from tl_bilinear.tensor.product_head import ProductHead, ProductTerms
 from tl_bilinear.tensor.pair_matrix import SVD, PairMatrix, TopPairs
 from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
@@ -91,6 +92,8 @@ __all__ = [
     "MarginSpectrum",
     "Massive",
     "Metric",
+    "ProductHead",
+    "ProductTerms",
     "PairMatrix",
     "ProvedAccuracy",
     "QuadraticForm",

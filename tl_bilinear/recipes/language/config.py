@@ -17,6 +17,7 @@ TINYSTORIES = "roneneldan/TinyStories"
 
 # The nonlinearity on the gate as transformers names it, by the name of the unit that it makes.
 ACTIVATIONS = {"bilinear": "linear", "reglu": "relu", "swiglu": "silu", "geglu": "gelu"}
+ATTENTIONS = ("softmax", "product", "squared")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PATHS = ("affine", "beta", "closed", "none")
 SCHEDULES = ("linear", "cosine", "even", "layers")
@@ -192,16 +193,35 @@ class LanguageConfig(LoopConfig):
     """Of the gate: bilinear (none), reglu, swiglu or geglu."""
     bias: bool = False
     """Biases on the three maps of each MLP."""
+    attention: str = "softmax"
+    """softmax (a Llama), or a tensor transformer's: product (of two scores, no softmax) or squared."""
+    norm: bool = True
+    """Norms. Without them a model of product attention is one polynomial of its embeddings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_counts(self, "n_layers", "d_model", "d_mlp", "n_heads")
+        self._require_family()
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even "
                 "width, which rotary positions need"
             )
         _require_known(self, activation=tuple(ACTIVATIONS))
+
+    def _require_family(self) -> None:
+        _require_known(self, attention=ATTENTIONS)
+        if self.attention == "softmax":
+            if not self.norm:
+                raise ValueError("norm=False needs attention='product': a Llama has norms")
+            return
+        d, h = self.d_model, self.d_mlp
+        if self.activation not in ("bilinear", "swiglu") or self.bias or h % d:
+            raise ValueError(
+                f"attention={self.attention!r} makes a tensor transformer: its activation is bilinear "
+                "or swiglu, its only bias that of the MLP's output (bias=False), and its d_mlp a "
+                f"multiple of d_model; got {self.activation}, bias={self.bias}, {h} and {d}"
+            )
 
 
 CONFIGS = {
