@@ -24,7 +24,6 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.results import Kind
-from tl_bilinear.tensor.eigensolvers import eigenpairs
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS, Factors
 
 CORNER = 1024
@@ -89,9 +88,10 @@ class DirectionEntries:
     """Blocks of ``D Q D^T`` through the eigenpairs of Q, rows ordered by falling reach a_i."""
 
     def __init__(self, matrix: Factors, directions: Tensor) -> None:
-        found = eigenpairs(matrix)  # by falling magnitude: the leading terms come first
-        values, vectors = found.values[0], found.vectors[0]
-        weighted = directions @ (vectors * values.abs().sqrt()[:, None]).T
+        values, vectors = torch.linalg.eigh(matrix.dense()[0])  # of normalised factors
+        leading = values.abs().argsort(descending=True)  # the leading terms come first
+        values, vectors = values[leading], vectors[:, leading]
+        weighted = directions @ (vectors * values.abs().sqrt())
         reach = torch.linalg.vector_norm(weighted, dim=1)
         self.order = reach.argsort(descending=True)
         self.reach = reach[self.order]
