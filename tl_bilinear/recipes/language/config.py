@@ -24,6 +24,7 @@ SCHEDULES = ("linear", "cosine", "even", "layers")
 POINTS = ("mlp_in", "resid_mid", "mlp_out", "resid_pre", "resid_post", "attn_out")
 
 
+_PAPER_TOKENS = 150_000_000  # of an SAE
 _MOST = 2**31  # counts of tokens, rows and steps are kept in 32 bits
 
 
@@ -298,8 +299,8 @@ class SAETrainingConfig:
     """Features active on a token."""
     expansion: float = 4.0
     """Features for each dimension of the activations."""
-    tokens: int = 150_000_000
-    """Tokens to train on, in all."""
+    tokens: int | None = None
+    """Tokens to train on, in all; by default two for each weight of the model, at most 150 million."""
     batch: int = 4096
     """Tokens in a step."""
     learning_rate: float = 1e-4
@@ -326,5 +327,11 @@ class SAETrainingConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         _require_not_negative(self, "aux_loss")
-        if self.tokens < self.batch:
+        if self.tokens is not None and self.tokens < self.batch:
             raise ValueError(f"{self.tokens} tokens do not make one batch of {self.batch}")
+
+    def for_weights(self, count: int) -> SAETrainingConfig:
+        """These settings with the tokens that a model of so many weights has by default."""
+        if self.tokens is not None:
+            return self
+        return dataclasses.replace(self, tokens=max(self.batch, min(_PAPER_TOKENS, 2 * count)))
