@@ -240,3 +240,20 @@ def test_what_should_not_happen_says_where_to_report_it(run, monkeypatch):
         lambda name: SimpleNamespace(get_all=lambda key: ["Issues, https://example.org/issues"]),
     )
     assert "report it at https://example.org/issues with" in run("data")[1].err
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 40 bytes",
+        "CUDA out of memory. Tried to allocate 40.00 GiB",
+    ],
+)
+def test_a_model_too_large_for_the_machine_is_no_bug(run, monkeypatch, said):
+    def large(*args, **kwargs):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("tl_bilinear.recipes.language.data.prepare_text", large)
+    status, output = run("data")
+    assert status == 2
+    assert output.err == f"tl-bilinear: there is not enough memory for these sizes: {said}\n"

@@ -154,7 +154,7 @@ def whole_directory(target: str | os.PathLike[str], kind: str) -> Iterator[Path]
     """
     target = Path(target).expanduser().resolve()
     refuse_foreign(target, kind)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with (
         _locked(target.with_name(f".{target.name}{LOCK}"), target),
         _written_beside(target) as staging,
@@ -187,6 +187,8 @@ def _locked(lock: Path, folder: Path) -> Iterator[None]:
     try:
         held.acquire()
     except Timeout:
+        if not lock.exists():  # it was not held: it cannot be made there
+            _require_a_place(lock, folder)
         raise BlockingIOError(
             f"another run is at work in {folder}{_holder(lock)}: wait for it, or choose another folder"
         ) from None
@@ -202,6 +204,15 @@ def _locked(lock: Path, folder: Path) -> Iterator[None]:
         held.release()
 
 
+def _require_a_place(lock: Path, folder: Path) -> None:
+    try:
+        lock.touch()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {folder.parent}: {error.strerror}; choose another folder"
+        ) from error
+
+
 def _holder(lock: Path) -> str:
     try:
         return f" ({lock.read_text()})"
@@ -215,6 +226,15 @@ def mark(folder: Path, kind: str) -> None:
     (folder / MARKER).write_text(json.dumps({"kind": kind, "holds": names}) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises NotADirectoryError where one of them is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise NotADirectoryError(f"cannot write into {folder}: {file} is a file") from None
+
+
 def claim(folder: Path, kind: str) -> None:
     """Make a folder ours to fill little by little, or see that it is already.
 
@@ -222,7 +242,7 @@ def claim(folder: Path, kind: str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"cannot write into {folder}: it is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if is_ours(folder, kind):
         return
     _remove_leftovers(folder / MARKER)

@@ -240,6 +240,29 @@ def test_two_writers_of_one_folder(tmp_path):
     _load_model(tmp_path)
 
 
+def test_a_place_that_cannot_be_written_is_not_called_busy(tmp_path, monkeypatch):
+    """/proc takes no files, whoever asks: the lock cannot be made, and nobody holds it."""
+    if not Path("/proc/self").exists():
+        pytest.skip("needs /proc")
+    with (
+        pytest.raises(PermissionError, match=r"cannot write into /proc: .*choose another folder"),
+        io.whole_directory("/proc/model", "model"),
+    ):
+        pass
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for enter in (
+        lambda place: io.claim(place, "run"),
+        lambda place: io.whole_directory(place / "model", "model").__enter__(),
+    ):
+        with pytest.raises(
+            NotADirectoryError, match=rf"cannot write into .*: {tmp_path}/file is a file"
+        ):
+            enter(tmp_path / "file" / "below")
+
+
 def test_a_training_beside_another_one(tmp_path):
     text = LanguageData.load(files.copy(files.text, tmp_path) / "data")
     folder = tmp_path / "run"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.tensor.reference import random_tensor
 from tl_bilinear import BilinearTensor, Spectrum
-from tl_bilinear.io import load_tensors, save_tensors
+from tl_bilinear.io import alone_in, load_tensors, save_tensors
 from tl_bilinear.tensor import batching, spectrum
 
 module = importlib.import_module("tl_bilinear.tensor.spectrum")  # the package names the function
@@ -295,12 +295,14 @@ def test_an_interrupted_write_leaves_no_batch(tmp_path, in_eights, monkeypatch):
 
 def test_one_run_at_a_time(tmp_path, in_eights):
     with (
-        batching.one_run(tmp_path),
-        pytest.raises(RuntimeError, match=f"another run is at work in {tmp_path}: wait until"),
+        alone_in(tmp_path),
+        pytest.raises(
+            BlockingIOError, match=f"another run is at work in {tmp_path}.*: wait for it"
+        ),
     ):
         swept(tmp_path, directions=in_eights)
     assert len(swept(tmp_path, directions=in_eights)) == 21
-    with batching.one_run(tmp_path):  # and it has let go
+    with alone_in(tmp_path):  # and it has let go
         pass
 
 
@@ -408,7 +410,7 @@ def test_two_runs_in_one_folder(tmp_path):
     second = launch(tmp_path, folder, "second")
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 1
-    assert f"RuntimeError: another run is at work in {folder}" in errors.splitlines()[-1]
+    assert f"BlockingIOError: another run is at work in {folder}" in errors.splitlines()[-1]
     finish(first)
     assert Spectrum.load(tmp_path / "first").values.shape == (85, 3)
     finish(launch(tmp_path, folder, "third"))

@@ -14,13 +14,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_bilinear.io import digest_of, load_tensors, save_tensors
+from tl_bilinear.io import alone_in, digest_of, load_tensors, make_folder, save_tensors
 
 Rows = dict[str, Tensor]
 """Named results, one row for each item of the work."""
@@ -47,8 +46,8 @@ def sweep(
     warning. Under torchrun or accelerate launch the processes share the batches out between them and
     each returns the whole result.
 
-    Raises ValueError, naming the file, for a folder with a batch of another sweep; RuntimeError where
-    another run is at work in it.
+    Raises ValueError, naming the file, for a folder with a batch of another sweep; BlockingIOError where
+    another run, not launched together with this one, is at work in it.
     """
     batches = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
     if not batches:
@@ -70,27 +69,6 @@ def sweep(
             done = mine if group is None else _gather(mine, group, world)
     first = done[0]
     return {name: torch.cat([done[i][name] for i in range(len(batches))]) for name in first}
-
-
-@contextmanager
-def one_run(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, and make it where it is missing.
-
-    Raises RuntimeError where another process holds it. The lock of a killed process is released.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RuntimeError(
-            f"another run is at work in {folder}: wait until it has ended, or give another folder. "
-            f"Processes that shall share the work are launched together (torchrun, accelerate launch)"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _one(work: Callable[[slice], Rows], rows: slice, index: int, folder: _Folder | None) -> Rows:
@@ -173,7 +151,8 @@ def _prepared(folder: _Folder | None, rank: int, group: Any) -> Iterator[None]:
         error: Exception | None = None
         if rank == 0:
             try:
-                stack.enter_context(one_run(folder.path))
+                make_folder(folder.path)
+                stack.enter_context(alone_in(folder.path))
                 folder.require_ours()
             except Exception as raised:
                 error = raised
