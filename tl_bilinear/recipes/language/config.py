@@ -268,6 +268,9 @@ class FinetuneConfig(LoopConfig):
     """Share of the steps in which the gates change."""
     fit_rows: int = 64
     """Rows of text that affine gates, closed forms and the even schedule are fitted on."""
+    extra: int = 0
+    """Hidden neurons that path closed adds to each layer at its start, in closed form (with d_model
+    linear ones): a larger model that starts nearer."""
     distill: float = 0.0
     """Share of the loss, from 0 to 1, that is the divergence from a teacher; the rest is the text's
     cross-entropy."""
@@ -277,6 +280,7 @@ class FinetuneConfig(LoopConfig):
         _require_known(self, path=PATHS, schedule=SCHEDULES)
         _require_counts(self, "fit_rows")
         _require_shares(self, "anneal")
+        _require_not_negative(self, "extra")
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
 
