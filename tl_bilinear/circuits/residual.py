@@ -123,7 +123,7 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
 
 
 def _existing(index: int, count: int, what: str) -> int:
-    if not -count <= index < count:
+    if not -count <= checks.require_int(what, index) < count:
         raise IndexError(f"{what} {index} does not exist: there are {count} (0 to {count - 1})")
     return index % count
 
