@@ -25,6 +25,7 @@ import pytest
 import torch
 
 import tl_bilinear
+from tests.benchmarks import certificates
 from tests.benchmarks.__main__ import table
 from tests.conftest import folder_hub
 from tests.models import published_format
@@ -118,7 +119,7 @@ def stand_ins(hub, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-SLOW = {"saes", "images"}
+SLOW = {"saes", "images", "proofs"}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,10 @@ def test_links_of_readme_lead_somewhere():
 
 def test_method_page_shows_the_stored_benchmarks():
     assert table() in (SITE / "method.md").read_text()
+
+
+def test_proofs_page_shows_the_stored_certificates():
+    assert certificates.table() in (SITE / "proofs.md").read_text()
 
 
 def test_version_is_the_same_everywhere():

@@ -20,7 +20,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
 
 from tl_bilinear.explorer.config import ExploreConfig
-from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
+from tl_bilinear.paper.config import CertifyConfig, GallerySettings, QuickstartConfig
 from tl_bilinear.recipes.language.config import (
     CONFIGS,
     TINYSTORIES,
@@ -109,7 +109,7 @@ def quickstart(
     config: Annotated[QuickstartConfig, fields_of()] = QuickstartConfig(),
     quiet: Quiet = False,
 ) -> None:
-    """Read two bilinear models off their weights: one trained here on digits, one of language.
+    """Read two bilinear models off their weights: one trained here on images, one of language.
 
     Settings of the training that are not given are the paper's: size 256, noise 0.4, weight decay 1,
     batch 2048, 20 epochs; below 20,000 images batch 256 and 60 epochs.
@@ -125,7 +125,7 @@ def quickstart(
     quickstart_page(result, page, progress=not quiet)
     print(
         result,
-        f"Open {page} to draw digits, and to read every feature. {config.out / REPORT} explains it all.",
+        f"Open {page} to draw images, and to read every feature. {config.out / REPORT} explains it all.",
         sep="\n\n",
     )
 
@@ -147,6 +147,26 @@ def images(
     made = make_gallery(config, report=print, progress=not quiet)
     seconds = sum(study.seconds for study in made)
     print(f"{len(made)} studies in {seconds:.0f} s. Open {config.out / PAGE}.")
+
+
+@app.command(name="certify")
+def certify_images(
+    *,
+    config: Annotated[CertifyConfig, fields_of()] = CertifyConfig(),
+    quiet: Quiet = False,
+) -> None:
+    """Prove how far every test image is from another answer, and write a certificate of it.
+
+    The certificate is checked by one file that needs numpy only, and lies beside it. Trained models are
+    kept in a folder of runs, so that an interrupted command goes on.
+    """
+    from tl_bilinear.paper.certification import CERTIFICATE, CHECKER, PAGE, certify
+
+    print(certify(config, progress=not quiet))
+    print(
+        f"Open {config.out / PAGE}. To check again: "
+        f"python {config.out / CHECKER} {config.out / CERTIFICATE}"
+    )
 
 
 @app.command

@@ -48,9 +48,13 @@ class Result(Storable):
         parts = [
             f"{field.name}={_short(getattr(self, field.name))}"
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if field.repr and getattr(self, field.name) is not None
+            if field.repr
+            and field.name != "approximation"
+            and getattr(self, field.name) is not None
         ]
-        return f"{type(self).__name__}({', '.join(parts)})"
+        # Never shortened: what comes from an approximate layer says so, and how near it is.
+        note = getattr(self, "approximation", None)
+        return f"{type(self).__name__}({f'{note}: ' if note else ''}{', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         head = f"<code>{html.escape(repr(self))}</code>"

@@ -46,3 +46,16 @@ def reference_mlp(mlp, x):
             total = total + gate * linear * weights["W_out"][h]
         rows.append(total)
     return torch.stack(rows).reshape(*x.shape[:-1], -1)
+
+
+def write_tokenizer(folder):
+    """A tokenizer that knows no word, which a TransformerBridge asks for."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[BOS]": 1, "[EOS]": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]"
+    ).save_pretrained(folder)
+    return folder

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from tl_bilinear import BilinearTensor
 from tl_bilinear.paper import class_spectra
+from tl_bilinear.paper.across_layers import across_layers
 from tl_bilinear.paper.adversarial import AdversarialMasks, adversarial_masks, mask_effect
 from tl_bilinear.paper.certified import certificates
 from tl_bilinear.paper.explanation import explain
@@ -49,6 +50,7 @@ from tl_bilinear.recipes.images import (
     Runs,
     TrainingConfig,
     load_images,
+    train_classifier,
     train_classifiers,
 )
 from tl_bilinear.tensor.eigendecomposition import participation
@@ -578,3 +580,23 @@ def test_masks_do_more_than_their_permutations_on_real_digits(digits):
     mask, permuted, gaussian = found.accuracy.mean(1)[:, 0].tolist()
     assert mask < min(permuted, gaussian) - 0.15
     assert float(found.steered[0].mean()) > 2 * float(found.steered[1].mean())
+
+
+# ---------------------------------------------------------------------- several layers
+
+
+def test_across_layers_against_the_model(striped):
+    config = TrainingConfig(size=8, noise=0.1, epochs=10, batch=50, depth=3, bias=True)
+    model = train_classifier(striped, config, progress=False).model
+    found = across_layers(model, striped, kept=(2, 9))
+    logits = model(striped.test_images)
+    guesses = (logits.argmax(1) == striped.test_labels).double().mean()
+    assert_close(found.whole, float(guesses))
+    assert found.rounding < 1e-9
+    # Nine directions are all there are: eight, and the constant.
+    assert float(found.output_error[:, 1].max()) < 1e-9
+    assert float(found.bound[1]) == 0
+    assert float(found.tensor_error[0, 0]) <= float(found.bound[0])
+    assert len(found.to_pandas()) == 6
+    with pytest.raises(ValueError, match="no wire between layers: choose depth >= 2"):
+        across_layers(ImageClassifier(30, 3, 8), striped, kept=(1,))

@@ -11,7 +11,14 @@ from tl_bilinear import BilinearTensor, FeatureInteractions, plots
 from tl_bilinear.hooks import EigenComponents, loss_added, verify
 from tl_bilinear.plots.decompositions import both_ends
 from tl_bilinear.plots.style import NEGATIVE, POSITIVE, rounded
-from tl_bilinear.tensor import cp, hosvd, spectrum
+from tl_bilinear.tensor import (
+    InputRegion,
+    change_bounds,
+    cp,
+    hosvd,
+    spectrum,
+    truncation_change,
+)
 
 SIZE = (6, 5)
 
@@ -170,3 +177,15 @@ def test_dictionaries(built):
     (trace,) = plots.feature_sweep_figure(swept).data
     assert list(trace.y) == pytest.approx(swept.share.tolist())
     assert not replace(statistics, self_values=statistics.self_values * 0 + 1e9).self_shares.any()
+
+
+def test_bounds_on_changes_stand_above_what_was_measured(tensor):
+    x = torch.randn(50, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    change = truncation_change(tensor, tensor.interaction(torch.eye(4).double()).eigh(3))
+    found = change_bounds(change, [InputRegion.ball(30, 1.0).holding(x)], x)
+    figure = plots.change_bounds_figure(found, names="abcd")
+    bound, measured, typical = (list(trace.y) for trace in figure.data)
+    assert bound == pytest.approx(found.bound[0].tolist(), rel=1e-5)
+    assert measured == pytest.approx(found.measured.tolist(), rel=1e-5)
+    assert all(a > b > c for a, b, c in zip(bound, measured, typical, strict=True))
+    assert figure.data[0].name == f"bound: {found.regions[0]}"

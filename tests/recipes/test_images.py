@@ -11,6 +11,7 @@ from tests.recipes.conftest import SIZE, write_idx
 from tl_bilinear import BilinearTensor
 from tl_bilinear.recipes.images import (
     ImageClassifier,
+    Runs,
     TrainingConfig,
     load_images,
     train_classifier,
@@ -203,3 +204,48 @@ def test_a_model_without_a_generator_uses_torchs():
     first = ImageClassifier(30, 3, 4)
     torch.manual_seed(1)
     assert torch.equal(first.embed.weight, ImageClassifier(30, 3, 4).embed.weight)
+
+
+# ---------------------------------------------------------------------- several layers
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bare", "biased"])
+def deep(request, striped):
+    config = TrainingConfig(
+        size=24,
+        bias=request.param,
+        noise=0.1,
+        weight_decay=0.1,
+        epochs=40,
+        batch=50,
+        learning_rate=0.01,
+        depth=3,
+    )
+    return train_classifier(striped, config, progress=False)
+
+
+def test_three_layers_learn_and_are_one_stack(deep, striped):
+    assert deep.accuracy > 0.9
+    assert "3 layers" in str(deep.config)
+    model, images = deep.model, striped.test_images
+    stack = model.stack()
+    assert stack.widths == (24, 24)
+    assert_close(stack(images), model(images), rtol=1e-4, atol=1e-5)
+    assert_close(model.stack("embedding")(model.embed(images)), stack(images), rtol=1e-4, atol=1e-5)
+    for number in range(3):
+        assert_close(BilinearTensor.from_model(model, number).out, stack.layers[number].out)
+    with pytest.raises(
+        ValueError, match=r"3 bilinear layers is no bilinear tensor: take stack\(\)"
+    ):
+        model.tensor()
+    with pytest.raises(IndexError, match="layers 0 to 2; got layer=None"):
+        BilinearTensor.from_model(model)
+
+
+def test_three_layers_are_kept_and_found_again(striped, tmp_path):
+    config = TrainingConfig(size=6, epochs=2, batch=100, depth=3)
+    runs = Runs(tmp_path, progress=False)
+    (first,), (again,) = runs.train(striped, [config]), runs.train(striped, [config])
+    assert len(list(tmp_path.iterdir())) == 1
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -77,7 +77,7 @@ def test_it_is_the_plain_loop(striped):
 def test_shapes_that_differ_do_not_train_together(striped):
     other = dataclasses.replace(FAST, size=7)
     with pytest.raises(
-        ValueError, match=r"must agree in \(size, bias, batch, epochs\), got .*6.*7"
+        ValueError, match=r"must agree in \(size, bias, batch, epochs, depth\), got .*6.*7"
     ):
         train_classifiers(striped, [FAST, other])
     assert train_classifiers(striped, []) == []
@@ -287,7 +287,7 @@ def test_settings_follow_the_number_of_images(striped):
     assert found == dataclasses.replace(TrainingConfig(), noise=0.2, batch=256, epochs=60)
     long = dataclasses.replace(FAST, epochs=100)
     assert config_for(striped, long, size=9) == dataclasses.replace(long, size=9, batch=256)
-    assert config_for(striped, long, epochs=2, batch=7).shape == (6, False, 7, 2)
+    assert config_for(striped, long, epochs=2, batch=7).shape == (6, False, 7, 2, 1)
     images, labels = torch.zeros(20_000, 30), torch.zeros(20_000, dtype=torch.int64)
     many = dataclasses.replace(striped, train_images=images, train_labels=labels)
     assert config_for(many, long) == long

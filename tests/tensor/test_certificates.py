@@ -18,6 +18,7 @@ from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.boundary import boundary_distance
 from tl_bilinear.tensor.certificates import folded, verify_certificate, write_certificate
 from tl_bilinear.tensor.margins import margin_spectrum, moment_metric
+from tl_bilinear.tensor.moments import InputMoments
 from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.robustness import adversarial_distances
 
@@ -36,8 +37,8 @@ def build(path, dtype=torch.float32, biases=True, embedded=False, n=24, k=3):
     found = adversarial_distances(whole, x)
     labels = found.predicted.clone()
     labels[:4] = (labels[:4] + 1) % 3
-    second = (x.T @ x / n).double()
-    known = margin_spectrum(whole, k, moment_metric(whole, second, ridge=0.1))
+    metric = moment_metric(whole, InputMoments.of(x.double()), ridge=0.1, centred=False)
+    known = margin_spectrum(whole, k, metric)
     # Radii between distances, so that a count is not a matter of rounding.
     radii = [0.0, *(found.radius.sort().values[[5, 15]] * 1.0001).tolist()]
     write_certificate(path, t, x, labels, found, known, radii=radii, embedding=embedding)

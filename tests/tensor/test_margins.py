@@ -1,6 +1,6 @@
 """What k eigenpairs prove: never more than is true, in any metric, and what each metric is for."""
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from tl_bilinear.tensor.margins import (
     proved_accuracy,
     proving_metric,
 )
+from tl_bilinear.tensor.moments import InputMoments
 
 f64 = torch.float64
 seeds = st.integers(0, 2**16)
@@ -36,14 +37,13 @@ def inputs(seed=1, n=400, d=10):
 
 
 def metric_of(t, x, kind):
-    centre = x.mean(0)
-    second, around = x.T @ x / len(x), (x - centre).T @ (x - centre) / len(x)
+    moments = InputMoments.of(x)
     return {
         "euclidean": lambda: euclidean_metric(t),
-        "euclidean, centred": lambda: euclidean_metric(t, centre),
-        "data": lambda: moment_metric(t, second, power=1.0, ridge=0.1),
-        "between": lambda: moment_metric(t, around, centre=centre),
-        "proving": lambda: proving_metric(t, around, 3, centre=centre, steps=5),
+        "euclidean, centred": lambda: euclidean_metric(t, x.mean(0)),
+        "data": lambda: moment_metric(t, moments, power=1.0, ridge=0.1, centred=False),
+        "between": lambda: moment_metric(t, moments),
+        "proving": lambda: proving_metric(t, moments, 3, steps=5),
     }[kind]()
 
 
@@ -77,10 +77,8 @@ def test_bounds_hold_and_are_exact_when_all_is_kept(kind, d, h):
 def test_bounds_hold_for_any_input_and_metric(seed, k, biases):
     """Far from the inputs that the metric was made of, too."""
     t = classifier(seed=seed, biases=biases)
-    moments = normal(seed + 1, 10, 10)
-    metric = moment_metric(
-        t, moments @ moments.T, power=0.7, ridge=0.2, centre=normal(seed + 2, 10)
-    )
+    moments = InputMoments.of(normal(seed + 1, 12, 10))
+    metric = moment_metric(t, moments, power=0.7, ridge=0.2)
     x = normal(seed + 3, 50, 10) * 10 ** normal(seed + 4, 50, 1)
     logits = t(x)
     margins = logits[:, :, None] - logits[:, None, :]
@@ -115,12 +113,14 @@ def test_top_is_what_a_smaller_k_gives(kind):
 
 def test_metrics_meet_at_their_ends():
     t, x = classifier(), inputs()
-    second = x.T @ x / len(x)
-    plain, flat = euclidean_metric(t), moment_metric(t, second, power=0.0)
+    moments = InputMoments.of(x)
+    plain, flat = euclidean_metric(t), moment_metric(t, moments, power=0.0)
     assert_close(flat.map.T @ flat.map, plain.map.T @ plain.map)
-    data = moment_metric(t, second, power=1.0, ridge=0.0)
-    # In the data's metric every direction has energy one on average.
-    assert_close(data(x).square().sum(1).mean(), torch.tensor(float(len(data.map)), dtype=f64))
+    for centred in (False, True):
+        data = moment_metric(t, moments, power=1.0, ridge=0.0, centred=centred)
+        # In the data's metric every direction has energy one on average, around 0 or the mean.
+        assert_close(data(x).square().mean(0), torch.ones(len(data.map), dtype=f64))
+        assert bool(data.centre.any()) is centred
 
 
 def charge(t, x, metric, k):
@@ -134,9 +134,9 @@ def charge(t, x, metric, k):
 
 def test_the_proving_metric_lowers_what_it_says():
     t, x = classifier(16, 12), inputs(d=16)
-    second = x.T @ x / len(x)
-    start = proving_metric(t, second, 4, steps=0)
-    found = proving_metric(t, second, 4, steps=30)
+    moments = InputMoments.of(x)
+    start = proving_metric(t, moments, 4, steps=0, centred=False)
+    found = proving_metric(t, moments, 4, steps=30, centred=False)
     plain = charge(t, x, euclidean_metric(t), 4)
     assert charge(t, x, found, 4) < 0.95 * charge(t, x, start, 4)
     assert charge(t, x, found, 4) < 0.95 * plain
@@ -182,7 +182,7 @@ def test_a_spectrum_is_saved(tmp_path):
 
 def test_bad_input(unchecked):
     t, x = classifier(), inputs()
-    second = x.T @ x / len(x)
+    moments = InputMoments.of(x)
     with pytest.raises(ValueError, match="k must lie between 1 and 10"):
         margin_spectrum(t, 11)
     with pytest.raises(ValueError, match="k must lie between 1 and 3"):
@@ -190,13 +190,17 @@ def test_bad_input(unchecked):
     with pytest.raises(ValueError, match="the metric is of 10 inputs, the layer of 6"):
         margin_spectrum(classifier(6), 2, euclidean_metric(t))
     with pytest.raises(ValueError, match="power and ridge lie between 0 and 1"):
-        moment_metric(t, second, power=1.5)
-    with pytest.raises(ValueError, match="moments must have shape"):
-        moment_metric(t, second[:4, :4])
+        moment_metric(t, moments, power=1.5)
+    with pytest.raises(
+        ValueError, match=r"the moments are of 4 inputs .*, the classifier reads 10"
+    ):
+        moment_metric(t, InputMoments.of(x[:, :4]))
+    with pytest.raises(TypeError, match=r"moments must be InputMoments, .* got Tensor"):
+        moment_metric(t, x.T @ x)
     with pytest.raises(ValueError, match="their trace is 0"):
-        moment_metric(t, 0 * second)
-    with pytest.raises(ValueError, match="moments has 100 NaN"):
-        moment_metric(t, second * math.nan)
+        moment_metric(t, InputMoments.of(torch.ones_like(x)))
+    with pytest.raises(ValueError, match=r"the moments are of 10 inputs .hook_in., .* .pixels."):
+        moment_metric(replace(t, input_space="pixels"), InputMoments.of(x, space="hook_in"))
     with pytest.raises(ValueError, match="x must have shape"):
         margin_spectrum(t, 2).bounds(x[:, :3])
     with pytest.raises(ValueError, match="labels must be"):

@@ -203,7 +203,7 @@ def test_the_semidefinite_bound_names_its_package(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cvxpy", None)
     q = QuadraticForm.from_matrix(normal(0, 3, 3))
-    with pytest.raises(ImportError, match="pip install cvxpy"):
+    with pytest.raises(ImportError, match=r"pip install .tl-bilinear\[proofs\]"):
         linf_sdp_bound(q, normal(1, 3), 0.1)
 
 

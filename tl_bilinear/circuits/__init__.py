@@ -2,9 +2,25 @@
 
 What a prompt adds up, exactly (`paths`); what the weights say of tokens, heads and earlier layers
 (`embedding`, `through_head`, `source_pairs`, `direct_path` into `FeatureInteractions`) and of
-features over several layers (`FeatureCircuit`); two layers as one form of degree four (`composed`).
+features over several layers (`FeatureCircuit`); two layers as one form of degree four (`composed`);
+which pairs of features make a head attend (`AttentionInteractions`), in any TransformerLens model.
 """
 
+from tl_bilinear.circuits.attention import (
+    AttentionInteractions,
+    AttentionPairs,
+    HeadDirections,
+    OffsetProfile,
+    PairsChance,
+    SelfScores,
+)
+from tl_bilinear.circuits.attention_run import (
+    AttentionRun,
+    ScoreAttribution,
+    ScoreCheck,
+    ScoreDifference,
+    why,
+)
 from tl_bilinear.circuits.composition import composed
 from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
@@ -21,10 +37,20 @@ from tl_bilinear.circuits.residual import (
 from tl_bilinear.features.unembedding import unembedding
 
 __all__ = [
+    "AttentionInteractions",
+    "AttentionPairs",
+    "AttentionRun",
     "FeatureCircuit",
     "FeatureGraph",
+    "HeadDirections",
+    "OffsetProfile",
+    "PairsChance",
     "PathCheck",
     "Paths",
+    "ScoreAttribution",
+    "ScoreCheck",
+    "ScoreDifference",
+    "SelfScores",
     "SourcePairs",
     "VirtualWeights",
     "check_paths",
@@ -37,4 +63,5 @@ __all__ = [
     "through_head",
     "unembedding",
     "virtual_weights",
+    "why",
 ]

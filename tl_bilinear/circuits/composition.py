@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.features.passage import residual_passage, residual_tensor
+from tl_bilinear.hooks.points import LayerTensor
 from tl_bilinear.tensor import BilinearTensor, QuarticForm, with_residual
 
 
@@ -23,6 +25,7 @@ def composed(
     residual: bool = False,
     scales: tuple[float, float] = (1.0, 1.0),
     rank: int | None = None,
+    layer_tensors: Mapping[int, LayerTensor] = {},
 ) -> QuarticForm:
     """A direction of the second layer's output through the first layer, as a function of its input.
 
@@ -37,6 +40,7 @@ def composed(
         The norms' scales, of a prompt say (`Paths.scale`). Without biases and residual the form holds up
         to ``1 / (s_first^4 s_second^2)`` for any.
     rank: as `QuarticForm.of`
+    layer_tensors: by layer, what stands for it instead of reading it from the model (an approximation)
 
     Coordinates are the residual stream before the first MLP, r [d_model]; with biases (of the layers or
     their norms) or a residual connection [r, 1], a form whose `leading` directions may have any last
@@ -53,7 +57,7 @@ def composed(
     if not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"a norm's scale is positive, got {scales}")
     early, late = (
-        _before_norm(model, layer, scale)
+        _before_norm(model, layer, scale, layer_tensors.get(layer))
         for layer, scale in zip((first, second), scales, strict=True)
     )
     direction = checks.require_vector("direction", direction, late.d_out, "d_model", late.out)
@@ -62,8 +66,10 @@ def composed(
     return QuarticForm.of(early, late, direction, rank=rank)
 
 
-def _before_norm(model: Any, layer: int, scale: float) -> BilinearTensor:
+def _before_norm(
+    model: Any, layer: int, scale: float, layer_tensor: LayerTensor | None
+) -> BilinearTensor:
     """The layer as a function of the residual stream, at a scale of its norm."""
-    tensor = residual_tensor(model, layer)
+    tensor = residual_tensor(model, layer, layer_tensor)
     shrunk = torch.eye(tensor.d_in, dtype=tensor.dtype, device=tensor.device) / scale
     return tensor.fold(shrunk, space=residual_passage(model, layer).hook)

@@ -33,10 +33,13 @@ from tl_bilinear.circuits.residual import EMBED, direct_path, reaches
 from tl_bilinear.circuits.upstream import as_tokens
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.pairs import FeaturePairs
 from tl_bilinear.features.passage import refuse_attached, residual_passage
+from tl_bilinear.hooks.points import LayerTensor
 from tl_bilinear.io import whole_file
 from tl_bilinear.results import Result
+from tl_bilinear.tensor import approximation_note
 
 if TYPE_CHECKING:
     import networkx
@@ -57,6 +60,7 @@ class FeatureGraph(Result):
     contributions: [m], ``coefficient z_first z_second / s^2`` on a prompt; None from weights alone
     activations: [n], of the nodes on the prompt; NaN for output directions that have none
     position: the token's, None for weights alone
+    approximation: which layers are approximations, of what and how well; None for exact ones
     """
 
     _finite = ("coefficients",)
@@ -69,6 +73,7 @@ class FeatureGraph(Result):
     contributions: Float[Tensor, " m"] | None = None
     activations: Float[Tensor, " n"] | None = None
     position: int | None = None
+    approximation: str | None = None
 
     @property
     def strengths(self) -> Float[Tensor, " m"]:
@@ -98,6 +103,7 @@ class FeatureGraph(Result):
             None if self.contributions is None else self.contributions[kept],
             None if self.activations is None else self.activations[used],
             self.position,
+            self.approximation,
         )
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -123,6 +129,8 @@ class FeatureGraph(Result):
         import networkx as nx
 
         graph = nx.DiGraph()
+        if self.approximation is not None:
+            graph.graph["approximation"] = self.approximation
         names = []
         for i, (depth, feature) in enumerate(self.nodes.tolist()):
             names.append(f"{self.dictionaries[depth]}/{feature}")
@@ -178,7 +186,7 @@ class FeatureCircuit:
 
     Parameters
     ----------
-    model: a bilinear HookedTransformer
+    model: a bilinear HookedTransformer or TransformerBridge; with `layer_tensors` a gated one
     outputs: layer to SAE, transcoder, Dictionary or matrix [n, d_model]
         Features of a layer's output, at ``hook_mlp_out`` or ``mlp.hook_out`` (a bare matrix is taken
         to be there). Read as `FeatureInteractions` reads outputs; they write along the decoder.
@@ -186,6 +194,8 @@ class FeatureCircuit:
         What else is upstream: `embedding(model)`, `through_head(...)`, SAEs on the residual stream
         (which hold what others wrote before them: their pairs say it again). Each enters the layers
         that come after it.
+    layer_tensors: layer to BilinearTensor or Approximation, optional
+        What stands for a layer instead of reading it from the model, as in `FeatureInteractions`.
 
     Attributes
     ----------
@@ -199,13 +209,17 @@ class FeatureCircuit:
         model: Any,
         outputs: Mapping[int, Any],
         sources: Mapping[str, Any] | None = None,
+        *,
+        layer_tensors: Mapping[int, LayerTensor] = {},
     ) -> None:
         self.model = model
         layers = len(model.blocks)
         for layer in outputs:
             if not 0 <= layer < layers:
                 raise IndexError(f"layer {layer} does not exist: there are {layers}, from 0")
-        self._written = {name: Dictionary.of(source) for name, source in (sources or {}).items()}
+        self._written = {
+            name: placed(model, Dictionary.of(source)) for name, source in (sources or {}).items()
+        }
         self._depth = dict(zip(self._written, range(len(self._written)), strict=True))
         self.interactions: dict[int, FeatureInteractions] = {}
         self._upstream: dict[int, list[str]] = {}
@@ -215,11 +229,13 @@ class FeatureCircuit:
                 raise ValueError(
                     f"a source cannot be called {name!r}: that is layer {layer}'s output"
                 )
-            own = _at_output(Dictionary.of(outputs[layer]), layer)
+            own = _at_output(placed(model, Dictionary.of(outputs[layer])), layer)
             found = [each for each in self._written if reaches(model, self._written[each], layer)]
             if found:
                 inputs = direct_path(model, layer, *(self._written[each] for each in found))
-                self.interactions[layer] = FeatureInteractions(model, layer, inputs, outputs[layer])
+                self.interactions[layer] = FeatureInteractions(
+                    model, layer, inputs, outputs[layer], layer_tensor=layer_tensors.get(layer)
+                )
                 self._upstream[layer] = found
             self._written[name] = own
             self._depth[name] = len(self._depth)
@@ -231,7 +247,14 @@ class FeatureCircuit:
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {d.n}" for name, d in self._written.items())
-        return f"FeatureCircuit(features {parts}; layers read: {list(self.interactions)})"
+        note = f"; {self.approximation}" if self.approximation else ""
+        return f"FeatureCircuit(features {parts}; layers read: {list(self.interactions)}{note})"
+
+    @property
+    def approximation(self) -> str | None:
+        """Which of the layers read are approximations, of what and how well."""
+        notes = {n: approximation_note(one.layer_tensor) for n, one in self.interactions.items()}
+        return "; ".join(f"layer {n}: {note}" for n, note in notes.items() if note) or None
 
     @property
     def names(self) -> list[str]:
@@ -286,6 +309,7 @@ class FeatureCircuit:
             [f"{name}: {self._written[name].label(f)}" for name, f in index],
             torch.tensor(rows, dtype=torch.long).reshape(-1, 3),
             torch.cat(values),
+            approximation=self.approximation,
         )._choose(torch.arange(len(rows)))
 
     def _strongest(self, layer: int, k: int, features: dict[int, None] | None) -> FeaturePairs:

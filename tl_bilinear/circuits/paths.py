@@ -31,12 +31,14 @@ from tl_bilinear import checks
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
 from tl_bilinear.features.attribution import contributions, error_of, relative_error
 from tl_bilinear.features.labels import kinds
-from tl_bilinear.hooks.points import require_layer_tensor
+from tl_bilinear.hooks.points import LayerTensor, require_layer_tensor
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import BilinearTensor, TopInteractions
+from tl_bilinear.tensor import BilinearTensor, TopInteractions, approximation_note
 
 if TYPE_CHECKING:
     import pandas
+
+_RUNS_PER_BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,7 @@ class Paths(Result):
     constants: name to value: "layer constant", "b_out"
     scale: the norm's scale s (1 without a norm), the number that is frozen
     measured: ``u . f(x)`` in the model's own run
+    approximation: what the layer stands for and how well, where it is an approximation
     """
 
     _finite = ("direction", "vectors", "quadratic", "linear")
@@ -75,6 +78,7 @@ class Paths(Result):
     constants: dict[str, float]
     scale: float
     measured: float
+    approximation: str | None = None
 
     @property
     def total(self) -> float:
@@ -164,6 +168,7 @@ class Paths(Result):
             f"layer {self.layer} at position {self.position}: {self.measured:+.4f} "
             f"(contributions sum to {self.total:+.4f}, off by {self.measured_error:.1e} of that)"
         ]
+        lines += [self.approximation] if self.approximation else []
         n = len(self.labels)
         pairs = self.strongest(min(k, n * (n + 1) // 2))
         for i, j, value in zip(
@@ -186,14 +191,15 @@ def paths(
     *,
     by: By = "sources",
     words: Sequence[str] | None = None,
-    layer_tensor: BilinearTensor | None = None,
+    layer_tensor: LayerTensor | None = None,
     max_bytes: int = checks.MAX_DENSE_BYTES,
 ) -> Paths:
     """Split a layer's output along a direction over pairs of upstream components.
 
     Parameters
     ----------
-    model: a bilinear HookedTransformer, folded or not
+    model: a bilinear HookedTransformer or TransformerBridge, folded or not; with `layer_tensor` a gated
+        one
     tokens: [pos] or [1, pos], or text
     layer: int
         From 0; negative from the end.
@@ -204,10 +210,10 @@ def paths(
         A component for each head and source token, for each head, or for each layer's attention.
     words: [pos], optional
         The tokens' names for labels; by default the tokenizer's, or their numbers.
-    layer_tensor: BilinearTensor, optional
+    layer_tensor: BilinearTensor or Approximation, optional
         The layer as a function of ``mlp.hook_in``, instead of reading it from the model: an
-        approximation of a gated one, ``approximate(mlp, inputs).tensor``. `Paths.error` is then what
-        it leaves out.
+        approximation of a gated one, ``approximate_llama(model, tokens)[layer]``. `Paths.error` is
+        then what it leaves out.
     max_bytes: int
         The pairs are an n x n matrix: for long prompts and deep models sum over sources.
 
@@ -219,8 +225,8 @@ def paths(
     if layer_tensor is None:
         tensor = BilinearTensor.from_model(model, layer)
     else:
-        require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
-        tensor = layer_tensor
+        tensor = require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
+    note = approximation_note(tensor)
     tensor = tensor.to(checks.gram_dtype(tensor.left))
     direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
     run = Upstream(model, tokens, layer, position)
@@ -254,6 +260,7 @@ def paths(
         constants={name: value for name, value in constants.items() if value},
         scale=run.scale,
         measured=float(run.at(run.output_hook) @ direction),
+        approximation=note,
     )
 
 
@@ -317,6 +324,7 @@ def check_paths(
 
     A component is removed where it is written (``hook_embed``, ``attn.hook_z``, ``hook_mlp_out``, ...),
     with attention patterns, values, the other MLPs' outputs and the norm's scale held at the clean run.
+    All interventions are one batch, and each costs one token, however long the prompt is.
 
     Raises ValueError for other tokens than those of `found`, IndexError for a component that there is
     not.
@@ -334,13 +342,16 @@ def check_paths(
         removed = [[i] for i in found.effects.abs().topk(count).indices.tolist()]
     for chosen in removed:
         _require_components(chosen, len(found.labels))
-    clean = run.output_without([], [])
-    places = found.where.tolist()
+    clean = run.outputs_without([[]])[0]
+    components = list(zip(found.kinds, found.where.tolist(), strict=True))
     direction = found.direction.to(clean)
-    measured = []
-    for chosen in tqdm(removed, unit="run", disable=not progress):
-        output = run.output_without([found.kinds[i] for i in chosen], [places[i] for i in chosen])
-        measured.append(float((output - clean) @ direction))
+    measured: list[float] = []
+    with tqdm(total=len(removed), unit="run", disable=not progress) as bar:
+        for start in range(0, len(removed), _RUNS_PER_BATCH):
+            batch = removed[start : start + _RUNS_PER_BATCH]
+            outputs = run.outputs_without([[components[i] for i in chosen] for chosen in batch])
+            measured += ((outputs - clean) @ direction).tolist()
+            bar.update(len(batch))
     return PathCheck(
         removed=[list(chosen) for chosen in removed],
         labels=[" and ".join(found.labels[i] for i in chosen) for chosen in removed],

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +31,12 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
 from tl_bilinear.features.unembedding import token_names
+from tl_bilinear.hooks.points import LayerTensor
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import InteractionMatrix
-from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
+from tl_bilinear.tensor import BilinearTensor, TwoInputForm, approximation_note
 
 if TYPE_CHECKING:
     import pandas
@@ -136,6 +137,14 @@ def reaches(model: Any, source: Dictionary, layer: int) -> bool:
     return _is_before(source, layer, _seen(model))
 
 
+def writes_before_attention(source: Dictionary, layer: int) -> bool:
+    """Whether attention of a layer sees what a dictionary writes into the residual stream.
+
+    Raises ValueError for one that does not write into it.
+    """
+    return _is_before(source, layer, _BEFORE_ATTENTION)
+
+
 def _seen(model: Any) -> Sequence[str]:
     """Hooks of a layer that its MLP comes after."""
     return _BEFORE_ATTENTION if model.cfg.parallel_attn_mlp else _BEFORE_MLP
@@ -158,7 +167,7 @@ def _upstream(
     source: Any, layer: int, same_layer: Sequence[str], reader: str, model: Any
 ) -> Dictionary:
     """`source` as a dictionary, if what it writes is in the residual stream that `reader` sees."""
-    found = Dictionary.of(source)
+    found = placed(model, Dictionary.of(source))
     if found.d != model.cfg.d_model:
         raise ValueError(f"{found!r} has width {found.d}, the residual stream {model.cfg.d_model}")
     if not _is_before(found, layer, same_layer):
@@ -179,6 +188,7 @@ class SourcePairs(Result):
     first, second: [k], numbers in the first and the second source, by falling absolute coefficient
     coefficients: [k], ``2 d_first^T Q d_second``, what stands before the product of their activations
     label_first, label_second: [k] names
+    approximation: what the layer stands for and how well, where it is an approximation
     """
 
     layer: int
@@ -187,11 +197,12 @@ class SourcePairs(Result):
     coefficients: Float[Tensor, " k"]
     label_first: list[str]
     label_second: list[str]
+    approximation: str | None = None
 
     def top(self, k: int) -> SourcePairs:
         """The first k of them."""
         checks.require_count("k", k, len(self.first), "the pairs held")
-        return SourcePairs(self.layer, *(getattr(self, name)[:k] for name in _PAIR_COLUMNS))
+        return replace(self, **{name: getattr(self, name)[:k] for name in _PAIR_COLUMNS})
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a pair: first, second, their labels, coefficient."""
@@ -218,44 +229,46 @@ def source_pairs(
     first: Any,
     second: Any,
     k: int = 20,
+    *,
+    layer_tensor: LayerTensor | None = None,
 ) -> SourcePairs:
     """The strongest pairs across two sources for a direction of a layer's output, from weights alone.
 
     A position holds one token, so that two embeddings never meet there; a token and another one that a
     head brings do: ``source_pairs(model, 0, u, embedding(model), through_head(model, tokens, 0, h))``
     is the table of token pairs that head h makes. (Of one dictionary with itself, features of an SAE
-    say, `FeatureInteractions.top`.) Streamed: the n x m table is never held.
+    say, `FeatureInteractions.top`.) The n x m table is never held (`PairMatrix.top`).
 
-    Up to positive factors (see the module). Errors as `direct_path`.
+    Up to positive factors (see the module). `layer_tensor` stands for the layer where it is not read
+    from the model, as in `virtual_weights`. Errors as `direct_path`.
     """
     one, other = (direct_path(model, layer, each) for each in (first, second))
-    Q = _interaction(model, layer, direction)
-    checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
-    columns = 2 * (Q @ other.decoder.to(Q.left).T)
-    values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
-    step = max(1, BLOCK_ELEMENTS // other.n)
-    for start in range(0, one.n, step):
-        block = (one.decoder[start : start + step].to(columns) @ columns).flatten()
-        values = torch.cat([values, block])
-        places = torch.cat([places, torch.arange(len(block), device=Q.device) + start * other.n])
-        kept = values.abs().topk(min(k, len(values))).indices
-        values, places = values[kept], places[kept]
-    rows, columns_met = places // other.n, places % other.n
+    tensor, direction, note = _reading(model, layer, direction, layer_tensor)
+    # Of the layer polarised: what stands before z_first z_second is twice its entry.
+    form = 2 * TwoInputForm.of(tensor)
+    sides = [each.decoder.to(tensor.left) for each in (one, other)]
+    found = form.matrix(direction).top(k, left=sides[0], right=sides[1])
     return SourcePairs(
         layer=range(len(model.blocks))[layer],
-        first=rows,
-        second=columns_met,
-        coefficients=values,
-        label_first=[one.label(i) for i in rows.tolist()],
-        label_second=[other.label(i) for i in columns_met.tolist()],
+        first=found.first,
+        second=found.second,
+        coefficients=found.coefficients,
+        label_first=[one.label(i) for i in found.first.tolist()],
+        label_second=[other.label(i) for i in found.second.tolist()],
+        approximation=note,
     )
 
 
-def _interaction(model: Any, layer: int, direction: Tensor) -> InteractionMatrix:
-    """What a layer's MLP makes of pairs of directions of the residual stream before it."""
-    tensor = residual_tensor(model, layer)
+def _reading(
+    model: Any, layer: int, direction: Tensor, layer_tensor: LayerTensor | None
+) -> tuple[BilinearTensor, Tensor, str | None]:
+    """A layer as it reads the residual stream before its MLP, and a direction of its output.
+
+    With what it is an approximation of, if it is one.
+    """
+    tensor = residual_tensor(model, layer, layer_tensor)
     direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
-    return tensor.interaction(direction)
+    return tensor, direction, approximation_note(tensor)
 
 
 # ---------------------------------------------------------------------- virtual weights
@@ -275,6 +288,7 @@ class VirtualWeights(Result):
     weights: [n, k], ``d_b . v_i``
     residual: how much of the matrix the k pairs leave out, in spectral norm (a bound)
     labels: names of the n directions
+    approximation: what the layer stands for and how well, where it is an approximation
     """
 
     layer: int
@@ -282,6 +296,7 @@ class VirtualWeights(Result):
     weights: Float[Tensor, "n k"]
     residual: float
     labels: list[str]
+    approximation: str | None = None
 
     def strongest(self, k: int, eigenvector: int = 0) -> pandas.DataFrame:
         """The k directions that an eigenvector reads most: index, label, weight, contribution.
@@ -311,7 +326,13 @@ class VirtualWeights(Result):
 
 
 def virtual_weights(
-    model: Any, source: Any, layer: int, direction: Float[Tensor, " d_model"], k: int = 5
+    model: Any,
+    source: Any,
+    layer: int,
+    direction: Float[Tensor, " d_model"],
+    k: int = 5,
+    *,
+    layer_tensor: LayerTensor | None = None,
 ) -> VirtualWeights:
     """An earlier layer's output directions (or any source) against a later layer's eigenvectors.
 
@@ -321,15 +342,19 @@ def virtual_weights(
     layer, direction: whose interaction matrix; direction [d_model] is read from the layer's output
     k: int
         Eigenpairs.
+    layer_tensor: BilinearTensor or Approximation, optional
+        The layer as a function of ``mlp.hook_in``, instead of reading it from the model.
 
     From weights alone, along the direct path, up to the norm's scale. Errors as `direct_path`.
     """
     inputs = direct_path(model, layer, source)
-    eigen = _interaction(model, layer, direction).eigh(k)
+    tensor, direction, note = _reading(model, layer, direction, layer_tensor)
+    eigen = tensor.interaction(direction).eigh(k)
     return VirtualWeights(
         layer=range(len(model.blocks))[layer],
         values=eigen.values,
         weights=inputs.decoder.to(eigen.vectors) @ eigen.vectors.T,
         residual=float(eigen.bound),
         labels=[inputs.label(i) for i in range(inputs.n)],
+        approximation=note,
     )

@@ -49,6 +49,7 @@ from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.feature_sweep import FeatureSweep, feature_sweep
 from tl_bilinear.features.geometry import EigenGeometry, Submatrix, eigen_geometry
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.pair_counts import (
     MAX_PAIRS,
     PairCounter,
@@ -75,7 +76,7 @@ from tl_bilinear.features.unembedding import (
     unembedding_row,
 )
 from tl_bilinear.hooks import EigenComponents
-from tl_bilinear.hooks.points import require_layer_tensor
+from tl_bilinear.hooks.points import LayerTensor, require_layer_tensor
 from tl_bilinear.results import Kind
 from tl_bilinear.tensor import (
     BilinearTensor,
@@ -98,15 +99,17 @@ class FeatureInteractions:
         From 0; negative from the end.
     sae_in: SAE, transcoder, Dictionary or matrix [n_in, d_model]
         Its decoder rows are the input features. At ``blocks.L.mlp.hook_in``, ``ln2.hook_normalized`` or
-        ``hook_resid_mid``; a bare matrix is taken to be at ``mlp.hook_in``.
+        ``hook_resid_mid``, or at the module of Hugging Face that writes there
+        (`tl_bilinear.features.module_names`); a bare matrix is taken to be at ``mlp.hook_in``.
     sae_out: SAE, transcoder, Dictionary or matrix [n_out, d_model]
-        Its features are the outputs. At ``blocks.L.hook_mlp_out`` or ``mlp.hook_out``.
+        Its features are the outputs. At ``blocks.L.hook_mlp_out`` or ``mlp.hook_out``, or at
+        ``model.layers.L.mlp``.
     output: "encoder" or "decoder", optional
         Read output features along encoder directions, what makes a feature fire, or along decoder
         directions. By default the encoder's, where it reads the layer's output.
-    layer_tensor: BilinearTensor, optional
+    layer_tensor: BilinearTensor or Approximation, optional
         The layer as a function of ``mlp.hook_in``, instead of reading it from the model: for a gated
-        MLP that is not bilinear, ``approximate(mlp, inputs).tensor``. An attribution's
+        MLP that is not bilinear, ``approximate_llama(model, tokens)[layer]``. An attribution's
         `error` and a check's `difference` then say what the approximation leaves out.
 
     Attributes
@@ -132,15 +135,16 @@ class FeatureInteractions:
         sae_out: Any,
         *,
         output: Along | None = None,
-        layer_tensor: BilinearTensor | None = None,
+        layer_tensor: LayerTensor | None = None,
     ) -> None:
         self.model = model
         if layer_tensor is None:
             layer_tensor = BilinearTensor.from_model(model, layer)
         else:
-            require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
+            layer_tensor = require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
         self.layer = range(len(model.blocks))[layer]
-        self.inputs, self.outputs = Dictionary.of(sae_in), Dictionary.of(sae_out)
+        self.inputs = placed(model, Dictionary.of(sae_in))
+        self.outputs = placed(model, Dictionary.of(sae_out))
         passages = input_passages(model, self.layer)
         hook = _nearest(self.inputs.hook, self.layer, "sae_in", list(passages), "reads")
         self.passage: Passage = passages[hook]

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_bilinear.hooks.points import LayerTensor, require_layer_tensor
+from tl_bilinear.models.spaces import norm_follows, norm_weight
 from tl_bilinear.tensor import BilinearTensor
 
 
@@ -75,10 +77,52 @@ def input_passages(model: Any, layer: int) -> dict[str, Passage]:
     bias = getattr(block.ln2, "b", None)
     bias = None if bias is None or not bool(bias.any()) else bias.detach()
     normalized = f"{name}.ln2.hook_normalized"
-    found[normalized] = Passage(normalized, into, _weight_of(block.ln2), bias)
-    matrix = norm_matrix(cfg, block.ln2, block.mlp.W_gate)
+    weight = norm_weight(cfg, block.ln2)
+    scaling = None if weight is None else torch.diag(weight)
+    found[normalized] = Passage(normalized, into, scaling, bias)
+    matrix = norm_matrix(cfg, block.ln2, model.W_E)
     found[before] = Passage(before, into, matrix, bias, f"{name}.ln2.hook_scale")
     return found
+
+
+def attention_passages(model: Any, layer: int) -> dict[str, Passage]:
+    """The hooks that a dictionary before a layer's attention may sit at, by name.
+
+    Queries and keys are read from the residual stream before the layer (`hook_resid_pre`, of which
+    `hook_q_input`, `hook_k_input`, `hook_attn_in` and the `hook_resid_post` of the layer before are
+    copies) through the norm, if there is one, or from `ln1.hook_normalized`, before the norm's weight.
+    """
+    block, cfg = model.blocks[layer], model.cfg
+    name = f"blocks.{layer}"
+    into, before = f"{name}.attn.hook_in", f"{name}.hook_resid_pre"
+    norm = getattr(block, "ln1", None)
+    scale, normalized = f"{name}.ln1.hook_scale", f"{name}.ln1.hook_normalized"
+    if norm is None or scale not in model.hook_dict or _after(model):
+        residual = Passage(before, into)
+        found = {}
+    else:
+        weight = norm_weight(cfg, norm)
+        scaling = None if weight is None else torch.diag(weight)
+        bias = getattr(norm, "b", None)
+        bias = None if bias is None or not bool(bias.any()) else bias.detach()
+        found = {normalized: Passage(normalized, into, scaling, bias)}
+        matrix = norm_matrix(cfg, norm, next(model.parameters()))
+        residual = Passage(before, into, matrix, bias, scale)
+    copies = [
+        f"{name}.{part}hook_{copy}"
+        for part in ("", "attn.")
+        for copy in ("q_input", "k_input", "attn_in")
+    ]
+    earlier = [] if layer == 0 else [f"blocks.{layer - 1}.hook_resid_post"]
+    return found | dict.fromkeys([before, *copies, *earlier], residual)
+
+
+def _after(model: Any) -> bool:
+    """Whether the norms of a model's blocks come after what they are named for (OLMo 2)."""
+    names = {
+        str(getattr(model.cfg, field, None)) for field in ("architecture", "original_architecture")
+    }
+    return bool(names & {"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
 
 
 def residual_passage(model: Any, layer: int) -> Passage:
@@ -86,30 +130,36 @@ def residual_passage(model: Any, layer: int) -> Passage:
     return list(input_passages(model, layer).values())[-1]
 
 
-def residual_tensor(model: Any, layer: int) -> BilinearTensor:
-    """A layer as a function of the residual stream before its MLP, over the norm's scale."""
-    return residual_passage(model, layer).fold(BilinearTensor.from_model(model, layer))
+def residual_tensor(
+    model: Any, layer: int, layer_tensor: LayerTensor | None = None
+) -> BilinearTensor:
+    """A layer as a function of the residual stream before its MLP, over the norm's scale.
+
+    layer_tensor: as a function of ``mlp.hook_in``, where it is not read from the model
+    """
+    if layer_tensor is None:
+        tensor = BilinearTensor.from_model(model, layer)
+    else:
+        tensor = require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
+    return residual_passage(model, layer).fold(tensor)
 
 
 def norm_matrix(cfg: Any, norm: Any, like: Tensor) -> Float[Tensor, "d d"] | None:
     """The linear part of a norm: rows r leave it as ``(r @ matrix) / s + b``; None for the identity."""
-    scaling = _weight_of(norm)
-    if cfg.normalization_type not in ("LN", "LNPre"):
+    weight = norm_weight(cfg, norm)
+    scaling = None if weight is None else torch.diag(weight)
+    rms = getattr(norm, "uses_rms_norm", None)  # of a bridge, whose norm knows
+    if rms if isinstance(rms, bool) else cfg.normalization_type not in ("LN", "LNPre"):
         return scaling
     centring = torch.eye(cfg.d_model, dtype=like.dtype, device=like.device) - 1 / cfg.d_model
     return centring if scaling is None else centring @ scaling
-
-
-def _weight_of(norm: Any) -> Tensor | None:
-    weight = getattr(norm, "w", None)
-    return None if weight is None or bool((weight == 1).all()) else torch.diag(weight.detach())
 
 
 def output_hooks(model: Any, layer: int) -> list[str]:
     """The hooks that an output dictionary of a layer may sit at: where its own output stands."""
     hooks = [f"blocks.{layer}.mlp.hook_out", f"blocks.{layer}.hook_mlp_out"]
     # Another norm follows the MLP: what hook_mlp_out holds is no longer the layer's output.
-    return hooks[:1] if getattr(model.cfg, "use_normalization_before_and_after", False) else hooks
+    return hooks[:1] if norm_follows(model, layer) else hooks
 
 
 def fires_as(model: Any, name: str) -> str:

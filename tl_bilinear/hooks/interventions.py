@@ -31,11 +31,17 @@ from torch import Tensor
 from tl_bilinear import checks
 from tl_bilinear.hooks.points import (
     LayerPoints,
+    LayerTensor,
     Positions,
+    as_tensor,
     position_mask,
     require_layer_tensor,
 )
-from tl_bilinear.tensor import BilinearTensor, Massive, Metric, approximation_note
+from tl_bilinear.tensor import (
+    Massive,
+    Metric,
+    approximation_note,
+)
 
 Hooks: TypeAlias = list[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 Outside: TypeAlias = Literal["keep", "drop"]
@@ -108,25 +114,27 @@ class ReplaceLayer(OutputEdit):
     """The layer computed by another factored tensor: a Tucker or CP approximation, say.
 
     ``ReplaceLayer(cp(tensor, rank=64).tensor, layer=3)``, ``ReplaceLayer(tucker(tensor, 8, 32).tensor,
-    layer=3)``. The tensor stands for the whole layer: the layer's own biases are not added.
+    layer=3)``; or an Approximation. The tensor stands for the whole layer: the layer's own biases are
+    not added.
 
     keep: the massive tokens of an approximation (``found.fidelity.massive``), which keep the layer's
         own output
     """
 
-    tensor: BilinearTensor
+    tensor: LayerTensor
     keep: Massive | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        note = approximation_note(self.tensor)
-        what = f"{self.tensor!r}" if note is None else f"{note}"
+        tensor = as_tensor(self.tensor)
+        note = approximation_note(tensor)
+        what = f"{tensor!r}" if note is None else f"{note}"
         return f"ReplaceLayer(layer {self.layer}: {what})"
 
     def check(self, model: Any, points: LayerPoints) -> None:
         require_layer_tensor(model, points.layer, self.tensor)
 
     def edit(self, x: Tensor, out: Tensor) -> Tensor:
-        new = self.tensor(x).to(out.dtype)
+        new = as_tensor(self.tensor)(x).to(out.dtype)
         return new if self.keep is None else torch.where(self.keep.beyond(out)[..., None], out, new)
 
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from tl_bilinear import checks
 from tl_bilinear.models.modules import is_a
 from tl_bilinear.models.spaces import layer_spaces, require_layer
-from tl_bilinear.tensor import BilinearTensor
+from tl_bilinear.tensor import Approximation, BilinearTensor
 from tl_bilinear.tensor.gated import without_note
 
 Positions = int | slice | Sequence[int] | Tensor | None
+LayerTensor = BilinearTensor | Approximation
+"""What may stand for a layer: its tensor, or an approximation as `approximate_llama` gives it."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,24 @@ class LayerPoints:
         return found is not None and int(found[1]) == self.layer
 
 
-def require_layer_tensor(
-    model: Any, layer: int, tensor: BilinearTensor, what: str = "the tensor"
-) -> None:
-    """Raise ValueError, naming both sides, for a tensor that is not of a layer's input and output.
+def as_tensor(tensor: LayerTensor) -> BilinearTensor:
+    """The tensor itself, or an approximation's."""
+    return tensor.tensor if isinstance(tensor, Approximation) else tensor
 
-    An approximation of the layer fits like the layer itself.
+
+def require_layer_tensor(
+    model: Any, layer: int, tensor: LayerTensor, what: str = "the tensor"
+) -> BilinearTensor:
+    """The tensor, or that of an approximation, if it is of a layer's input and output.
+
+    An approximation of the layer fits like the layer itself. Raises ValueError, naming both sides, for
+    one of another layer or another basis, TypeError for anything else.
     """
+    tensor = as_tensor(tensor)
+    if not isinstance(tensor, BilinearTensor):
+        raise TypeError(
+            f"{what} must be a BilinearTensor or an Approximation, got {type(tensor).__name__}"
+        )
     points = LayerPoints.of(model, layer, hooked=False)
     points.require_fit(
         model, what, width=tensor.d_in, space=tensor.input_space, field="input_space"
@@ -151,6 +164,7 @@ def require_layer_tensor(
         output=True,
         field="output_space",
     )
+    return tensor
 
 
 def _folded(model: Any, layer: int) -> bool:

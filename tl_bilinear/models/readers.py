@@ -47,6 +47,9 @@ from tl_bilinear.tensor.registry import NamedMaps, read_gated, read_mlp
 Spaces = tuple[str | None, str | None]
 
 _BY_HAND = "build BilinearTensor(left, right, out, ...) from the weights that make the layer"
+_GATED = (
+    "A gated layer is read through the bilinear one nearest to it, approximate_llama(model, tokens)"
+)
 _LLAMA_MAPS = ("gate_proj", "up_proj", "down_proj")
 
 _registered = False
@@ -148,7 +151,8 @@ def _require_linear_bridge(mlp: Any, name: str) -> None:
         return
     raise ValueError(
         f"{name} is not bilinear: {found}. Expected a BilinearMLPBridge, as "
-        "TransformerBridge.boot_bilinear makes it, or the bridge of a Llama with hidden_act='linear'"
+        "TransformerBridge.boot_bilinear makes it, or the bridge of a Llama with hidden_act='linear'. "
+        f"{_GATED}"
     )
 
 
@@ -166,7 +170,8 @@ def _not_bilinear(mlp: Any, name: str) -> str:
         )
     return (
         f"{name} is not bilinear: it is a {kind} with act_fn={cfg.act_fn!r}. Expected a BilinearMLP "
-        "(HookedTransformer.from_config(bilinear=True, ...)) or a GatedMLP with an identity activation"
+        "(HookedTransformer.from_config(bilinear=True, ...)) or a GatedMLP with an identity activation. "
+        f"{_GATED}"
     )
 
 
@@ -207,8 +212,8 @@ def gated_through(name: str, activation: str) -> str:
     """The error for a gated MLP with an activation, with the way to make it bilinear."""
     return (
         f"{name} is not bilinear: its gate goes through {activation}, where a bilinear Llama has "
-        "hidden_act='linear'. `tl-bilinear finetune` anneals the activation away (Pearce et al. "
-        "2025, appendix H)"
+        f"hidden_act='linear'. {_GATED}; `tl-bilinear finetune` anneals the activation away (Pearce et "
+        "al. 2025, appendix H)"
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from torch import Tensor
+
 from tl_bilinear.models.modules import is_a
 
 _AFTER = {
@@ -59,7 +61,7 @@ def layer_spaces(model: Any, layer: int) -> tuple[str, str] | None:
     reads = f"{name}.mlp.hook_in" if hasattr(block.mlp, "hook_in") else f"input of {name}.mlp"
     post_norm = cfg.original_architecture in POST_NORM_ARCHITECTURES
     reads += f" (input of the MLP, {_AFTER[None if post_norm else _norm_kind(cfg, block)]})"
-    if post_norm or cfg.use_normalization_before_and_after:
+    if post_norm or norm_follows(model, layer):
         hook = f"{name}.mlp.hook_out" if hasattr(block.mlp, "hook_out") else f"output of {name}.mlp"
         return reads, f"{hook} (before the norm that follows the MLP)"
     return reads, f"{name}.hook_mlp_out"
@@ -78,12 +80,35 @@ def llama_spaces(block: Any, layer: int) -> tuple[str, str]:
     return reads, f"blocks.{layer}.hook_mlp_out"
 
 
+def norm_is_folded(model: Any, layer: int) -> bool:
+    """Whether the norm before an MLP multiplies by nothing."""
+    return _norm_kind(model.cfg, model.blocks[layer]) in ("RMSPre", "LNPre")
+
+
+def norm_follows(model: Any, layer: int) -> bool:
+    """Whether another norm stands between an MLP and the residual stream (Gemma 2 and 3)."""
+    own = getattr(model.cfg, "use_normalization_before_and_after", False)
+    return bool(own or hasattr(model.blocks[layer], "ln2_post"))
+
+
+def norm_weight(cfg: Any, norm: Any) -> Tensor | None:
+    """What a norm multiplies by, [d_model]; None for ones or nothing.
+
+    Gemma's norms store it less 1, and a folded norm of a bridge keeps a weight that is none.
+    """
+    weight: Tensor | None = getattr(norm, "w", None)
+    if weight is None:
+        return None
+    weight = weight.detach() + (1 if getattr(cfg, "rmsnorm_uses_offset", False) else 0)
+    return None if bool((weight == 1).all()) else weight
+
+
 def _norm_kind(cfg: Any, block: Any) -> str | None:
     """The norm before a block's MLP, as HookedTransformer's `normalization_type` names it."""
     kind: str | None = cfg.normalization_type
     if kind in ("RMS", "LN") and is_a(block, "transformer_lens", "GeneralizedComponent"):
-        # A bridge keeps its normalization_type when the norm is folded, and a weight of ones.
-        weight, bias = (getattr(block.ln2, name, None) for name in ("w", "b"))
-        if (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any())):
+        # A bridge keeps its normalization_type when the norm is folded.
+        bias = getattr(block.ln2, "b", None)
+        if norm_weight(cfg, block.ln2) is None and (bias is None or not bool(bias.any())):
             return f"{kind}Pre"
     return kind

@@ -2,11 +2,12 @@
 
 >>> make_gallery(GallerySettings(studies=("target",)))       # `tl-bilinear images`
 >>> run_quickstart(QuickstartConfig())                       # `tl-bilinear quickstart`
+>>> certify(CertifyConfig())                                 # `tl-bilinear certify`
 >>> make("target", load_images(), TargetSettings(seeds=3))   # one study: figures, tables, a summary
 
 One file a study, which computes, draws and describes: `eigenvectors`, `hosvd_components`,
 `regularisation` (with sparsity), `similarity`, `target`, `adversarial`, `explanation`, `toy`, `neurons`,
-`certified`. What they share is in `image_spectra`.
+`certified`, `proofs` (with `nearest`). What they share is in `image_spectra`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tl_bilinear.paper.config import GallerySettings, QuickstartConfig
+from tl_bilinear.paper.config import CertifyConfig, GallerySettings, QuickstartConfig
 
 if TYPE_CHECKING:
+    from tl_bilinear.paper.certification import Certified, certify
     from tl_bilinear.paper.gallery import make, make_gallery, write_gallery
     from tl_bilinear.paper.image_spectra import ClassSpectra, class_spectra, truncate
     from tl_bilinear.paper.page import SummaryTable
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from tl_bilinear.paper.registry import Page, Study, register, studies
 
 __all__ = [
+    "Certified",
+    "CertifyConfig",
     "ClassSpectra",
     "GallerySettings",
     "Page",
@@ -31,6 +35,7 @@ __all__ = [
     "QuickstartConfig",
     "Study",
     "SummaryTable",
+    "certify",
     "class_spectra",
     "make",
     "make_gallery",
@@ -43,11 +48,13 @@ __all__ = [
 
 # The command line asks for settings only, and should answer at once.
 _LAZY = {
+    "Certified": "certification",
     "ClassSpectra": "image_spectra",
     "Page": "registry",
     "Quickstart": "quickstart",
     "Study": "registry",
     "SummaryTable": "page",
+    "certify": "certification",
     "class_spectra": "image_spectra",
     "make": "gallery",
     "make_gallery": "gallery",

@@ -91,7 +91,8 @@ def adversarial_masks(
 
     Parameters
     ----------
-    held: how many positive eigenvectors of each class the pseudo-inverse holds apart
+    held: how many positive eigenvectors of each class the pseudo-inverse holds apart; all, where a small
+        model has fewer
     space: "embedding" or "pixels", where it does so (see the module)
     region: [pixels], where the mask may act; for a model that looks at the edge this can be the
         :func:`~tl_bilinear.paper.image_spectra.rare_pixels`
@@ -106,7 +107,7 @@ def adversarial_masks(
         raise ValueError(f"label must number one of {len(matrices)} classes, got {label}")
     if not 1 <= k <= held:
         raise ValueError(f"k must lie between 1 and held={held}, got {k}")
-    spectra = matrices.eigh(held, which="positive")
+    spectra = matrices.eigh(min(held, matrices.d), which="positive")
     positive = spectra.values > 0
     if int(positive[label].sum()) < k:
         raise ValueError(

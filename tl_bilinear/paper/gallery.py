@@ -80,7 +80,7 @@ def make_gallery(
     names = list(dict.fromkeys(settings.studies)) or list(studies())
     chosen = [find_study(name) for name in names]
     require_writable(settings.out, KIND)
-    data = load_images(settings.data)
+    data = load_images(settings.data, classes=settings.classes)
     fashion = None if settings.fashion is None else load_images(settings.fashion)
     one_class = any("label" in {f.name for f in dataclasses.fields(s.settings)} for s in chosen)
     if one_class and settings.label >= len(data.classes):
@@ -112,6 +112,7 @@ def settings_of(
         "seeds": gallery.seeds,
         "sizes": gallery.sizes,
         "label": gallery.label,
+        "space": gallery.space,
         "fashion": fashion,
     }
     chosen = study.settings(**{name: value for name, value in given.items() if name in own})
@@ -133,14 +134,15 @@ def write_gallery(data: ImageData, made: list[Written], out: str | Path) -> None
             "data": data.name,
             "training_images": len(data.train_labels),
             "test_images": len(data.test_labels),
-            "settings": {study.name: _as_json(study.settings) for study in made},
+            "settings": {study.name: as_json(study.settings) for study in made},
             "seconds": {study.name: study.seconds for study in made},
             "studies": {study.name: study.page.summary for study in made},
         }
         write_json(folder / SUMMARY, finite(summary))
 
 
-def _as_json(settings: Any) -> dict[str, Any]:
+def as_json(settings: Any) -> dict[str, Any]:
+    """A study's settings for JSON."""
     found = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in found.items():
         if isinstance(value, TrainingConfig):

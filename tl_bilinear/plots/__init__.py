@@ -5,6 +5,7 @@ Figures of the paper's studies are in the studies' own files, :mod:`tl_bilinear.
 """
 
 from tl_bilinear.plots.decompositions import (
+    change_bounds_figure,
     cp_figure,
     eigenvalues_figure,
     eigenvectors_figure,
@@ -30,6 +31,7 @@ from tl_bilinear.plots.training_curves import finetune_figure, loss_figure
 
 __all__ = [
     "attribution_figure",
+    "change_bounds_figure",
     "correlation_figure",
     "cp_figure",
     "effects_figure",

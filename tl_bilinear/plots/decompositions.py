@@ -25,7 +25,14 @@ from tl_bilinear.plots.style import (
 )
 
 if TYPE_CHECKING:
-    from tl_bilinear.tensor import CP, HOSVD, Eigendecomposition, Spectrum, TopInteractions
+    from tl_bilinear.tensor import (
+        CP,
+        HOSVD,
+        ChangeBounds,
+        Eigendecomposition,
+        Spectrum,
+        TopInteractions,
+    )
 
 _SHOWN_EIGENVALUES = 20
 
@@ -300,3 +307,25 @@ def cp_figure(
         written.append(" ".join(f"{names[i]}{'+' if column[i] > 0 else '-'}" for i in order))
     tiles = torch.stack([result.plus[:k], result.minus[:k]])
     return mosaic_figure(tiles, size, rows=["l + m", "l - m"], columns=written, title=title)
+
+
+def change_bounds_figure(
+    result: ChangeBounds, *, names: Sequence[str] | None = None, title: str = ""
+) -> go.Figure:
+    """Bounds on each output's change over regions of inputs, above what given inputs show.
+
+    `names` are the outputs'. A logarithmic axis: a bound far above the measured change says little.
+    """
+    count = len(result.typical)
+    names = [f"output {i}" for i in range(count)] if names is None else list(names)
+    figure = go.Figure()
+    rows = [
+        (f"bound: {region}", row) for region, row in zip(result.regions, result.bound, strict=True)
+    ]
+    rows += [("largest measured", result.measured), ("typical (root mean square)", result.typical)]
+    for number, (name, values) in enumerate(rows):
+        points = line(names, values, number, name).update(mode="markers", marker_size=10)
+        figure.add_trace(points)
+    figure.update_xaxes(title="output", type="category")
+    figure.update_yaxes(title="change of the output", type="log", exponentformat="power", dtick=1)
+    return sized(figure, 820, 380, title=title)

@@ -73,7 +73,9 @@ def linf_sdp_bound(form: QuadraticForm, x: Float[Tensor, " d"], radius: float) -
     try:
         import cvxpy
     except ImportError as error:
-        raise ImportError("the semidefinite bound needs cvxpy: pip install cvxpy") from error
+        raise ImportError(
+            "the semidefinite bound needs cvxpy: pip install 'tl-bilinear[proofs]'"
+        ) from error
     require_radius(radius)
     wide = form.to(torch.float64)
     row = x.to(torch.float64)[None]

@@ -10,7 +10,7 @@ and the largest value, ``-lower`` and ``upper``. Then for every x, with e = x - 
 
 and the same from above. An answer is proved where one class beats every other by these bounds.
 
->>> known = margin_spectrum(tensor, 32, moment_metric(tensor, second_moment))
+>>> known = margin_spectrum(tensor, 32, moment_metric(tensor, InputMoments.of(train_images)))
 >>> known.answers(images)             # [n], the class that is certainly the answer, -1 where none is
 >>> known.top(8).answers(images)      # from 8 pairs, without another decomposition
 
@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 from tl_bilinear import checks
 from tl_bilinear.results import Result
 from tl_bilinear.tensor.bilinear import BilinearTensor
+from tl_bilinear.tensor.moments import InputMoments
 from tl_bilinear.tensor.robustness import ROWS, as_classifier, as_labels, model_digest, span
 
 if TYPE_CHECKING:
@@ -77,40 +78,43 @@ def euclidean_metric(
 
 def moment_metric(
     tensor: BilinearTensor,
-    moments: Float[Tensor, "d d"],
+    moments: InputMoments,
     *,
     power: float = 0.5,
     ridge: float = 0.01,
-    centre: Float[Tensor, " d"] | None = None,
+    centred: bool = True,
 ) -> InputMetric:
     """``G = S^-power`` with S the inputs' second moment in the layer's span.
 
     Parameters
     ----------
-    moments: [d, d], second moment of inputs about `centre`, ``E (x - c)(x - c)^T``
+    moments: of what the tensor reads, for example of the training images
     power: 0 is Euclidean, 1 the data's own metric
     ridge: t in ``(1 - t) S + t tr(S)/r I``
-    centre: [d], where the form is expanded; 0 by default
+    centred: expand the margins around the inputs' mean, with S their covariance; else around 0
+
+    Raises ValueError for moments of another width or space, a power or ridge outside [0, 1].
     """
     wide = as_classifier(tensor)
     if not 0 <= power <= 1 or not 0 <= ridge <= 1:
         raise ValueError(f"power and ridge lie between 0 and 1, got {power} and {ridge}")
     basis = span(wide)
-    second = _in_span(basis, moments, ridge)
+    second, centre = _in_span(wide, basis, moments, ridge, centred)
+    around = "covariance" if centred else "second moment"
     return InputMetric(
         _power(second, -power / 2) @ basis,
-        _centre(wide, centre),
-        f"second moment to the power {power:g}, ridge {ridge:g}",
+        centre,
+        f"{around} of {moments.population} to the power {power:g}, ridge {ridge:g}",
     )
 
 
 def proving_metric(
     tensor: BilinearTensor,
-    moments: Float[Tensor, "d d"],
+    moments: InputMoments,
     k: int,
     *,
     ridge: float = 0.01,
-    centre: Float[Tensor, " d"] | None = None,
+    centred: bool = True,
     steps: int = 40,
     rate: float = 0.02,
     progress: bool = False,
@@ -125,7 +129,7 @@ def proving_metric(
     """
     wide = as_classifier(tensor)
     basis = span(wide)
-    second = _in_span(basis, moments, ridge)
+    second, centre = _in_span(wide, basis, moments, ridge, centred)
     checks.require_count(
         "k", k, max(1, len(basis) - 1), "fewer than the layer's span has dimensions"
     )
@@ -151,9 +155,7 @@ def proving_metric(
             charge.backward()
             optimiser.step()
     found = torch.linalg.inv(best) @ _power(second, -0.5) @ basis
-    return InputMetric(
-        found, _centre(wide, centre), f"proving, k {k}, {steps} steps, ridge {ridge:g}"
-    )
+    return InputMetric(found, centre, f"proving, k {k}, {steps} steps, ridge {ridge:g}")
 
 
 def _mean_charge(white: Tensor, here: Tensor, there: Tensor, k: int) -> Tensor:
@@ -382,17 +384,29 @@ def _tails(dropped: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return lower + _ROUNDING * scale, upper + _ROUNDING * scale
 
 
-def _in_span(basis: Tensor, moments: Tensor, ridge: float) -> Tensor:
-    moments = checks.require_rows("moments", moments, basis.shape[1], "d, the inputs", basis)
-    if moments.shape != (basis.shape[1],) * 2:
-        raise ValueError(f"moments must be [d, d], got {checks.shape(moments)}")
-    checks.require_finite("moments", moments)
-    second = basis @ moments @ basis.T
+def _in_span(
+    wide: BilinearTensor, basis: Tensor, moments: InputMoments, ridge: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The inputs' second moment in the span, with the ridge, and where margins are expanded [d]."""
+    if not isinstance(moments, InputMoments):
+        raise TypeError(
+            f"moments must be InputMoments, as InputMoments.of(images) makes them, got "
+            f"{type(moments).__name__}"
+        )
+    same = moments.space == wide.input_space or None in (moments.space, wide.input_space)
+    if moments.d != wide.d_in or not same:
+        raise ValueError(
+            f"the moments are of {moments.d} inputs ({moments.space or 'of an unnamed space'}), the "
+            f"classifier reads {wide.d_in} ({wide.input_space or 'of an unnamed space'})"
+        )
+    centre = moments.mean.to(wide.left) if centred else wide.left.new_zeros(wide.d_in)
+    about = (moments.centred() if centred else moments).second.to(wide.left)
+    second = basis @ about @ basis.T
     second = (second + second.T) / 2
     size = second.trace() / len(second)
     if not size > 0:
         raise ValueError("moments must be those of inputs that the layer reads: their trace is 0")
-    return (1 - ridge) * second + ridge * size * torch.eye(len(second)).to(second)
+    return (1 - ridge) * second + ridge * size * torch.eye(len(second)).to(second), centre
 
 
 def _power(matrix: Tensor, power: float) -> Tensor:

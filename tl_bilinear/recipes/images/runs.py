@@ -90,7 +90,9 @@ class Runs:
             return None
         # The weights are overwritten; a generator of its own leaves the caller's random numbers alone.
         unused = torch.Generator()
-        model = ImageClassifier(data.pixels, len(data.classes), config.size, config.bias, unused)
+        model = ImageClassifier(
+            data.pixels, len(data.classes), config.size, config.bias, unused, config.depth
+        )
         try:
             model.load_state_dict(tensors)
             losses, accuracies = tuple(stored["losses"]), tuple(stored["accuracies"])
@@ -138,4 +140,6 @@ def _groups(configs: Sequence[TrainingConfig]) -> list[list[TrainingConfig]]:
 def _settings(config: TrainingConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     named = [[type(a).__name__, dataclasses.asdict(a)] for a in config.augment]
+    if config.depth == 1:  # whose runs were kept before there were deeper ones
+        del settings["depth"]
     return settings | {"augment": named}

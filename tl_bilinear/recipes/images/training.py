@@ -55,9 +55,11 @@ class TrainingConfig:
     """Share of the embedded image that is dropped (appendix B.1)."""
     augment: tuple[Augmentation, ...] = ()
     """Changes of the images, in order, before the noise is added."""
+    depth: int = 1
+    """Bilinear layers; the paper's models have one."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch", "epochs"):
+        for name in ("size", "batch", "epochs", "depth"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
@@ -73,9 +75,9 @@ class TrainingConfig:
             raise ValueError(f"dropout is a share of the embedding below 1, got {self.dropout}")
 
     @property
-    def shape(self) -> tuple[int, bool, int, int]:
-        """(size, bias, batch, epochs): models that agree in it can train together."""
-        return (self.size, self.bias, self.batch, self.epochs)
+    def shape(self) -> tuple[int, bool, int, int, int]:
+        """(size, bias, batch, epochs, depth): models that agree in it can train together."""
+        return (self.size, self.bias, self.batch, self.epochs, self.depth)
 
     def __str__(self) -> str:
         """The settings in a sentence."""
@@ -88,6 +90,8 @@ class TrainingConfig:
             f"batch {self.batch}",
             f"seed {self.seed}",
         ]
+        if self.depth > 1:
+            parts.append(f"{self.depth} layers")
         if self.bias:
             parts.append("with biases")
         if self.activation_noise:
@@ -157,7 +161,7 @@ def train_classifiers(
     """
     if len({config.shape for config in configs}) > 1:
         raise ValueError(
-            f"models that train together must agree in (size, bias, batch, epochs), got "
+            f"models that train together must agree in (size, bias, batch, epochs, depth), got "
             f"{sorted({config.shape for config in configs})}; train each shape on its own"
         )
     if not configs:
@@ -166,9 +170,9 @@ def train_classifiers(
     generators = [Generator().manual_seed(config.seed) for config in configs]
     draws = [Generator(device=device).manual_seed(config.seed) for config in configs]
     models = [
-        ImageClassifier(data.pixels, len(data.classes), first.size, first.bias, generator).to(
-            device
-        )
+        ImageClassifier(
+            data.pixels, len(data.classes), first.size, first.bias, generator, first.depth
+        ).to(device)
         for generator in generators
     ]
     optimizer = torch.optim.AdamW(
@@ -243,10 +247,11 @@ def _forward(
     if any(config.activation_noise for config in configs):
         noise = [_noise(x[0], c.activation_noise, g) for c, g in zip(configs, draws, strict=True)]
         x = x + torch.stack(noise)
-    layers = [model.layer for model in models]
-    left = _linear(x, [layer.left for layer in layers])
-    right = _linear(x, [layer.right for layer in layers])
-    return _linear(left * right, [layer.out for layer in layers])
+    for layers in zip(*(model.layers for model in models), strict=True):
+        left = _linear(x, [layer.left for layer in layers])
+        right = _linear(x, [layer.right for layer in layers])
+        x = _linear(left * right, [layer.out for layer in layers])
+    return x
 
 
 def _kept(like: Tensor, share: float, draw: Generator) -> Tensor:
