@@ -137,7 +137,7 @@ def require_plain_stream(model: Any) -> None:
 
 
 def _existing(index: int, count: int, what: str) -> int:
-    if not -count <= index < count:
+    if not -count <= checks.require_int(what, index) < count:
         raise IndexError(f"{what} {index} does not exist: there are {count} (0 to {count - 1})")
     return index % count
 
