@@ -109,7 +109,7 @@ def quickstart(
     config: Annotated[QuickstartConfig, fields_of()] = QuickstartConfig(),
     quiet: Quiet = False,
 ) -> None:
-    """Read two bilinear models off their weights: one trained here on digits, one of language.
+    """Read two bilinear models off their weights: one trained here on images, one of language.
 
     Settings of the training that are not given are the paper's: size 256, noise 0.4, weight decay 1,
     batch 2048, 20 epochs; below 20,000 images batch 256 and 60 epochs.
@@ -125,7 +125,7 @@ def quickstart(
     quickstart_page(result, page, progress=not quiet)
     print(
         result,
-        f"Open {page} to draw digits, and to read every feature. {config.out / REPORT} explains it all.",
+        f"Open {page} to draw images, and to read every feature. {config.out / REPORT} explains it all.",
         sep="\n\n",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from tests.explorer import building
 from tests.explorer.building import HOSTILE, with_documents
 from tests.explorer.conftest import LAPTOP, PHONE, visiting
 from tl_bilinear.explorer import write_folder, write_page
+from tl_bilinear.tensor.boundary import boundary_distance
+from tl_bilinear.tensor.quadratic import QuadraticForm
 
 AXE = Path(__file__).parents[2] / "tl_bilinear/explorer/frontend/node_modules/axe-core/axe.min.js"
 FEATURE = 3
@@ -171,6 +174,36 @@ def test_logits_of_a_chosen_and_of_a_drawn_image(page, tab, classifier, striped)
     assert not torch.allclose(after, before)
     # Pixels of the canvas have eight bits.
     assert float((after - expected).abs().max()) <= 0.02 * max(1.0, float(expected.abs().max()))
+
+
+def test_the_nearest_adversarial_image_is_that_of_python(page, tab, classifier, striped):
+    image = (striped.test_images[striped.test_labels == 0][0] * 255).round() / 255
+    image = image.double()
+    model = copy.deepcopy(classifier).double()
+    with torch.no_grad():
+        label = int(model(image).argmax())
+    unit = torch.eye(len(striped.classes), dtype=torch.float64)
+    expected = {}
+    for rival in set(range(len(striped.classes))) - {label}:
+        form = QuadraticForm.of(model.tensor(), unit[label] - unit[rival])
+        expected[rival] = boundary_distance(form, image[None])
+    tab.goto(at(page, "#/image"))
+    tab.get_by_role("button", name="Find the nearest").click()
+    tab.wait_for_selector("[data-distance]")
+    shown = {
+        int(cell.get_attribute("data-rival")): float(cell.get_attribute("data-distance"))
+        for cell in tab.locator("[data-distance]").all()
+    }
+    assert shown.keys() == expected.keys()
+    for rival, found in expected.items():
+        assert shown[rival] == pytest.approx(float(found.distance), rel=1e-5), rival
+    nearest = min(expected, key=lambda rival: float(expected[rival].distance))
+    assert next(iter(shown)) == nearest
+    # At the distance both logits are equal; before it the model is right, and behind it wrong.
+    assert abs(value(tab, "[data-difference]", "data-difference")) < 1e-5
+    for share, winner in ((0.99, label), (1.01, nearest)):
+        tab.locator("#amount").fill(str(share))
+        tab.locator(f'[data-after="{striped.classes[winner]}"]').wait_for()
 
 
 # ---------------------------------------------------------------------- finding one's way

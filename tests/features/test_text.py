@@ -14,8 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from tests.features.building import N_OUT, model, sae
 from tests.recipes.stories import make_stories
 from tl_bilinear import FeatureInteractions, plots
-from tl_bilinear.features import ActiveInteractions, FeatureSweep
-from tl_bilinear.features.labels import NEVER, NOTHING, distinguishing, label, pieces
+from tl_bilinear.features import ActiveInteractions, FeatureSweep, verification
+from tl_bilinear.features.labels import (
+    NEVER,
+    NOTHING,
+    distinguishing,
+    label,
+    name_features,
+    pieces,
+)
 from tl_bilinear.recipes.language import train_tokenizer
 
 LAYER = "blocks.1"
@@ -103,6 +110,33 @@ def test_a_common_token_is_told_by_what_stands_further_in_front():
     assert label(None, [7] * 10, [None] * 10, near, rates | {3: 0.09}) == "7"
     assert label(None, [7] * 10, [None] * 10, near, rates | {7: 0.001}) == "7"
     assert label(None, [*range(30, 40)], [None] * 10, near, rates) == "anything after 3"
+
+
+def test_special_tokens_name_nothing_unless_they_are_all_there_is():
+    special = {1, 2}
+    near = [{1, 2, i + 20} for i in range(10)]
+    rates = {7: 0.1, 1: 0.001, 2: 0.001}
+    assert label(None, [7] * 10, [None] * 10, near, rates) == "7 after 1 2"
+    assert label(None, [7] * 10, [None] * 10, near, rates, special) == "7"
+    assert label(None, [5] * 10, [1] * 10, base={5: 0.001}, special=special) == "5"
+    assert label(None, [1] * 6 + [5] * 4, [None] * 10, special=special) == "5"
+    assert label(None, [1] * 9 + [5], [None] * 10, special=special) == NOTHING
+    assert label(None, [1, 5], [None] * 2, special=special) == "5 (seen twice)"
+    assert label(None, [1] * 6 + [2] * 4, [2] * 10, special=special) == "(2) 1"
+
+
+def test_the_tokenizers_special_tokens_are_left_out():
+    class Tokenizer:
+        all_special_ids = (1,)
+
+        def decode(self, ids):
+            return str(ids[0])
+
+    tokens = torch.tensor([[1, 5, 1, 6, 1, 5]])
+    z = torch.ones(1, 6, 1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    (name,) = name_features(Tokenizer(), tokens, iter([z]), 6, mask)
+    assert name == "5 | 6 (seen 6 times)"
 
 
 def test_what_distinguishes_is_ordered_by_how_much_it_tells():
@@ -282,7 +316,7 @@ def test_one_run_serves_every_analysis(f, tokens, run, busy, monkeypatch):
     assert run[2, :5].lengths.tolist() == [5]
 
 
-def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, busy, monkeypatch):
+def test_checks_of_pairs_run_the_tokens_met_only(f, tokens, busy, monkeypatch):
     run = f.run(tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
     pairs = run.active_interactions(busy).top(1, kind="cross")
     seen = []
@@ -294,10 +328,19 @@ def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, busy, monkeypatch
     both = (z[..., int(pairs.first[0])] != 0) & (z[..., int(pairs.second[0])] != 0)
     found = run.verify_pairs(busy, pairs, limit=1)
     row, place = both.nonzero()[0].tolist()
-    assert len(seen) == 8  # four runs of the pair, four of the control
-    assert all(torch.equal(t, tokens[row : row + 1, : place + 1]) for t in seen)
+    (given,) = seen  # four runs of the pair and four of the control, at once
+    assert given.shape == (8, 1, f.model.cfg.d_model)
+    assert torch.equal(given[0, 0], run.hook_activations[row, place])
     assert found.tokens.tolist() == [1]
     assert found.difference < 1e-10
+    # A model that cannot begin at a block runs the sequences met, once for each of them.
+    monkeypatch.setattr(verification, "starts_at_blocks", lambda model: False)
+    seen.clear()
+    whole = run.verify_pairs(busy, pairs, limit=1)
+    assert len(seen) == 8
+    assert all(torch.equal(t, tokens[row : row + 1, : place + 1]) for t in seen)
+    for name in ("measured", "control", "predicted"):
+        assert_close(getattr(whole, name), getattr(found, name), rtol=0, atol=1e-10)
     for by_hand in (
         torch.stack([pairs.first, pairs.second], 1),
         [(int(pairs.first[0]), int(pairs.second[0]))],

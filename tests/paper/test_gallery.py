@@ -112,7 +112,7 @@ def test_studies_share_trained_models(bars, small, kept, monkeypatch):
 @pytest.fixture
 def offered(bars, monkeypatch, tmp_path):
     """A gallery of the bars, its settings given as changes."""
-    monkeypatch.setattr(gallery, "load_images", lambda source: bars)
+    monkeypatch.setattr(gallery, "load_images", lambda source, classes: bars)
 
     def offered(*names, **changes):
         given = {"size": 8, "epochs": 2, "runs": tmp_path / "runs", "studies": names}

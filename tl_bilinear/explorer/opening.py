@@ -154,7 +154,9 @@ def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = Tru
         "images": f"{data.name}; {len(data.train_labels):,} to train on",
         "accuracy": f"{images.training.accuracy:.3f} on {len(data.test_labels):,} other images",
     }
-    panels = [image_panel(images.training.model, data, title="Digits", facts=facts)]
+    if images.controls is not None:
+        facts["did it learn?"] = images.controls.verdict
+    panels = [image_panel(images.training.model, data, title=f"Images: {data.name}", facts=facts)]
     if result.language is not None:
         panels.append(demo_panel(demo_run(progress=progress)))
     view = explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)

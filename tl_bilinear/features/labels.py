@@ -157,18 +157,20 @@ def distinguishing(
 
 def label(
     tokenizer: Any,
-    tokens: Sequence[int],
+    tokens: Sequence[int | None],
     before: Sequence[int | None],
     near: Sequence[Set[int]] = (),
     base: Mapping[int, float] | None = None,
+    special: Set[int] = frozenset(),
 ) -> str:
     """A name for a feature from the places in a text where it is most active.
 
     Parameters
     ----------
-    tokens: the token at each place; before: the one in front of it
+    tokens: the token at each place; before: the one in front of it, None where there is none
     near: of each place, the tokens further in front of it, `NEAR` of them
     base: share of each token in the whole text
+    special: tokens that are no text, such as [BOS]; they name nothing unless they are all there is
 
     The token that is there on at least half of the places and more often than elsewhere, with the one
     before it in parentheses where that is so too: ``happy``, ``(not) happy``. Otherwise up to three
@@ -184,8 +186,12 @@ def label(
     def word(token: int) -> str:
         return plain(tokenizer, token)
 
-    found = distinguishing(Counter(tokens), n, rates, least=0.1, lift=LIFT)[:3]
-    counted = Counter(tokens)
+    if any(token not in special for token in tokens):
+        tokens = [None if token in special else token for token in tokens]
+        before = [None if token in special else token for token in before]
+        near = [window - special for window in near]
+    counted = Counter(token for token in tokens if token is not None)
+    found = distinguishing(counted, n, rates, least=0.1, lift=LIFT)[:3]
     single = found[:1] if found and counted[found[0]] >= SHARE * n else []
     name = " | ".join(map(word, single or found))
     if single:
@@ -232,10 +238,11 @@ def name_features(
     counted, times = tokens[mask].unique(return_counts=True)
     shares = (times / max(1, int(times.sum()))).tolist()
     base = dict(zip(counted.tolist(), shares, strict=True))
+    special = special_tokens(tokenizer, True)
     found = []
     for values, places in zip(best.T.tolist(), where.T.tolist(), strict=True):
         at = [place for value, place in zip(values, places, strict=True) if value > 0]
         before = [flat[place - 1] if place % length else None for place in at]
         near = [set(flat[place - min(NEAR, place % length) : max(0, place - 1)]) for place in at]
-        found.append(label(tokenizer, [flat[place] for place in at], before, near, base))
+        found.append(label(tokenizer, [flat[place] for place in at], before, near, base, special))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,14 @@ class QuickstartConfig:
     """Images in a step."""
     seed: int | None = None
     """Seed of the weights, the noise and the order of the images."""
+    classes: tuple[str, ...] = ()
+    """Names of the labels, in order, such as shirt,coat; by default those that the data set has, those
+    of a file classes.txt in the folder, or numbers."""
+    controls: bool = True
+    """Whether to train three more models that say whether the first learned anything: another seed, and
+    two on shuffled labels."""
+    shuffle_labels: bool = False
+    """Permute the training labels, to see what a report looks like where there is nothing to learn."""
     language: bool = True
     """Whether to read the language model that ships with its SAEs as well."""
 
@@ -50,8 +59,16 @@ class GallerySettings:
     Hugging Face hub."""
     fashion: str | None = None
     """A second set for the study "eigenvectors", named as `data`."""
+    classes: tuple[str, ...] = ()
+    """Names of the labels, in order, such as shirt,coat; by default those that the data set has, those
+    of a file classes.txt in the folder, or numbers."""
     studies: tuple[str, ...] = ()
-    """Which studies, by name; all by default. A name that does not exist lists those that do."""
+    """Which studies, by name; all by default: eigenvectors, hosvd, regularisation, similarity, target,
+    adversarial, explanation, toy, sparsity, neurons, certificates, proofs,
+    across-layers."""
+    space: Literal["pixels", "embedding"] = "pixels"
+    """Where eigenvectors are taken in the studies similarity and explanation: of the images, or behind
+    the embedding as in the paper. Other studies show both, or pixels."""
     size: int | None = None
     """Width of the models. By default 128, and 64 for the hidden target."""
     noise: float | None = None

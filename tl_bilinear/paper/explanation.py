@@ -199,6 +199,8 @@ def contributions_figure(result: Explanation) -> go.Figure:
     figure.add_trace(logits, 1, 2)
     figure.update_xaxes(title="largest 10 | most negative 10", showticklabels=False, col=1)
     figure.update_xaxes(title="class", type="category", col=2)
+    figure.update_yaxes(title="λ (v·x)²", col=1)
+    figure.update_yaxes(title="logit", col=2)
     return sized(figure, 880, 340, barmode="relative")
 
 

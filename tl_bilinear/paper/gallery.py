@@ -80,7 +80,7 @@ def make_gallery(
     names = list(dict.fromkeys(settings.studies)) or list(studies())
     chosen = [find_study(name) for name in names]
     require_writable(settings.out, KIND)
-    data = load_images(settings.data)
+    data = load_images(settings.data, classes=settings.classes)
     fashion = None if settings.fashion is None else load_images(settings.fashion)
     one_class = any("label" in {f.name for f in dataclasses.fields(s.settings)} for s in chosen)
     if one_class and settings.label >= len(data.classes):
@@ -112,6 +112,7 @@ def settings_of(
         "seeds": gallery.seeds,
         "sizes": gallery.sizes,
         "label": gallery.label,
+        "space": gallery.space,
         "fashion": fashion,
     }
     chosen = study.settings(**{name: value for name, value in given.items() if name in own})

@@ -32,6 +32,9 @@ class ClassSpectra:
     embedding: of the embedding-space form, vectors [classes, size, size]; unit and orthogonal there
     mapped: the embedding-space pairs with vectors [classes, size, pixels], mapped to pixels through the
         embedding: what an image is multiplied with, neither unit nor orthogonal
+
+    Signs are arbitrary; those of the embedding are chosen so that each of its images looks like the
+    pixel-space eigenvector nearest to it, and not like its negative.
     """
 
     pixel: Eigendecomposition
@@ -54,7 +57,15 @@ def class_spectra(model: ImageClassifier) -> ClassSpectra:
     """
     embedding = model.tensor(EMBEDDING_SPACE).interaction().eigh()
     pixel = model.tensor(PIXEL_SPACE).interaction().eigh()
-    return ClassSpectra(pixel, embedding, as_images(model, embedding))
+    mapped = as_images(model, embedding)
+    cosines = mapped.vectors @ pixel.vectors.mT
+    nearest = cosines.gather(-1, cosines.abs().argmax(-1, keepdim=True))
+    signs = torch.where(nearest < 0, -1.0, 1.0).to(nearest)
+    return ClassSpectra(
+        pixel,
+        replace(embedding, vectors=signs * embedding.vectors),
+        replace(mapped, vectors=signs * mapped.vectors),
+    )
 
 
 def pixel_spectra(model: ImageClassifier) -> Eigendecomposition:

@@ -1,7 +1,8 @@
-"""The whole way on real digits and on a language model that ships, in one report.
+"""The whole way on real images and on a language model that ships, in one report.
 
-Digits: train, decompose every class, measure (`quickstart_images`). Language: three features of a layer
-between two SAEs, read from weights and checked by intervention (`quickstart_language`).
+Images: train, decompose every class, measure, compare with what learned nothing (`quickstart_images`).
+Language: three features of a layer between two SAEs, read from weights and checked by intervention
+(`quickstart_language`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tl_bilinear.io import require_writable, whole_directory, write_json
 from tl_bilinear.paper.config import QuickstartConfig
+from tl_bilinear.paper.image_controls import shuffled_labels
 from tl_bilinear.paper.page import SummaryTable, finite, render
 from tl_bilinear.paper.quickstart_images import (
     ImageQuickstart,
@@ -62,10 +64,12 @@ def run_quickstart(
     refused before the training.
     """
     require_writable(config.out, KIND)
-    data = load_images(config.data)
+    data = load_images(config.data, classes=config.classes)
+    if config.shuffle_labels:
+        data = shuffled_labels(data)
     names = ("size", "noise", "weight_decay", "epochs", "batch", "seed")
     training = config_for(data, **{name: getattr(config, name) for name in names})
-    images = image_quickstart(data, training, progress=progress)
+    images = image_quickstart(data, training, controls=config.controls, progress=progress)
     language = demo_quickstart(progress=progress) if config.language else None
     result = Quickstart(images, language)
     write_results(result, config.out)

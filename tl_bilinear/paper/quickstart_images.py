@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tl_bilinear.io import save_tensors
+from tl_bilinear.paper.image_controls import Controls, image_controls
 from tl_bilinear.paper.image_spectra import (
     ClassSpectra,
     Truncation,
@@ -38,6 +39,7 @@ class ImageQuickstart:
     truncation: test accuracy with the k largest eigenpairs of each class, in pixel space
     difference: largest absolute difference between the model's and its tensor's logits on test images
     seconds: of training and analysis
+    controls: whether it learned anything, beside models that could not; None where they were left out
     """
 
     data: ImageData
@@ -46,10 +48,15 @@ class ImageQuickstart:
     truncation: Truncation
     difference: float
     seconds: float
+    controls: Controls | None = None
 
     def summary(self) -> dict[str, object]:
         """The numbers, for JSON."""
         truncation = self.truncation
+        checked = self.controls
+        controls = {} if checked is None else {"controls": dataclasses.asdict(checked)}
+        if checked is not None:
+            controls["controls"]["verdict"] = checked.verdict
         return {
             "data": self.data.name,
             "training_images": len(self.data.train_labels),
@@ -70,6 +77,7 @@ class ImageQuickstart:
                 }
                 for name, row, rank in self.classes()
             ],
+            **controls,
         }
 
     def classes(self) -> list[tuple[str, torch.Tensor, float]]:
@@ -89,6 +97,12 @@ class ImageQuickstart:
             (name, *row.sort(descending=True).values[:3].tolist(), float(row.min()), rank)
             for name, row, rank in self.classes()
         ]
+        checked = self.controls
+        controls = (
+            []
+            if checked is None
+            else [SummaryTable("Did it learn?", checked.to_pandas(), checked.verdict)]
+        )
         return [
             SummaryTable(
                 f"{self.data.name}: accuracy on {len(self.data.test_labels):,} images",
@@ -100,6 +114,7 @@ class ImageQuickstart:
                 f"Largest difference between model and tensor: {self.difference:.1e}   "
                 f"({self.seconds:.0f} s of training and analysis)",
             ),
+            *controls,
         ]
 
     def figures(self) -> dict[str, Any]:
@@ -137,9 +152,9 @@ class ImageQuickstart:
 
 
 def image_quickstart(
-    data: ImageData, config: TrainingConfig, *, progress: bool = True
+    data: ImageData, config: TrainingConfig, *, controls: bool = True, progress: bool = True
 ) -> ImageQuickstart:
-    """Train on images and read the eigenvectors off the weights."""
+    """Train on images and read the eigenvectors off the weights; `controls` trains three models more."""
     start = time.monotonic()
     training = train_classifier(data, config, progress=progress)
     spectra = class_spectra(training.model)
@@ -148,7 +163,10 @@ def image_quickstart(
     truncation = truncate(training.model, spectra.pixel, images, labels, kept)
     with torch.no_grad():
         difference = training.model(images) - training.model.tensor(PIXEL_SPACE)(images)
+    checked = None
+    if controls:
+        checked = image_controls(training.model, data, training.config, progress=progress)
     seconds = time.monotonic() - start
     return ImageQuickstart(
-        data, training, spectra, truncation, float(difference.abs().max()), seconds
+        data, training, spectra, truncation, float(difference.abs().max()), seconds, checked
     )

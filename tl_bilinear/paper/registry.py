@@ -7,7 +7,7 @@ page. It registers the function that writes the page, and the gallery asks here:
 ... def target_page(data: ImageData, settings: TargetSettings, runs: Runs) -> Page: ...
 
 Every setting has a default. The gallery fills in those that carry the name of one of its own options
-(``config``, ``seeds``, ``sizes``, ``label``, ``fashion``).
+(``config``, ``seeds``, ``sizes``, ``label``, ``space``, ``fashion``).
 """
 
 from __future__ import annotations

@@ -207,13 +207,17 @@ def _by_rank(first: Eigendecomposition, second: Eigendecomposition, k: int) -> T
 
 
 def similarity_figure(result: SeedsAndSizes) -> go.Figure:
-    """Similarity within sizes, to the largest size, and between all sizes (Fig. 5A, 18B, 18C)."""
-    titles = [f"within a size, {sign}" for sign in SIGNS] + [
-        f"to size {result.sizes[-1]}, positive",
-        "between sizes, first positive",
-    ]
+    """Similarity within sizes and, of several, to the largest and between all (Fig. 5A, 18B, 18C)."""
+    several = len(result.sizes) > 1
+    titles = [f"within a size, {sign}" for sign in SIGNS]
+    if several:
+        titles += [f"to size {result.sizes[-1]}, positive", "between sizes, first positive"]
     figure = make_subplots(
-        rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.16
+        rows=1 + several,
+        cols=2,
+        subplot_titles=titles,
+        horizontal_spacing=0.1,
+        vertical_spacing=0.16,
     )
     ranks = list(range(1, result.within.shape[2] + 1))
     mean, low, high = result.within_interval()
@@ -225,25 +229,25 @@ def similarity_figure(result: SeedsAndSizes) -> go.Figure:
         if i < len(result.sizes) - 1:
             across = line(ranks, result.between[i, -1, 0], i, f"size {size}")
             figure.add_trace(across.update(showlegend=False), 2, 1)
-    names = [str(size) for size in result.sizes]
-    grid = go.Heatmap(
-        z=rounded(result.between[:, :, 0, 0]),
-        x=names,
-        y=names,
-        colorscale="Blues",
-        showscale=False,
-        texttemplate="%{z:.2f}",
-        zmin=0,
-        zmax=1,
-    )
-    figure.add_trace(grid, 2, 2)
-    for row, column in ((1, 1), (1, 2), (2, 1)):
-        figure.update_yaxes(range=[0, 1.02], row=row, col=column)
+    if several:
+        names = [str(size) for size in result.sizes]
+        grid = go.Heatmap(
+            z=rounded(result.between[:, :, 0, 0]),
+            x=names,
+            y=names,
+            colorscale="Blues",
+            showscale=False,
+            texttemplate="%{z:.2f}",
+            zmin=0,
+            zmax=1,
+        )
+        figure.add_trace(grid, 2, 2)
+        figure.update_xaxes(type="category", title="size", row=2, col=2)
+        figure.update_yaxes(type="category", title="size", row=2, col=2)
+    for row, column in ((1, 1), (1, 2), *([(2, 1)] if several else [])):
+        figure.update_yaxes(range=[0, 1.02], title="absolute cosine", row=row, col=column)
         figure.update_xaxes(title="rank", row=row, col=column)
-    figure.update_yaxes(title="absolute cosine", col=1)
-    figure.update_xaxes(type="category", title="size", row=2, col=2)
-    figure.update_yaxes(type="category", row=2, col=2)
-    return sized(figure, 880, 640)
+    return sized(figure, 880, 640 if several else 360)
 
 
 def sizes_truncation_figure(result: SeedsAndSizes) -> go.Figure:
@@ -260,7 +264,8 @@ def sizes_truncation_figure(result: SeedsAndSizes) -> go.Figure:
         figure.add_trace(lost, 1, 2)
     axis = {"type": "log", "tickvals": list(result.kept)}
     figure.update_xaxes(title="eigenvectors kept for each class", **axis)
-    figure.update_yaxes(range=[-0.01, 0.1], col=2)
+    figure.update_yaxes(title="test accuracy", col=1)
+    figure.update_yaxes(title="accuracy lost", col=2)
     return sized(figure, 880, 360)
 
 
@@ -269,12 +274,18 @@ def similarity_page(data: ImageData, settings: SimilaritySettings, runs: Runs) -
     result = seeds_and_sizes(data, settings, runs=runs)
     truncation = result.truncation()
     largest = truncation[truncation["size"] == result.sizes[-1]]
+    shaded = (
+        "Two seeds make one pair of each size, which has no spread; the accuracy lost is shaded between "
+        "the two runs."
+        if settings.seeds == 2
+        else "Shaded: the middle 90 % of the pairs, or runs."
+    )
     where = "pixel" if settings.space == PIXEL_SPACE else "embedding"
     return Page(
         "The same eigenvectors in other seeds and sizes",
         f"Fig. 5, 18. {settings.seeds} seeds of each size; absolute cosine of eigenvectors of equal "
         f"rank, positive and negative apart, mean over classes, in {where} space, never a model with "
-        f"itself. Shaded: the middle 90 % of the pairs, or runs.",
+        f"itself. {shaded}",
         [similarity_figure(result), sizes_truncation_figure(result)],
         {"similarity": result.to_pandas(), "truncation": truncation},
         {

