@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+PAGE = Path(__file__).parents[2] / "demos" / "docs" / "swiglu.md"
+
 RESULTS = Path(__file__).with_name("results.json")
 
 
 def tables(results):
-    """Markdown: loss added by step, fidelity by layer, and costs, in this order."""
+    """Markdown tables by the marker of their place: loss added by step, fidelity by layer, costs."""
     steps = [
         "| model | what replaces its MLPs | one layer | half | all |",
         "| --- | --- | --- | --- | --- |",
@@ -22,8 +24,8 @@ def tables(results):
             )
         for row in one["fidelity"]:
             layers.append(
-                f"| {name} | {row['layer']} | {row['worst']:.2f} | {row['worst_of']} | "
-                f"{row['overall']:.3f} | {row['ordinary']:.3f} | {row['massive']} "
+                f"| {name} | {row['layer']:.0f} | {row['worst']:.2f} | {row['worst_of']} | "
+                f"{row['overall']:.3f} | {row['ordinary']:.3f} | {row['massive']:.0f} "
                 f"({row['massive_share']:.0%}) | {row['loss_added']:.3f} |"
             )
     costs = [
@@ -34,4 +36,14 @@ def tables(results):
         costs.append(
             f"| {name} | {one['inputs']:,} | {one['seconds']:.0f} | {one['bytes'] / 1e9:.1f} GB |"
         )
-    return "\n\n".join("\n".join(each) for each in (steps, layers, costs))
+    made = {"steps": steps, "fidelity": layers, "costs": costs}
+    return {name: "\n".join(lines) for name, lines in made.items()}
+
+
+def written(page, results):
+    """The page with the tables behind their markers."""
+    for name, table in tables(results).items():
+        before, after = page.split(f"<!-- {name} -->\n")
+        rest = after[after.index("\n\n", 1) :] if after.startswith("\n|") else "\n" + after
+        page = f"{before}<!-- {name} -->\n\n{table}{rest}"
+    return page
