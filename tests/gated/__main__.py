@@ -2,6 +2,7 @@
 
     python -m tests.gated model NAME FOLDER DATA [--plant]   # of a Llama and its `tl-bilinear data`
     python -m tests.gated costs                              # seconds and bytes of one layer
+    python -m tests.gated finetune FOLDER ...                # runs of `tl-bilinear finetune`
     python -m tests.gated table                              # into demos/docs/swiglu.md
 
 Each writes its part of results.json beside this file. Layers are fitted on the first rows of training
@@ -133,6 +134,17 @@ def costs():
         print(name, found, flush=True)
 
 
+def finetuned(folder):
+    """The runs that `tl-bilinear finetune` compared, by their learning rate."""
+    compared = json.loads((folder / "comparison.json").read_text())
+    rate = json.loads((folder / "baseline" / "run.json").read_text())["config"]["learning_rate"]
+    runs = {
+        name: {k: run[k] for k in ("loss", "gap", "tokens")}
+        for name, run in compared["runs"].items()
+    }
+    store("finetune", str(rate), {"start": rounded(compared["start_loss"]), "runs": runs})
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -141,5 +153,8 @@ if __name__ == "__main__":
         measure(rest[0], Path(rest[1]), Path(rest[2]), "--plant" in rest)
     elif what == "costs":
         costs()
+    elif what == "finetune":
+        for folder in rest:
+            finetuned(Path(folder))
     else:
         PAGE.write_text(written(PAGE.read_text(), json.loads(RESULTS.read_text())))

@@ -8,7 +8,7 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def tables(results):
-    """Markdown tables by the marker of their place: loss added by step, fidelity by layer, costs."""
+    """Markdown tables by the marker of their place: finetuning, loss added, fidelity, costs."""
     steps = [
         "| model | what replaces its MLPs | one layer | half | all |",
         "| --- | --- | --- | --- | --- |",
@@ -36,7 +36,13 @@ def tables(results):
         costs.append(
             f"| {name} | {one['inputs']:,} | {one['seconds']:.0f} | {one['bytes'] / 1e9:.1f} GB |"
         )
-    made = {"steps": steps, "fidelity": layers, "costs": costs}
+    runs = ["| learning rate | run | tokens | loss | gap |", "| --- | --- | --- | --- | --- |"]
+    for rate, one in results["finetune"].items():
+        for name, run in one["runs"].items():
+            runs.append(
+                f"| {rate} | {name} | {run['tokens']:,} | {run['loss']:.3f} | {run['gap']:.3f} |"
+            )
+    made = {"finetune": runs, "steps": steps, "fidelity": layers, "costs": costs}
     return {name: "\n".join(lines) for name, lines in made.items()}
 
 
