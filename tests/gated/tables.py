@@ -22,6 +22,10 @@ def tables(results):
             steps.append(
                 f"| {name} | {label} | {step['one']:.3f} | {step['half']:.3f} | {step['all']:.3f} |"
             )
+        left = one["left_out"]
+        for count, loss in enumerate(left["loss"][1:], 1):
+            named = " and ".join(map(str, left["order"][:count]))
+            steps.append(f"| {name} | wider, layer {named} left out |  |  | {loss:.3f} |")
         for row in one["fidelity"]:
             layers.append(
                 f"| {name} | {row['layer']:.0f} | {row['worst']:.2f} | {row['worst_of']} | "
