@@ -200,7 +200,7 @@ def pair_sides(k: int) -> dict[str, Side]:
 
     def ours() -> dict[str, Any]:
         found = Q.top(k, directions=decoder)
-        return {"values": found.coefficients.abs(), "pairs": found.rows * 2**20 + found.columns}
+        return {"values": found.coefficients.abs(), "pairs": found.first * 2**20 + found.second}
 
     def dense() -> dict[str, Any]:
         # In blocks of rows: the whole product would be 4.3 GB, and topk of it three times that.

@@ -127,7 +127,7 @@ def test_an_earlier_layer_s_features_reach_a_later_layer():
 
 @pytest.mark.parametrize("block", [5, 10**6])
 def test_pairs_of_two_sources(block, monkeypatch, tmp_path):
-    monkeypatch.setattr("tl_bilinear.circuits.residual.BLOCK_ELEMENTS", block * VOCABULARY)
+    monkeypatch.setattr("tl_bilinear.tensor.top.BLOCK_ELEMENTS", block * VOCABULARY)
     built = model(normalization_type="LN")
     tokens = embedding(built)
     carried = through_head(built, tokens, 0, 1)

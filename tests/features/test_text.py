@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.features.building import N_OUT, model, sae
 from tests.recipes.stories import make_stories
 from tl_bilinear import FeatureInteractions, plots
-from tl_bilinear.features import ActiveInteractions, FeatureSweep
+from tl_bilinear.features import ActiveInteractions, FeatureSweep, verification
 from tl_bilinear.features.labels import (
     NEVER,
     NOTHING,
@@ -316,7 +316,7 @@ def test_one_run_serves_every_analysis(f, tokens, run, busy, monkeypatch):
     assert run[2, :5].lengths.tolist() == [5]
 
 
-def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, busy, monkeypatch):
+def test_checks_of_pairs_run_the_tokens_met_only(f, tokens, busy, monkeypatch):
     run = f.run(tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
     pairs = run.active_interactions(busy).top(1, kind="cross")
     seen = []
@@ -328,10 +328,19 @@ def test_checks_of_pairs_run_the_sequences_met_only(f, tokens, busy, monkeypatch
     both = (z[..., int(pairs.first[0])] != 0) & (z[..., int(pairs.second[0])] != 0)
     found = run.verify_pairs(busy, pairs, limit=1)
     row, place = both.nonzero()[0].tolist()
-    assert len(seen) == 8  # four runs of the pair, four of the control
-    assert all(torch.equal(t, tokens[row : row + 1, : place + 1]) for t in seen)
+    (given,) = seen  # four runs of the pair and four of the control, at once
+    assert given.shape == (8, 1, f.model.cfg.d_model)
+    assert torch.equal(given[0, 0], run.hook_activations[row, place])
     assert found.tokens.tolist() == [1]
     assert found.difference < 1e-10
+    # A model that cannot begin at a block runs the sequences met, once for each of them.
+    monkeypatch.setattr(verification, "starts_at_blocks", lambda model: False)
+    seen.clear()
+    whole = run.verify_pairs(busy, pairs, limit=1)
+    assert len(seen) == 8
+    assert all(torch.equal(t, tokens[row : row + 1, : place + 1]) for t in seen)
+    for name in ("measured", "control", "predicted"):
+        assert_close(getattr(whole, name), getattr(found, name), rtol=0, atol=1e-10)
     for by_hand in (
         torch.stack([pairs.first, pairs.second], 1),
         [(int(pairs.first[0]), int(pairs.second[0]))],

@@ -10,12 +10,16 @@ from tests.hooks.running import EXACT, LAYER, TOKENS, directions, eigen, model64
 from tests.models.building import bilinear_model
 from tl_bilinear import BilinearTensor
 from tl_bilinear.hooks import (
+    Chain,
     EigenComponents,
     HOSVDComponents,
+    ReplaceLayer,
     Trial,
     Verification,
+    effects,
     logit_difference,
     loss_added,
+    next_token_loss,
     verify,
     verify_trials,
 )
@@ -242,3 +246,36 @@ def test_what_is_refused(model):
         check(model, parts, 7)
     with pytest.raises(ValueError, match="the eigendecomposition does not fit"):
         check(model, dataclasses.replace(parts, layer=0))
+
+
+@pytest.mark.parametrize("at", ["input", "output"])
+def test_runs_that_start_at_the_block_are_the_whole_ones(model, at, monkeypatch):
+    parts = eigen(model, 2)
+    started = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *a, **g: (started.append(g.get("start_at_layer")), forward(*a, **g))[1],
+    )
+    found = check(model, parts, at=at, controls=2)
+    assert started[0] is None
+    assert set(started[1:]) == {LAYER}
+    monkeypatch.setattr(effects, "starts_at_blocks", lambda model: False)
+    started.clear()
+    whole = check(model, parts, at=at, controls=2)
+    assert set(started) == {None}
+    for name in ("measured", "predicted", "effect", "control_effect", "clean_effect"):
+        assert_close(getattr(found, name), getattr(whole, name), **EXACT)
+
+
+def test_an_edit_of_two_layers_starts_at_the_first(model):
+    late = eigen(model, 2).ablate((0, 0))
+    tensor = BilinearTensor.from_model(model, 0)
+    early = ReplaceLayer(tensor * 0.5, layer=0)
+    edits = {"both": Chain(late, early), "late": late}
+    found = loss_added(model, TOKENS, edits, progress=False)
+    for name, edit in edits.items():
+        with edit.applied(model):
+            loss = next_token_loss(model(TOKENS), TOKENS)
+        assert_close(found.patched[found.names.index(name)], loss, **EXACT)

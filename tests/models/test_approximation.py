@@ -22,7 +22,7 @@ from tests.models.building import write_tokenizer
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer, register_gated_reader
 from tl_bilinear.circuits import paths
 from tl_bilinear.features import FeatureInteractions
-from tl_bilinear.hooks import ReplaceLayer, loss_added, with_loss_added
+from tl_bilinear.hooks import ReplaceLayer, leave_out, loss_added, with_loss_added
 from tl_bilinear.models.approximation import (
     Replacement,
     approximate_llama,
@@ -480,3 +480,55 @@ def test_repair_of_nothing(llama, fitted, rows):
         repair(llama, fitted, rows, trains="all")
     with pytest.raises(ValueError, match=r"steps=300 of batch=8 .* of 4 rows"):
         repair(llama, fitted, rows[:4])
+
+
+# ---------------------------------------------------------------------- layers left out
+
+
+def test_layers_that_cost_most_are_left_out_first(llama, fitted, rows):
+    """Against every subset, measured one by one."""
+    tokens = rows[:6]
+
+    def added(layers):
+        with torch.no_grad(), Replacement({n: fitted[n] for n in layers}).applied(llama):
+            loss = llama(input_ids=tokens, labels=tokens).loss.item()
+        with torch.no_grad():
+            return loss - llama(input_ids=tokens, labels=tokens).loss.item()
+
+    found = leave_out(llama, fitted, tokens, progress=False)
+    remaining = [0, 1, 2]
+    assert found.loss[0].item() == pytest.approx(added(remaining), abs=1e-5)
+    for layer, loss in zip(found.order, found.loss[1:].tolist(), strict=True):
+        trials = [added([n for n in remaining if n != each]) for each in remaining]
+        assert loss == pytest.approx(min(trials), abs=1e-5)
+        remaining.remove(layer)
+    assert found.loss[-1].item() == pytest.approx(0, abs=1e-6)
+    assert found.kept() == {}
+    assert list(found.kept(1)) == [n for n in (0, 1, 2) if n != found.order[0]]
+    assert found.to_pandas()["saved"].sum() == pytest.approx(found.loss[0].item(), abs=1e-5)
+    assert f"left out: {found.order[0]}, " in str(found)
+
+    one = leave_out(llama, fitted, tokens, at_most=1, progress=False)
+    assert one.order == found.order[:1]
+    enough = leave_out(llama, fitted, tokens, budget=found.loss[0].item() + 1, progress=False)
+    assert enough.order == []
+    assert "left out: none" in str(enough)
+    with pytest.raises(ValueError, match=r"at_most must lie between 1 and 3"):
+        leave_out(llama, fitted, tokens, at_most=4)
+    with pytest.raises(ValueError, match="there is no approximation to leave out"):
+        leave_out(llama, {}, tokens)
+
+
+def test_wider_layers_make_a_wider_bilinear_llama(llama, fitted, rows):
+    wide = approximate_llama(llama, rows, extra=8, warn_below=-1e9, progress=False)
+    bilinear = to_bilinear_llama(llama, {n: one.tensor for n, one in wide.items()})
+    assert bilinear.config.intermediate_size == 24 + 8 + 16
+    with torch.no_grad(), Replacement(wide).applied(llama):
+        want = llama(rows[:2]).logits
+    with torch.no_grad():
+        assert_close(bilinear(rows[:2]).logits, want, rtol=1e-4, atol=1e-4)
+    mixed = {0: wide[0].tensor, 1: fitted[1].tensor, 2: fitted[2].tensor}
+    with pytest.raises(ValueError, match=r"one width, these have \[24, 48\] neurons"):
+        to_bilinear_llama(llama, mixed)
+    better = repair(llama, wide, rows[:32], steps=2, progress=False)
+    assert better.layers[0].tensor.d_hidden == 48

@@ -368,6 +368,20 @@ def test_another_mlp_is_named():
 # ---------------------------------------------------------------------- registration
 
 
+@pytest.mark.parametrize("options", [{"seed": 3}, {"seed": 3, "init_weights": False}, {}])
+def test_native_fields_and_random_state_are_those_of_boot_native(options):
+    fields = {**SIZES, "normalization_type": "RMS", "d_mlp": 24, "device": "cpu", **options}
+    moved, architectures = [], []
+    for boot in (TransformerBridge.boot_bilinear, TransformerBridge.boot_native):
+        before = torch.random.get_rng_state()
+        bridge = boot(TransformerBridgeConfig(**fields, architecture="TransformerLensNative"))
+        moved.append(not torch.equal(torch.random.get_rng_state(), before))
+        architectures.append(bridge.cfg.architecture)
+    assert moved[0] == moved[1]
+    assert architectures == ["TransformerLensNative"] * 2
+    assert_reads(TransformerBridge.boot_bilinear(fields))
+
+
 def test_found_by_its_entry_point(tmp_path, monkeypatch):
     """As an installed package declares it, read from pyproject.toml."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())

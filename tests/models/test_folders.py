@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 
 import pytest
 import torch
@@ -360,3 +361,39 @@ def test_tensors_that_do_not_fit_are_named(saved):
 def test_a_copied_directory_loads(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "elsewhere" / "copy")
     assert_same(load(tmp_path / "elsewhere" / "copy"), saved[1])
+
+
+# ---------------------------------------------------------------------- by TransformerLens's own class
+
+
+@pytest.mark.parametrize("cls", [HookedTransformer, HookedSAETransformer])
+def test_transformer_lens_loads_what_was_saved(cls, saved):
+    path, model = saved
+    for loads in (cls.from_pretrained, cls.from_pretrained_no_processing):
+        loaded = loads(str(path), device="cpu")
+        assert isinstance(loaded, HookedBilinearTransformer)
+        assert isinstance(loaded, cls)
+        assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert cls.from_pretrained(str(path), dtype="float64").W_E.dtype == torch.float64
+    with pytest.raises(TypeError, match=r"loaded as it was saved: .* got fold_ln, n_ctx"):
+        cls.from_pretrained(str(path), fold_ln=True, n_ctx=5, center_unembed=False)
+    with pytest.raises(TypeError, match="others by place"):
+        cls.from_pretrained(str(path), True)
+
+
+def test_transformer_lens_keeps_its_own_names(tmp_path, monkeypatch):
+    """A folder of another kind, or a name, reaches TransformerLens's own loader."""
+    seen = []
+
+    def stop(name):
+        seen.append(name)
+        raise KeyError(name)
+
+    loading = sys.modules["transformer_lens.HookedTransformer"].loading
+    monkeypatch.setattr(loading, "get_official_model_name", stop)
+    (tmp_path / "config.json").write_text("[")
+    for name in (str(tmp_path), "gpt2"):
+        with pytest.raises(KeyError):
+            HookedTransformer.from_pretrained(name)
+    assert seen == [str(tmp_path), "gpt2"]
+    assert "Load in a Pretrained Model" in HookedTransformer.from_pretrained.__doc__

@@ -16,6 +16,8 @@ from tl_bilinear import FeatureInteractions, cli
 from tl_bilinear.features import SAEEvaluation, evaluate_saes
 from tl_bilinear.io import claim
 from tl_bilinear.recipes.language import SAERun, SAETrainingConfig, train_saes
+from tl_bilinear.recipes.language.saes import announcement
+from tl_bilinear.tensor import estimates
 
 TINY = SAETrainingConfig(
     layers=(1,),
@@ -225,6 +227,25 @@ def small_model(**changes):
 def test_models_that_do_not_fit_the_text(story_data, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train_saes(small_model(**change), story_data, TINY, folder=tmp_path / "r", progress=False)
+
+
+def test_it_says_first_how_much_it_will_do(model, monkeypatch):
+    monkeypatch.setattr(estimates, "flops_per_second", lambda *given: 1e9)
+    config = SAETrainingConfig(tokens=2_000_000, expansion=2, layers=(1,), points=("mlp_in",))
+    said = announcement(model, config, 1)
+    weights = sum(weight.numel() for weight in model.parameters())
+    width = 2 * model.cfg.d_model
+    seconds = 2e6 * (2 * weights + 12 * model.cfg.d_model * width) / 1e9
+    assert f"1 SAE of {width:,} features, 2,000,000 tokens" in said
+    assert f"at least {estimates.human_seconds(seconds)} here" in said
+
+
+def test_a_small_model_gets_few_tokens():
+    config = SAETrainingConfig()
+    assert config.for_weights(2_700_000).tokens == 5_400_000
+    assert config.for_weights(10**9).tokens == 150_000_000  # the paper's
+    assert config.for_weights(10).tokens == config.batch
+    assert SAETrainingConfig(tokens=8000).for_weights(10**9).tokens == 8000
 
 
 def test_the_command(model, story_data, tmp_path, capsys):

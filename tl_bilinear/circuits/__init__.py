@@ -2,12 +2,33 @@
 
 What a prompt adds up, exactly (`paths`); what the weights say of tokens, heads and earlier layers
 (`embedding`, `through_head`, `source_pairs`, `direct_path` into `FeatureInteractions`) and of
-features over several layers (`FeatureCircuit`); two layers as one form of degree four (`composed`).
+features over several layers (`FeatureCircuit`); two layers as one form of degree four (`composed`);
+which pairs of features make a head attend (`AttentionInteractions`), in any TransformerLens model.
 """
 
+from tl_bilinear.circuits.attention import (
+    AttentionInteractions,
+    AttentionPairs,
+    HeadDirections,
+    OffsetProfile,
+    PairsChance,
+    SelfScores,
+)
+from tl_bilinear.circuits.attention_run import (
+    AttentionRun,
+    ScoreAttribution,
+    ScoreCheck,
+    ScoreDifference,
+    why,
+)
 from tl_bilinear.circuits.composition import composed
 from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
+from tl_bilinear.circuits.polynomial import (
+    TensorPolynomial,
+    product_head,
+    tensor_polynomial,
+)
 from tl_bilinear.circuits.residual import (
     SourcePairs,
     VirtualWeights,
@@ -21,11 +42,22 @@ from tl_bilinear.circuits.residual import (
 from tl_bilinear.features.unembedding import unembedding
 
 __all__ = [
+    "AttentionInteractions",
+    "AttentionPairs",
+    "AttentionRun",
     "FeatureCircuit",
     "FeatureGraph",
+    "HeadDirections",
+    "OffsetProfile",
+    "PairsChance",
     "PathCheck",
     "Paths",
+    "ScoreAttribution",
+    "ScoreCheck",
+    "ScoreDifference",
+    "SelfScores",
     "SourcePairs",
+    "TensorPolynomial",
     "VirtualWeights",
     "check_paths",
     "composed",
@@ -33,8 +65,11 @@ __all__ = [
     "embedding",
     "paths",
     "positions",
+    "product_head",
     "source_pairs",
+    "tensor_polynomial",
     "through_head",
     "unembedding",
     "virtual_weights",
+    "why",
 ]

@@ -33,6 +33,7 @@ from tl_bilinear.circuits.residual import EMBED, direct_path, reaches
 from tl_bilinear.circuits.upstream import as_tokens
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.pairs import FeaturePairs
 from tl_bilinear.features.passage import refuse_attached, residual_passage
 from tl_bilinear.hooks.points import LayerTensor
@@ -216,7 +217,9 @@ class FeatureCircuit:
         for layer in outputs:
             if not 0 <= layer < layers:
                 raise IndexError(f"layer {layer} does not exist: there are {layers}, from 0")
-        self._written = {name: Dictionary.of(source) for name, source in (sources or {}).items()}
+        self._written = {
+            name: placed(model, Dictionary.of(source)) for name, source in (sources or {}).items()
+        }
         self._depth = dict(zip(self._written, range(len(self._written)), strict=True))
         self.interactions: dict[int, FeatureInteractions] = {}
         self._upstream: dict[int, list[str]] = {}
@@ -226,7 +229,7 @@ class FeatureCircuit:
                 raise ValueError(
                     f"a source cannot be called {name!r}: that is layer {layer}'s output"
                 )
-            own = _at_output(Dictionary.of(outputs[layer]), layer)
+            own = _at_output(placed(model, Dictionary.of(outputs[layer])), layer)
             found = [each for each in self._written if reaches(model, self._written[each], layer)]
             if found:
                 inputs = direct_path(model, layer, *(self._written[each] for each in found))

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_bilinear import checks
+from tl_bilinear.circuits.residual import require_plain_stream
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
 from tl_bilinear.features.attribution import contributions, error_of, relative_error
 from tl_bilinear.features.labels import kinds
@@ -37,6 +38,8 @@ from tl_bilinear.tensor import BilinearTensor, TopInteractions, approximation_no
 
 if TYPE_CHECKING:
     import pandas
+
+_RUNS_PER_BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +222,7 @@ def paths(
     does not exist; ValueError for several sequences, a direction of another width, a layer that is not
     bilinear, and a model whose residual stream is not a plain sum; MemoryError above `max_bytes`.
     """
+    require_plain_stream(model)
     tokens = as_tokens(model, tokens)  # refuses a batch before any work
     if layer_tensor is None:
         tensor = BilinearTensor.from_model(model, layer)
@@ -322,6 +326,7 @@ def check_paths(
 
     A component is removed where it is written (``hook_embed``, ``attn.hook_z``, ``hook_mlp_out``, ...),
     with attention patterns, values, the other MLPs' outputs and the norm's scale held at the clean run.
+    All interventions are one batch, and each costs one token, however long the prompt is.
 
     Raises ValueError for other tokens than those of `found`, IndexError for a component that there is
     not.
@@ -339,13 +344,16 @@ def check_paths(
         removed = [[i] for i in found.effects.abs().topk(count).indices.tolist()]
     for chosen in removed:
         _require_components(chosen, len(found.labels))
-    clean = run.output_without([], [])
-    places = found.where.tolist()
+    clean = run.outputs_without([[]])[0]
+    components = list(zip(found.kinds, found.where.tolist(), strict=True))
     direction = found.direction.to(clean)
-    measured = []
-    for chosen in tqdm(removed, unit="run", disable=not progress):
-        output = run.output_without([found.kinds[i] for i in chosen], [places[i] for i in chosen])
-        measured.append(float((output - clean) @ direction))
+    measured: list[float] = []
+    with tqdm(total=len(removed), unit="run", disable=not progress) as bar:
+        for start in range(0, len(removed), _RUNS_PER_BATCH):
+            batch = removed[start : start + _RUNS_PER_BATCH]
+            outputs = run.outputs_without([[components[i] for i in chosen] for chosen in batch])
+            measured += ((outputs - clean) @ direction).tolist()
+            bar.update(len(batch))
     return PathCheck(
         removed=[list(chosen) for chosen in removed],
         labels=[" and ".join(found.labels[i] for i in chosen) for chosen in removed],

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.passage import norm_matrix, residual_passage, residual_tensor
 from tl_bilinear.features.unembedding import token_names
 from tl_bilinear.hooks.points import LayerTensor
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import InteractionMatrix, approximation_note
-from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
+from tl_bilinear.tensor import BilinearTensor, TwoInputForm, approximation_note
 
 if TYPE_CHECKING:
     import pandas
@@ -53,6 +53,7 @@ def embedding(model: Any) -> Dictionary:
 
     Raises ValueError for a model that normalises its embeddings (`post_embedding_ln`).
     """
+    require_plain_stream(model)
     if getattr(model.cfg, "post_embedding_ln", False):
         raise ValueError(
             "this model normalises its embeddings (post_embedding_ln=True), so that a row of W_E is not "
@@ -85,6 +86,7 @@ def through_head(model: Any, source: Any, layer: int, head: int) -> Dictionary:
 
     Raises IndexError for a head that does not exist, ValueError for a source that the head cannot see.
     """
+    require_plain_stream(model)
     layer = _existing(layer, model.cfg.n_layers, "layer")
     head = _existing(head, model.cfg.n_heads, "head")
     block = model.blocks[layer]
@@ -112,6 +114,7 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
     """
     if not sources:
         raise ValueError("direct_path needs at least one source: a dictionary, an SAE or a matrix")
+    require_plain_stream(model)
     layer = _existing(layer, model.cfg.n_layers, "layer")
     found = [_upstream(s, layer, _seen(model), f"the MLP of layer {layer}", model) for s in sources]
     labels = None
@@ -123,8 +126,18 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
     return Dictionary(rows, hook=residual_passage(model, layer).hook, labels=labels)
 
 
+def require_plain_stream(model: Any) -> None:
+    """Raise ValueError for a model whose stream is more than the sum of what was written before."""
+    if getattr(model.cfg, "tensor", None) is not None:
+        raise ValueError(
+            "a tensor transformer mixes the embedding into the stream before every layer, and the first "
+            "layer's values into every head: what was written upstream does not arrive as it is. "
+            "tensor_polynomial evaluates the whole"
+        )
+
+
 def _existing(index: int, count: int, what: str) -> int:
-    if not -count <= index < count:
+    if not -count <= checks.require_int(what, index) < count:
         raise IndexError(f"{what} {index} does not exist: there are {count} (0 to {count - 1})")
     return index % count
 
@@ -135,6 +148,14 @@ def reaches(model: Any, source: Dictionary, layer: int) -> bool:
     Raises ValueError for one that does not write into it.
     """
     return _is_before(source, layer, _seen(model))
+
+
+def writes_before_attention(source: Dictionary, layer: int) -> bool:
+    """Whether attention of a layer sees what a dictionary writes into the residual stream.
+
+    Raises ValueError for one that does not write into it.
+    """
+    return _is_before(source, layer, _BEFORE_ATTENTION)
 
 
 def _seen(model: Any) -> Sequence[str]:
@@ -159,7 +180,7 @@ def _upstream(
     source: Any, layer: int, same_layer: Sequence[str], reader: str, model: Any
 ) -> Dictionary:
     """`source` as a dictionary, if what it writes is in the residual stream that `reader` sees."""
-    found = Dictionary.of(source)
+    found = placed(model, Dictionary.of(source))
     if found.d != model.cfg.d_model:
         raise ValueError(f"{found!r} has width {found.d}, the residual stream {model.cfg.d_model}")
     if not _is_before(found, layer, same_layer):
@@ -229,45 +250,38 @@ def source_pairs(
     A position holds one token, so that two embeddings never meet there; a token and another one that a
     head brings do: ``source_pairs(model, 0, u, embedding(model), through_head(model, tokens, 0, h))``
     is the table of token pairs that head h makes. (Of one dictionary with itself, features of an SAE
-    say, `FeatureInteractions.top`.) Streamed: the n x m table is never held.
+    say, `FeatureInteractions.top`.) The n x m table is never held (`PairMatrix.top`).
 
     Up to positive factors (see the module). `layer_tensor` stands for the layer where it is not read
     from the model, as in `virtual_weights`. Errors as `direct_path`.
     """
     one, other = (direct_path(model, layer, each) for each in (first, second))
-    Q, note = _interaction(model, layer, direction, layer_tensor)
-    checks.require_count("k", k, one.n * other.n, f"the pairs of {one.n} and {other.n} directions")
-    columns = 2 * (Q @ other.decoder.to(Q.left).T)
-    values, places = columns.new_empty(0), torch.empty(0, dtype=torch.long, device=Q.device)
-    step = max(1, BLOCK_ELEMENTS // other.n)
-    for start in range(0, one.n, step):
-        block = (one.decoder[start : start + step].to(columns) @ columns).flatten()
-        values = torch.cat([values, block])
-        places = torch.cat([places, torch.arange(len(block), device=Q.device) + start * other.n])
-        kept = values.abs().topk(min(k, len(values))).indices
-        values, places = values[kept], places[kept]
-    rows, columns_met = places // other.n, places % other.n
+    tensor, direction, note = _reading(model, layer, direction, layer_tensor)
+    # Of the layer polarised: what stands before z_first z_second is twice its entry.
+    form = 2 * TwoInputForm.of(tensor)
+    sides = [each.decoder.to(tensor.left) for each in (one, other)]
+    found = form.matrix(direction).top(k, left=sides[0], right=sides[1])
     return SourcePairs(
         layer=range(len(model.blocks))[layer],
-        first=rows,
-        second=columns_met,
-        coefficients=values,
-        label_first=[one.label(i) for i in rows.tolist()],
-        label_second=[other.label(i) for i in columns_met.tolist()],
+        first=found.first,
+        second=found.second,
+        coefficients=found.coefficients,
+        label_first=[one.label(i) for i in found.first.tolist()],
+        label_second=[other.label(i) for i in found.second.tolist()],
         approximation=note,
     )
 
 
-def _interaction(
+def _reading(
     model: Any, layer: int, direction: Tensor, layer_tensor: LayerTensor | None
-) -> tuple[InteractionMatrix, str | None]:
-    """What a layer's MLP makes of pairs of directions of the residual stream before it.
+) -> tuple[BilinearTensor, Tensor, str | None]:
+    """A layer as it reads the residual stream before its MLP, and a direction of its output.
 
     With what it is an approximation of, if it is one.
     """
     tensor = residual_tensor(model, layer, layer_tensor)
     direction = checks.require_vector("direction", direction, tensor.d_out, "d_model", tensor.out)
-    return tensor.interaction(direction), approximation_note(tensor)
+    return tensor, direction, approximation_note(tensor)
 
 
 # ---------------------------------------------------------------------- virtual weights
@@ -347,8 +361,8 @@ def virtual_weights(
     From weights alone, along the direct path, up to the norm's scale. Errors as `direct_path`.
     """
     inputs = direct_path(model, layer, source)
-    matrix, note = _interaction(model, layer, direction, layer_tensor)
-    eigen = matrix.eigh(k)
+    tensor, direction, note = _reading(model, layer, direction, layer_tensor)
+    eigen = tensor.interaction(direction).eigh(k)
     return VirtualWeights(
         layer=range(len(model.blocks))[layer],
         values=eigen.values,

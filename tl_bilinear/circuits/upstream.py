@@ -10,7 +10,7 @@ With the attention patterns A fixed, the residual stream before layer L's MLP at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -230,58 +230,80 @@ class Upstream:
     # ------------------------------------------------------------------ interventions
 
     @torch.no_grad()
-    def output_without(self, kinds: list[str], where: list[list[int]]) -> Float[Tensor, " d"]:
-        """The layer's output at the position, in a run where these components are taken out at source.
+    def outputs_without(
+        self, removed: Sequence[Sequence[tuple[str, list[int]]]]
+    ) -> Float[Tensor, "m d"]:
+        """The layer's output at the position, in m runs that have components taken out at source.
 
-        Path patching of the direct paths: every attention pattern, value and earlier MLP output, and
-        the norm's scale, are held at those of the clean run, so that only what a component writes
-        itself reaches the layer.
+        Each run names what it goes without: (kind, [layer, head, source]). Path patching of the direct
+        paths: every attention pattern, value and earlier MLP output, and the norm's scale, are held at
+        those of the clean run, so that only what a component writes itself reaches the layer. Then no
+        other position matters: the m runs are one batch of the single token, with the patterns and
+        values of the whole text.
         """
-        taken: dict[str, list[tuple[Any, Tensor]]] = {}
+        rows = len(removed)
+        taken: dict[str, Tensor] = {}
+        mixed: dict[int, Tensor] = {}
 
-        def take(hook: str, vector: Tensor, *index: Any) -> None:
-            taken.setdefault(hook, []).append((index, vector))
+        def take(row: int, hook: str, vector: Tensor, *index: int) -> None:
+            if hook not in taken:
+                heads = [self.model.cfg.n_heads] if index else []
+                taken[hook] = vector.new_zeros(rows, 1, *heads, len(vector), dtype=self.dtype)
+            taken[hook][(row, 0, *index)] += vector
 
-        for kind, (layer, head, source) in zip(kinds, where, strict=True):
-            block = f"blocks.{layer}"
-            if kind in (EMBED, POSITION):
-                hook = "hook_embed" if kind == EMBED else "hook_pos_embed"
-                take(hook, self.cache[hook][-1, self.position])
-            elif kind == HEAD:
-                values = self.mixed_values(layer)
-                heads = range(len(values)) if head == _NOWHERE else [head]
-                for each in heads:
-                    chosen = values[each] if source == _NOWHERE else values[each, source][None]
-                    take(f"{block}.attn.hook_z", chosen.sum(0), each)
-            elif kind == ATTENTION_BIAS:
-                take(f"{block}.hook_attn_out", self.attention_bias(layer))
-            else:
-                bias = self.mlp_bias(layer)
-                own = self.at(f"{block}.hook_mlp_out") - bias
-                take(f"{block}.hook_mlp_out", own if kind == MLP else bias)
+        for row, components in enumerate(removed):
+            for kind, (layer, head, source) in components:
+                block = f"blocks.{layer}"
+                if kind in (EMBED, POSITION):
+                    hook = "hook_embed" if kind == EMBED else "hook_pos_embed"
+                    take(row, hook, self.cache[hook][-1, self.position])
+                elif kind == HEAD:
+                    if layer not in mixed:
+                        mixed[layer] = self.mixed_values(layer)
+                    values = mixed[layer]
+                    for each in range(len(values)) if head == _NOWHERE else [head]:
+                        chosen = values[each]
+                        vector = chosen.sum(0) if source == _NOWHERE else chosen[source]
+                        take(row, f"{block}.attn.hook_z", vector, each)
+                elif kind == ATTENTION_BIAS:
+                    take(row, f"{block}.hook_attn_out", self.attention_bias(layer))
+                else:
+                    bias = self.mlp_bias(layer)
+                    own = self.at(f"{block}.hook_mlp_out") - bias
+                    take(row, f"{block}.hook_mlp_out", own if kind == MLP else bias)
 
-        def held(value: Tensor, hook: Any) -> Tensor:
-            return self.cache[hook.name].to(value)
+        def hold(value: Tensor, hook: Any) -> Tensor:
+            clean = self._held(hook.name)
+            return clean.expand(rows, *clean.shape[1:]).to(value)
 
         def without(value: Tensor, hook: Any) -> Tensor:
-            value = value.clone()
-            for index, vector in taken[hook.name]:
-                value[(slice(None), self.position, *index)] -= vector.to(value)
-            return value
+            return value - taken[hook.name].to(value)
 
-        hold = {
-            name for name in self.cache if name.endswith(("_pattern", "hook_v", "hook_mlp_out"))
-        }
+        held = {
+            name
+            for name in self.cache
+            if name.endswith(("_pattern", "hook_v", "hook_mlp_out", "hook_pos_embed"))
+        } - {self.output_hook}
         if self.passage.scale_hook is not None:
-            hold.add(self.passage.scale_hook)
+            held.add(self.passage.scale_hook)
         output: list[Tensor] = []
-        hooks: list[tuple[str, Callable[..., Any]]] = [(name, held) for name in hold]
+        hooks: list[tuple[str, Callable[..., Any]]] = [(name, hold) for name in held]
         hooks += [(name, without) for name in taken]
         hooks.append((self.output_hook, lambda value, hook: output.append(value)))
+        token = self.tokens[:, self.position].expand(rows, 1)
         self.model.run_with_hooks(
-            self.tokens, fwd_hooks=hooks, return_type=None, stop_at_layer=self.layer + 1
+            token, fwd_hooks=hooks, return_type=None, stop_at_layer=self.layer + 1
         )
-        return output[0][0, self.position].to(self.dtype)
+        return output[0][:, 0].to(self.dtype)
+
+    def _held(self, hook: str) -> Tensor:
+        """What the clean run has at a hook for this position alone: [1, 1, ...]; of sources, all."""
+        value = self.cache[hook]
+        if hook.endswith("hook_v"):
+            return value
+        if hook.endswith("_pattern"):
+            return value[:, :, self.position, None]
+        return value[-1:, self.position, None]
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:

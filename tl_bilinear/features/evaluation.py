@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from tl_bilinear import checks
 from tl_bilinear.features.labels import special_tokens
+from tl_bilinear.features.module_names import hook_of
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.hooks.effects import LossAdded, next_token_loss, require_tokens
 from tl_bilinear.results import Result
@@ -209,7 +210,7 @@ def _with(
 
 def _hook_of(model: Any, name: str, sae: Any) -> str:
     given = sae.cfg.metadata.hook_name
-    hook = fires_as(model, given) if given else given
+    hook = fires_as(model, hook_of(model, given)) if given else given
     if hook not in model.hook_dict:
         raise ValueError(f"the SAE {name!r} belongs to {given!r}, which the model does not have")
     if sae.cfg.d_in != model.cfg.d_model:

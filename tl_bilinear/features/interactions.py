@@ -49,6 +49,7 @@ from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.feature_sweep import FeatureSweep, feature_sweep
 from tl_bilinear.features.geometry import EigenGeometry, Submatrix, eigen_geometry
+from tl_bilinear.features.module_names import placed
 from tl_bilinear.features.pair_counts import (
     MAX_PAIRS,
     PairCounter,
@@ -98,9 +99,11 @@ class FeatureInteractions:
         From 0; negative from the end.
     sae_in: SAE, transcoder, Dictionary or matrix [n_in, d_model]
         Its decoder rows are the input features. At ``blocks.L.mlp.hook_in``, ``ln2.hook_normalized`` or
-        ``hook_resid_mid``; a bare matrix is taken to be at ``mlp.hook_in``.
+        ``hook_resid_mid``, or at the module of Hugging Face that writes there
+        (`tl_bilinear.features.module_names`); a bare matrix is taken to be at ``mlp.hook_in``.
     sae_out: SAE, transcoder, Dictionary or matrix [n_out, d_model]
-        Its features are the outputs. At ``blocks.L.hook_mlp_out`` or ``mlp.hook_out``.
+        Its features are the outputs. At ``blocks.L.hook_mlp_out`` or ``mlp.hook_out``, or at
+        ``model.layers.L.mlp``.
     output: "encoder" or "decoder", optional
         Read output features along encoder directions, what makes a feature fire, or along decoder
         directions. By default the encoder's, where it reads the layer's output.
@@ -140,7 +143,8 @@ class FeatureInteractions:
         else:
             layer_tensor = require_layer_tensor(model, layer, layer_tensor, "layer_tensor")
         self.layer = range(len(model.blocks))[layer]
-        self.inputs, self.outputs = Dictionary.of(sae_in), Dictionary.of(sae_out)
+        self.inputs = placed(model, Dictionary.of(sae_in))
+        self.outputs = placed(model, Dictionary.of(sae_out))
         passages = input_passages(model, self.layer)
         hook = _nearest(self.inputs.hook, self.layer, "sae_in", list(passages), "reads")
         self.passage: Passage = passages[hook]
@@ -285,6 +289,7 @@ class FeatureInteractions:
 
         One batch's activations are held at a time. Counts of several texts: `PairCounts.merged`.
         """
+        checks.require_positive("max_pairs", max_pairs)
         tokens, lengths = tokenise(self.model, text, (self.inputs, self.outputs))
         counted = (
             default_mask(self, tokens, lengths) if mask is None else require_mask(mask, tokens)

@@ -85,6 +85,46 @@ def input_passages(model: Any, layer: int) -> dict[str, Passage]:
     return found
 
 
+def attention_passages(model: Any, layer: int) -> dict[str, Passage]:
+    """The hooks that a dictionary before a layer's attention may sit at, by name.
+
+    Queries and keys are read from the residual stream before the layer (`hook_resid_pre`, of which
+    `hook_q_input`, `hook_k_input`, `hook_attn_in` and the `hook_resid_post` of the layer before are
+    copies) through the norm, if there is one, or from `ln1.hook_normalized`, before the norm's weight.
+    """
+    block, cfg = model.blocks[layer], model.cfg
+    name = f"blocks.{layer}"
+    into, before = f"{name}.attn.hook_in", f"{name}.hook_resid_pre"
+    norm = getattr(block, "ln1", None)
+    scale, normalized = f"{name}.ln1.hook_scale", f"{name}.ln1.hook_normalized"
+    if norm is None or scale not in model.hook_dict or _after(model):
+        residual = Passage(before, into)
+        found = {}
+    else:
+        weight = norm_weight(cfg, norm)
+        scaling = None if weight is None else torch.diag(weight)
+        bias = getattr(norm, "b", None)
+        bias = None if bias is None or not bool(bias.any()) else bias.detach()
+        found = {normalized: Passage(normalized, into, scaling, bias)}
+        matrix = norm_matrix(cfg, norm, next(model.parameters()))
+        residual = Passage(before, into, matrix, bias, scale)
+    copies = [
+        f"{name}.{part}hook_{copy}"
+        for part in ("", "attn.")
+        for copy in ("q_input", "k_input", "attn_in")
+    ]
+    earlier = [] if layer == 0 else [f"blocks.{layer - 1}.hook_resid_post"]
+    return found | dict.fromkeys([before, *copies, *earlier], residual)
+
+
+def _after(model: Any) -> bool:
+    """Whether the norms of a model's blocks come after what they are named for (OLMo 2)."""
+    names = {
+        str(getattr(model.cfg, field, None)) for field in ("architecture", "original_architecture")
+    }
+    return bool(names & {"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
+
+
 def residual_passage(model: Any, layer: int) -> Passage:
     """The passage from the residual stream before a layer's MLP, which every model has."""
     return list(input_passages(model, layer).values())[-1]
@@ -108,7 +148,8 @@ def norm_matrix(cfg: Any, norm: Any, like: Tensor) -> Float[Tensor, "d d"] | Non
     """The linear part of a norm: rows r leave it as ``(r @ matrix) / s + b``; None for the identity."""
     weight = norm_weight(cfg, norm)
     scaling = None if weight is None else torch.diag(weight)
-    if cfg.normalization_type not in ("LN", "LNPre"):
+    rms = getattr(norm, "uses_rms_norm", None)  # of a bridge, whose norm knows
+    if rms if isinstance(rms, bool) else cfg.normalization_type not in ("LN", "LNPre"):
         return scaling
     centring = torch.eye(cfg.d_model, dtype=like.dtype, device=like.device) - 1 / cfg.d_model
     return centring if scaling is None else centring @ scaling

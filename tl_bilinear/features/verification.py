@@ -5,15 +5,15 @@ with the token's norm scale held, changes an output feature's pre-activation by
 
     ``p(r) - p(r - b) - p(r - c) + p(r - b - c) = 2 z_b z_c d_b^T Q d_c / s^2``:
 
-all that is not their interaction drops out. The left side is measured by running the model four times,
-the right side comes from weights. Random directions of the same lengths, put in the features' place at
-the same tokens, say how large such an effect is by chance.
+all that is not their interaction drops out. The left side is measured by running the model four times
+from that hook on, the right side comes from weights. Random directions of the same lengths, put in the
+features' place at the same tokens, say how large such an effect is by chance.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from tl_bilinear.features.labels import Named
 from tl_bilinear.features.passage import fires_as
+from tl_bilinear.hooks.effects import starts_at_blocks
 
 if TYPE_CHECKING:
     import pandas
@@ -96,9 +97,11 @@ def check_pairs(
         ]
         factor = part.output_scale[at] / part.scale[at][:, 0].square()
         across = (rows[0] * Q.apply(rows[1].to(Q.dtype))).sum(-1)
+        drawn = [_of_length(r, generator) for r in rows]
+        changes = _measured(part, feature, at, torch.stack([torch.stack(rows), torch.stack(drawn)]))
         predictions.append(2 * factor * across)
-        measurements.append(_measured(part, feature, at, *rows))
-        controls.append(_measured(part, feature, at, *(_of_length(r, generator) for r in rows)))
+        measurements.append(changes[0])
+        controls.append(changes[1])
     largest = max((float(p.abs().max()) for p in predictions if len(p)), default=1.0) or 1.0
 
     def column(values: Iterable[Tensor]) -> Tensor:
@@ -128,43 +131,63 @@ def _of_length(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _measured(
-    run: FeatureRun, feature: int, at: tuple[Tensor, Tensor], first: Tensor, second: Tensor
-) -> Tensor:
-    """The second difference of the pre-activation, from four runs of the model [tokens]."""
+    run: FeatureRun, feature: int, at: tuple[Tensor, Tensor], pairs: Float[Tensor, "m 2 n d"]
+) -> Float[Tensor, "m n"]:
+    """The second difference of the pre-activation at n tokens for m pairs, from four runs each."""
+    first, second = pairs.unbind(1)
+    removed = torch.stack([torch.zeros_like(first), first, second, first + second])
+    outputs = _outputs_without(run, at, removed.flatten(0, 1)).unflatten(0, removed.shape[:2])
     direction = run.features.directions[feature]
-    total = first.new_zeros(len(first))
-    for sign, removed in ((1, None), (-1, first), (-1, second), (1, first + second)):
-        along = _output_without(run, at, removed)[at].to(direction) @ direction
-        # The output dictionary's own normalisation is held as well.
-        total = total + sign * run.output_scale[at] * along
-    return total
+    # The output dictionary's own normalisation is held as well.
+    along = run.output_scale[at] * (outputs.to(direction) @ direction)
+    return along[0] - along[1] - along[2] + along[3]
 
 
-def _output_without(
-    run: FeatureRun, at: tuple[Tensor, Tensor], removed: Tensor | None
-) -> Float[Tensor, "batch pos d"]:
-    """The layer's output in a run with vectors [n, d] taken from the activations at n tokens.
+def _outputs_without(
+    run: FeatureRun, at: tuple[Tensor, Tensor], removed: Float[Tensor, "runs n d"]
+) -> Float[Tensor, "runs n d"]:
+    """The layer's output at n tokens in runs with vectors taken from the activations there.
 
-    `at` is (sequences [n], positions [n]); every token's norm scale is held at that of `run`.
+    `at` is (sequences [n], positions [n]); every token's norm scale is held at that of `run`. After
+    attention a block reads each token by itself: where a forward can start at a block, it gets these
+    tokens only, and all runs at once.
     """
+    if starts_at_blocks(run.features.model):
+        given = (run.hook_activations[at] - removed.to(run.hook_activations)).flatten(0, 1)[:, None]
+        scale = run.scale[at].repeat(len(removed), 1)[:, None]
+        found = _output(run, given, scale, lambda value: given, start_at_layer=run.features.layer)
+        return found[:, 0].unflatten(0, removed.shape[:2])
+
+    def less(vectors: Tensor) -> Callable[[Tensor], Tensor]:
+        def take(value: Tensor) -> Tensor:
+            value = value.clone()
+            value[at] = value[at] - vectors.to(value)
+            return value
+
+        return take
+
+    return torch.stack(
+        [_output(run, run.tokens, run.scale, less(vectors))[at] for vectors in removed]
+    )
+
+
+def _output(
+    run: FeatureRun, given: Tensor, scale: Tensor, edit: Callable[[Tensor], Tensor], **options: Any
+) -> Tensor:
+    """The layer's output where the activations are edited and the norm's scale is held."""
     features = run.features
     passage, model = features.passage, features.model
-
-    def take(value: Tensor, hook: Any) -> Tensor:
-        value = value.clone()
-        value[at] = value[at] - (0 if removed is None else removed.to(value))
-        return value
-
-    hooks: list[Any] = [(passage.hook, take)]
-    if passage.scale_hook is not None:
-        hooks.append((passage.scale_hook, lambda value, hook: run.scale.to(value)))
     held: list[Tensor] = []
+    hooks: list[Any] = [(passage.hook, lambda value, hook: edit(value).to(value))]
+    if passage.scale_hook is not None:
+        hooks.append((passage.scale_hook, lambda value, hook: scale.to(value)))
     hooks.append((features.output_hook, lambda value, hook: held.append(value)))
     model.run_with_hooks(
-        run.tokens,
+        given,
         # Predicates find what names do not: a hook of SAELens's bridge that once held an SAE.
         fwd_hooks=[(partial(operator.eq, fires_as(model, name)), hook) for name, hook in hooks],
         return_type=None,
         stop_at_layer=features.layer + 1,
+        **options,
     )
     return held[0]

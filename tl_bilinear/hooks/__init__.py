@@ -30,6 +30,7 @@ from tl_bilinear.hooks.interventions import (
     ProjectInput,
     ReplaceLayer,
 )
+from tl_bilinear.hooks.leaving_out import LeftOut, leave_out
 from tl_bilinear.hooks.recording import recording
 from tl_bilinear.hooks.verify import Trial, Verification, verify, verify_trials
 
@@ -40,12 +41,14 @@ __all__ = [
     "EigenComponents",
     "HOSVDComponents",
     "Intervention",
+    "LeftOut",
     "LossAdded",
     "OutputEdit",
     "ProjectInput",
     "ReplaceLayer",
     "Trial",
     "Verification",
+    "leave_out",
     "logit_difference",
     "loss_added",
     "next_token_loss",

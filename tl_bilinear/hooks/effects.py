@@ -16,8 +16,9 @@ effect R = mean(d) / mean(c), with c the clean loss, s is the standard deviation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_bilinear import checks
-from tl_bilinear.hooks.interventions import Hooks
+from tl_bilinear.hooks.interventions import Hooks, Intervention
 from tl_bilinear.models.approximation import Replacement
 from tl_bilinear.results import Result
 from tl_bilinear.tensor import Approximation
@@ -49,7 +50,17 @@ class Edit(Protocol):
 def token_losses(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch targets"]:
-    """Cross-entropy of each next token, in nats: [batch, pos - 1], of ``tokens[:, 1:]``."""
+    """Cross-entropy of each next token, in nats: [batch, pos - 1], of ``tokens[:, 1:]``.
+
+    Raises TypeError or ValueError for tokens that are not of these logits.
+    """
+    require_tokens(tokens)
+    if tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens must have the shape of logits without its last dimension, "
+            f"{list(logits.shape[:-1])}, got {checks.shape(tokens)}"
+        )
+    checks.require_tokens(tokens, logits.shape[-1])
     wide = logits[:, :-1].to(checks.compute_dtype(logits.dtype))
     return wide.logsumexp(-1) - wide.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
 
@@ -67,12 +78,21 @@ def next_token_loss(
     losses = token_losses(logits, tokens)
     if mask is None:
         return losses.mean(-1)
+    _require_mask(mask, tokens)
     weight = mask[:, 1:].to(losses)
     return (losses * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
 
 def logit_difference(first: int, second: int, position: int = -1) -> Effect:
-    """The effect ``logits[:, position, first] - logits[:, position, second]``, for `verify`."""
+    """The effect ``logits[:, position, first] - logits[:, position, second]``, for `verify`.
+
+    Raises TypeError or ValueError for what are no token numbers; IndexError, when it runs, for a token
+    or a position that the logits do not have.
+    """
+    checks.require_int("position", position)
+    for token in (first, second):
+        if checks.require_int("token", token) < 0:
+            raise ValueError(f"token must be a token number, 0 or more, got {token}")
 
     def difference(logits: Tensor, tokens: Tensor) -> Tensor:
         at = logits[:, position].to(checks.compute_dtype(logits.dtype))
@@ -182,10 +202,8 @@ def loss_added(
         edits = {"edit": edits}
     require_tokens(tokens, at_least=2)
     require_confidence(confidence)
-    if mask is not None and mask.shape != tokens.shape:
-        raise ValueError(
-            f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
-        )
+    if mask is not None:
+        _require_mask(mask, tokens)
     chosen = [None, *edits.values()]
     losses: Tensor | None = None
     for rows, number, logits in each_run(model, tokens, chosen, batch_size, progress):
@@ -234,22 +252,66 @@ def each_run(
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Run every batch with every edit; yield (rows of tokens, number of the edit, logits).
 
-    `watch` hooks come after those of the edit.
+    `watch` hooks come after those of the edit. The first edit is None: the run without one. Where all
+    hooks of an edit lie in block l and after, its runs start there, from what block l read in that run.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a number of sequences, 1 or more, got {batch_size!r}")
     checks.require_tokens(tokens, _vocabulary(model))
     starts = range(0, len(tokens), batch_size)
+    first = [_first_block(model, edit, watch) for edit in edits]
     with tqdm(total=len(starts) * len(edits), unit="forward", disable=not progress) as bar:
         for start in starts:
             rows = slice(start, min(start + batch_size, len(tokens)))
+            read: dict[int, Tensor] = {}
             for number, edit in enumerate(edits):
                 edited = nullcontext() if edit is None else edit.applied(model)
                 watched = model.hooks(fwd_hooks=watch) if watch else nullcontext()
-                with torch.no_grad(), edited, watched:
-                    logits = _logits(model, tokens[rows])
+                kept = nullcontext() if edit else _block_inputs(model, set(first) - {0}, read)
+                with torch.no_grad(), edited, watched, kept:
+                    if first[number] in read:
+                        logits = model(read[first[number]], start_at_layer=first[number])
+                    else:
+                        logits = _logits(model, tokens[rows])
                 yield rows, number, logits
                 bar.update()
+
+
+def starts_at_blocks(model: Any) -> bool:
+    """Whether a forward may begin at a block, with the residual stream before it in place of tokens."""
+    if not hasattr(model, "input_to_embed"):  # HookedTransformer's alone
+        return False
+    tokenizer, cfg = model.tokenizer, model.cfg
+    # Elsewhere a block needs more than the residual stream.
+    padded_left = tokenizer is not None and tokenizer.padding_side == "left"
+    return not padded_left and cfg.positional_embedding_type != "shortformer"
+
+
+def _first_block(model: Any, edit: Edit | None, watch: Hooks | None) -> int:
+    """The first block that has a hook of the edit or of `watch`; 0 where that is not known."""
+    if not isinstance(edit, Intervention) or not starts_at_blocks(model):
+        return 0
+    names = [name for name, _ in (*edit.fwd_hooks(model), *(watch or []))]
+    found = [re.match(r"blocks\.(\d+)\.", str(name)) for name in names]
+    return min((0 if match is None else int(match[1]) for match in found), default=0)
+
+
+@contextmanager
+def _block_inputs(model: Any, blocks: Iterable[int], read: dict[int, Tensor]) -> Iterator[None]:
+    """While it is open, keep what these blocks are given in `read`."""
+
+    def keep(block: int) -> Callable[..., None]:
+        def kept(module: Any, given: tuple[Tensor, ...]) -> None:
+            read[block] = given[0]
+
+        return kept
+
+    handles = [model.blocks[i].register_forward_pre_hook(keep(i)) for i in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _vocabulary(model: Any) -> int:
@@ -284,6 +346,16 @@ def require_tokens(tokens: Any, at_least: int = 1) -> None:
         raise ValueError(
             f"tokens must have shape [n, pos] with n at least 1 and pos at least {at_least}, got "
             f"{checks.shape(tokens)}"
+        )
+
+
+def _require_mask(mask: Any, tokens: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor of the shape of tokens, got {what}")
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
         )
 
 

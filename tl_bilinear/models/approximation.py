@@ -81,6 +81,7 @@ def approximate_llama(
     *,
     fit: Fit = "refit",
     weights: Weights = "ordinary",
+    extra: int = 0,
     in_order: bool = False,
     warn_below: float = WARN_BELOW,
     batch_size: int = 16,
@@ -93,7 +94,7 @@ def approximate_llama(
     llama: a Hugging Face model whose MLPs are gated, a HookedTransformer or a TransformerBridge
     tokens: [n, pos], or by group of text {name: [n, pos]}: the fidelity is then given for each
     layers: default: all
-    fit, weights: those of `approximate`
+    fit, weights, extra: those of `approximate`
     in_order: bool
         Fit each layer to its inputs in the model with the layers before it replaced already (a forward
         of the text for each layer). By default, to those in the model as it is.
@@ -135,6 +136,7 @@ def approximate_llama(
             by_group if len(groups) > 1 else next(iter(by_group.values())),
             fit=fit,
             weights=weights,
+            extra=extra,
             warn_below=-math.inf,  # one warning for all of them, below
             input_space=reads,
             output_space=writes,
@@ -294,10 +296,10 @@ def require_gated_llama(llama: Any) -> None:
 def to_bilinear_llama(llama: Any, tensors: Mapping[int, BilinearTensor]) -> Any:
     """A new LlamaForCausalLM whose MLPs are these bilinear layers: a linear gate, biases where needed.
 
-    `tensors` holds one for every layer, of the sizes of its MLP: `Approximation.tensor`, say. The model
-    given does not change.
+    `tensors` holds one for every layer, all of one width: `Approximation.tensor`, say. The model given
+    does not change.
 
-    Raises TypeError for another kind of model, ValueError for missing layers.
+    Raises TypeError for another kind of model, ValueError for missing layers, and for several widths.
     """
     from transformers import LlamaForCausalLM
 
@@ -306,6 +308,10 @@ def to_bilinear_llama(llama: Any, tensors: Mapping[int, BilinearTensor]) -> Any:
         raise ValueError(f"a bilinear Llama needs a bilinear layer everywhere; missing: {missing}")
     config = copy.deepcopy(llama.config)
     config.hidden_act = "linear"
+    widths = {tensor.d_hidden for tensor in tensors.values()}
+    if len(widths) > 1:
+        raise ValueError(f"a Llama's layers have one width, these have {sorted(widths)} neurons")
+    (config.intermediate_size,) = widths
     biases = [(t.bias_left, t.bias_right, t.bias_out) for t in tensors.values()]
     config.mlp_bias = any(b is not None and bool(b.any()) for three in biases for b in three)
     state = llama.state_dict()

@@ -55,6 +55,7 @@ from tl_bilinear.models.pretrained import stored_tokenizer
 from tl_bilinear.models.readers import gated_through
 
 ARCHITECTURE = "TLBilinearNative"
+NATIVE = "TransformerLensNative"
 LLAMA = "LlamaForCausalLM"
 IDENTITY = "identity"
 _LAYER_NORMS = ("LN", "LNPre")
@@ -218,9 +219,10 @@ def native_model(cfg: Any) -> NativeModel:
     """TransformerLens's native model with bilinear MLPs, initialised as its gated one is.
 
     `cfg.bilinear_bias` gives the MLPs biases, zero at first; `cfg.init_weights`, `cfg.init_mode` and
-    `cfg.seed` are obeyed as in `TransformerBridge.boot_native`. The config is completed in place.
+    `cfg.seed` are obeyed as in `TransformerBridge.boot_native`, and the caller's random state moves as
+    there. The config is completed in place.
     """
-    with torch.random.fork_rng(devices=[], enabled=cfg.seed is not None or not cfg.init_weights):
+    with torch.random.fork_rng(devices=[], enabled=cfg.init_weights and cfg.seed is not None):
         cfg.gated_mlp, cfg.act_fn = True, "relu"  # for the MLPs that are replaced below
         model = NativeModel(cfg)
         cfg.act_fn = IDENTITY
@@ -316,7 +318,7 @@ def _parent_fields() -> set[str]:
 
 def _native(cfg: Any, bilinear_bias: bool) -> Any:
     """The config with our fields added, in place. Raises ValueError for another kind of model."""
-    if cfg.architecture not in (None, ARCHITECTURE):
+    if cfg.architecture not in (None, ARCHITECTURE, NATIVE):
         raise ValueError(
             f"architecture={cfg.architecture!r}: only a native model is made from a config (leave "
             "architecture out)"
@@ -339,9 +341,11 @@ def _wrap(
     # The entry point registers it where the package is installed; this line where it is on the path.
     ArchitectureAdapterFactory.discover_entry_points()
     ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, BilinearNativeAdapter)
-    return build_bridge_from_module(
+    bridge = build_bridge_from_module(
         model, ARCHITECTURE, tl_config=cfg, tokenizer=tokenizer, model_name=cfg.model_name
     )
+    bridge.cfg.architecture = NATIVE  # as boot_native has it; the adapter is chosen by now
+    return bridge
 
 
 def _from_folder(folder: Path, *, tokenizer: Any, **where: Any) -> Any:
@@ -389,7 +393,9 @@ def _from_state(
     cfg = _config({**fields, "init_weights": False}, bias)
     if where["device"] is None:
         where["device"] = config.get("device")
-    bridge = _wrap(native_model(cfg), cfg, **where)
+    with torch.random.fork_rng(devices=[]):  # its initial weights are replaced
+        model = native_model(cfg)
+    bridge = _wrap(model, cfg, **where)
     bridge.cfg.init_weights = True  # what TransformerLens's own loaders leave there
     expected = bridge.state_dict()
     require_shapes(source, converted, {name: values.shape for name, values in expected.items()})

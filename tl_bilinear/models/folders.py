@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_bilinear.io import DIGEST, digest_of, whole_directory, write_json
+from tl_bilinear.io import DIGEST, digest_of, read_json, whole_directory, write_json
 from tl_bilinear.models.fields import require_values
 from tl_bilinear.models.files import CONFIG, WEIGHTS, require_numbers, require_shapes
 
@@ -106,6 +106,14 @@ def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------- load
+
+
+def is_saved(directory: str | PathLike[str]) -> bool:
+    """Whether a directory holds a model of this format, by its config."""
+    try:
+        return is_ours(read_json(Path(directory).expanduser() / CONFIG))
+    except (OSError, ValueError):
+        return False
 
 
 def is_ours(stored: Any) -> bool:

@@ -10,6 +10,7 @@ Our modules that import TransformerLens at their top are imported inside the fun
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -38,8 +39,9 @@ _registered = False
 def register() -> None:
     """Tell TransformerLens of bilinear models, now or when it is imported. Idempotent.
 
-    HookedTransformer gets `from_config`, TransformerBridge `boot_bilinear`, and the factory of
-    bridges an adapter of Llama that keeps a linear gate linear.
+    HookedTransformer gets `from_config` and a `from_pretrained` that loads our folders too,
+    TransformerBridge `boot_bilinear`, and the factory of bridges an adapter of Llama that keeps a
+    linear gate linear.
     """
     global _registered
     if not _registered:
@@ -94,8 +96,53 @@ def _attach(module: ModuleType) -> None:
     # This may run in the middle of TransformerLens's own import, so it must not import any more of
     # it. If TransformerLens ever has a from_config of its own, that one stays.
     hooked_transformer = getattr(module, "HookedTransformer", None)
-    if hooked_transformer is not None and not hasattr(hooked_transformer, "from_config"):
+    if hooked_transformer is None:
+        return
+    if not hasattr(hooked_transformer, "from_config"):
         hooked_transformer.from_config = classmethod(_from_config)
+    if hasattr(hooked_transformer, "from_pretrained"):
+        wrapt.wrap_function_wrapper(hooked_transformer, "from_pretrained", _load_saved)
+
+
+_PROCESSING = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "refactor_factored_attn_matrices",
+    "fold_value_biases",
+)
+
+
+def _load_saved(stock: Any, cls: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """HookedTransformer.from_pretrained, which also loads a folder that save_pretrained wrote.
+
+    As it was saved, weights processed or not; the model is a HookedBilinearTransformer. What else
+    from_pretrained takes has no meaning there, and is refused, but for flags of processing that are off.
+    """
+    name = arguments[0] if arguments else options.get("model_name")
+    if not isinstance(name, str | os.PathLike) or not os.path.isdir(os.path.expanduser(name)):
+        return stock(*arguments, **options)
+    import torch
+
+    from tl_bilinear.models import folders
+
+    if not folders.is_saved(name):
+        return stock(*arguments, **options)
+    from tl_bilinear.models.transformer import bilinear_class
+
+    given = {n: value for n, value in options.items() if n != "model_name" and value is not None}
+    known = ("device", "dtype", "tokenizer", "move_to_device")
+    wanted = sorted(n for n in given if n not in known and not (n in _PROCESSING and not given[n]))
+    if wanted or len(arguments) > 1:
+        raise TypeError(
+            f"{name} holds a bilinear model, which is loaded as it was saved: from_pretrained takes "
+            f"{', '.join(known)} for it, by name, got {', '.join(wanted) or 'others by place'}. "
+            "process_weights_() of the loaded model processes its weights"
+        )
+    if isinstance(given.get("dtype"), str):  # TransformerLens takes "float32"
+        given["dtype"] = getattr(torch, given["dtype"])
+    loads: Any = bilinear_class(cls)
+    return loads.from_pretrained(name, **{n: given[n] for n in known if n in given})
 
 
 def _from_config(

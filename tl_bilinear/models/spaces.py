@@ -80,6 +80,11 @@ def llama_spaces(block: Any, layer: int) -> tuple[str, str]:
     return reads, f"blocks.{layer}.hook_mlp_out"
 
 
+def norm_is_folded(model: Any, layer: int) -> bool:
+    """Whether the norm before an MLP multiplies by nothing."""
+    return _norm_kind(model.cfg, model.blocks[layer]) in ("RMSPre", "LNPre")
+
+
 def norm_follows(model: Any, layer: int) -> bool:
     """Whether another norm stands between an MLP and the residual stream (Gemma 2 and 3)."""
     own = getattr(model.cfg, "use_normalization_before_and_after", False)

@@ -37,6 +37,8 @@ from tl_bilinear.tensor.margins import (
 )
 from tl_bilinear.tensor.moments import InputMoments, Metric
 from tl_bilinear.tensor.odt import ODT, odt
+from tl_bilinear.tensor.pair_matrix import SVD, PairMatrix, TopPairs
+from tl_bilinear.tensor.product_head import ProductHead, ProductTerms
 from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
@@ -61,11 +63,13 @@ from tl_bilinear.tensor.robustness import (
 )
 from tl_bilinear.tensor.spectrum import Spectrum, spectrum
 from tl_bilinear.tensor.stack import BilinearStack
+from tl_bilinear.tensor.two_input import TwoInputForm, TwoInputParts
 
 __all__ = [
     "CP",
     "HOSVD",
     "ODT",
+    "SVD",
     "AdversarialDistances",
     "Approximation",
     "Attack",
@@ -88,6 +92,9 @@ __all__ = [
     "MarginSpectrum",
     "Massive",
     "Metric",
+    "PairMatrix",
+    "ProductHead",
+    "ProductTerms",
     "ProvedAccuracy",
     "QuadraticForm",
     "QuarticDirections",
@@ -96,7 +103,10 @@ __all__ = [
     "ShapleyValues",
     "Spectrum",
     "TopInteractions",
+    "TopPairs",
     "Tucker",
+    "TwoInputForm",
+    "TwoInputParts",
     "adversarial_distances",
     "approximate",
     "approximation_note",

@@ -26,9 +26,8 @@ interaction part (quadratic), a linear part and a constant (appendix J); `parts(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,15 +37,14 @@ from tl_bilinear import checks
 from tl_bilinear.results import Result
 from tl_bilinear.tensor import registry
 from tl_bilinear.tensor.factors import Factors, rescaled
+from tl_bilinear.tensor.form import FactoredForm, affine, within
 from tl_bilinear.tensor.grams import pair_gram_tiles, squared_norms
 from tl_bilinear.tensor.interaction import InteractionMatrix
 from tl_bilinear.tensor.moments import Metric
 
-_FACTORS = ("left", "right", "out", "bias_left", "bias_right", "bias_out")
-
 
 @dataclass(frozen=True, eq=False)
-class BilinearTensor(Result):
+class BilinearTensor(FactoredForm):
     """A bilinear layer in factored form; an immutable value, not an nn.Module.
 
     Parameters
@@ -78,20 +76,12 @@ class BilinearTensor(Result):
     input_space: str | None = field(default=None, kw_only=True)
     output_space: str | None = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
-        given = {
-            name: checks.require_tensor(name, getattr(self, name))
-            for name in _FACTORS
-            if getattr(self, name) is not None or name in _FACTORS[:3]
-        }
-        _check_shapes(given)
-        checks.require_same_device(given)
-        dtype = torch.float32
-        for tensor in given.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        for name, tensor in given.items():
-            checks.require_finite(name, tensor)
-            object.__setattr__(self, name, tensor.to(dtype))
+    def _check_sides(self, left: Tensor, right: Tensor) -> None:
+        if left.shape != right.shape:
+            raise ValueError(
+                f"left and right must both be [d_hidden, d_in], got left {checks.shape(left)} and "
+                f"right {checks.shape(right)}"
+            )
 
     # ------------------------------------------------------------------ where tensors come from
 
@@ -137,14 +127,6 @@ class BilinearTensor(Result):
         return self.left.shape[1]
 
     @property
-    def d_hidden(self) -> int:
-        return self.left.shape[0]
-
-    @property
-    def d_out(self) -> int:
-        return self.out.shape[0]
-
-    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of B: (d_out, d_in, d_in)."""
         return (self.d_out, self.d_in, self.d_in)
@@ -154,34 +136,9 @@ class BilinearTensor(Result):
         """The interaction part, ``B[a]`` for every output: what methods take that know no biases."""
         return Factors(self.left, self.right, self.out)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.left.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.left.device
-
-    @property
-    def has_biases(self) -> bool:
-        return any(b is not None for b in (self.bias_left, self.bias_right, self.bias_out))
-
     def __repr__(self) -> str:
-        biases = [name for name in _FACTORS[3:] if getattr(self, name) is not None]
         spaces = f"{self.input_space or '?'} -> {self.output_space or '?'}"
-        return (
-            f"BilinearTensor(d_out={self.d_out}, d_in={self.d_in}, d_hidden={self.d_hidden}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, "
-            f"biases={', '.join(biases) or 'none'}, {spaces})"
-        )
-
-    def to(self, *args: Any, **kwargs: Any) -> BilinearTensor:
-        """Move to a device or dtype, as `torch.Tensor.to`; a 16-bit dtype is held as float32."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
-
-    def detach(self) -> BilinearTensor:
-        """The same tensor outside the autograd graph."""
-        return self._map(Tensor.detach)
+        return self._describe(f"d_out={self.d_out}, d_in={self.d_in}", spaces)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -190,8 +147,8 @@ class BilinearTensor(Result):
         x = checks.require_rows(
             "x", x, self.d_in, checks.meaning("d_in", self.input_space), self.left
         )
-        hidden = _affine(x, self.left, self.bias_left) * _affine(x, self.right, self.bias_right)
-        return _affine(hidden, self.out, self.bias_out)
+        hidden = affine(x, self.left, self.bias_left) * affine(x, self.right, self.bias_right)
+        return affine(hidden, self.out, self.bias_out)
 
     # ------------------------------------------------------------------ change of basis
 
@@ -218,8 +175,8 @@ class BilinearTensor(Result):
             offset = checks.require_rows(
                 "offset", offset, self.d_in, checks.meaning("d_in", self.input_space), self.left
             )
-            bias_left = _affine(offset, self.left, bias_left)
-            bias_right = _affine(offset, self.right, bias_right)
+            bias_left = affine(offset, self.left, bias_left)
+            bias_right = affine(offset, self.right, bias_right)
         return BilinearTensor(
             self.left @ directions.T,
             self.right @ directions.T,
@@ -227,34 +184,8 @@ class BilinearTensor(Result):
             bias_left,
             bias_right,
             self.bias_out,
-            input_space=space or _within("directions", self.input_space),
+            input_space=space or within("directions", self.input_space),
             output_space=self.output_space,
-        )
-
-    def project(
-        self, directions: Float[Tensor, "n d_out"], *, space: str | None = None
-    ) -> BilinearTensor:
-        """Change the output basis: ``t.project(E)(x) == t(x) @ E.T``; bias_out is projected too.
-
-        Returns a tensor of shape [n, d_in, d_in]; raises ValueError for rows of another width, or with
-        NaN or infinite entries.
-        """
-        directions = checks.require_matrix(
-            "directions",
-            directions,
-            self.d_out,
-            checks.meaning("d_out", self.output_space),
-            self.left,
-        )
-        return BilinearTensor(
-            self.left,
-            self.right,
-            directions @ self.out,
-            self.bias_left,
-            self.bias_right,
-            None if self.bias_out is None else directions @ self.bias_out,
-            input_space=self.input_space,
-            output_space=space or _within("directions", self.output_space),
         )
 
     def around(self, point: Float[Tensor, " d_in"]) -> BilinearTensor:
@@ -263,10 +194,10 @@ class BilinearTensor(Result):
         Its `parts()` are then the value at the point, the main effects around it and the interactions.
         """
         meaning = checks.meaning("d_in", self.input_space)
-        point = checks.require_rows("point", point, self.d_in, meaning, self.left)
+        point = checks.require_vector("point", point, self.d_in, meaning, self.left)
         return self._with(
-            bias_left=_affine(point, self.left, self.bias_left),
-            bias_right=_affine(point, self.right, self.bias_right),
+            bias_left=affine(point, self.left, self.bias_left),
+            bias_right=affine(point, self.right, self.bias_right),
         )
 
     def whiten(self, metric: Metric) -> BilinearTensor:
@@ -281,6 +212,7 @@ class BilinearTensor(Result):
 
     def restore(self, metric: Metric, *, space: str | None = None) -> BilinearTensor:
         """A function of ``z = x M^-1/2`` as one of x again: the inverse of `whiten`."""
+        metric.require_fit("the layer", self.d_in, None)
         left, right = metric.inverse_root(self.left), metric.inverse_root(self.right)
         return replace(self, left=left, right=right, input_space=space)
 
@@ -331,19 +263,7 @@ class BilinearTensor(Result):
         Raises ValueError for a direction of the wrong width, or with NaN or infinite entries (naming its
         row).
         """
-        if directions is None:
-            weights = self.out
-            if self.d_out <= self.d_hidden:  # else they may be larger than the layer
-                directions = torch.eye(self.d_out, dtype=self.dtype, device=self.device)
-        else:
-            directions = checks.require_rows(
-                "directions",
-                directions,
-                self.d_out,
-                checks.meaning("d_out", self.output_space),
-                self.left,
-            )
-            weights = directions @ self.out
+        directions, weights = self._weights(directions)
         return InteractionMatrix(
             self.left, self.right, weights, self.input_space, directions, self.output_space
         )
@@ -357,55 +277,8 @@ class BilinearTensor(Result):
 
     # ------------------------------------------------------------------ algebra
 
-    def __add__(self, other: BilinearTensor) -> BilinearTensor:
-        """The sum of two layers with the same inputs and outputs; hidden dimensions stack."""
-        if not isinstance(other, BilinearTensor):
-            return NotImplemented
-        require_same_shape(self, other, "added")
-
-        def stacked(name: str) -> Tensor | None:
-            if getattr(self, name) is None and getattr(other, name) is None:
-                return None
-            return torch.cat([self._bias(name), other._bias(name)])
-
-        bias_out = None
-        if self.bias_out is not None or other.bias_out is not None:
-            bias_out = self._bias("bias_out") + other._bias("bias_out")
-        return BilinearTensor(
-            torch.cat([self.left, other.left]),
-            torch.cat([self.right, other.right]),
-            torch.cat([self.out, other.out], 1),
-            stacked("bias_left"),
-            stacked("bias_right"),
-            bias_out,
-            input_space=self.input_space,
-            output_space=self.output_space,
-        )
-
-    def __mul__(self, factor: float) -> BilinearTensor:
-        """The layer with its output scaled by a number."""
-        if isinstance(factor, Tensor) and factor.ndim > 0:
-            raise ValueError(
-                f"a BilinearTensor is scaled by a number, got a tensor of shape "
-                f"{checks.shape(factor)}; to scale outputs one by one use project(torch.diag(...))"
-            )
-        if not isinstance(factor, (int, float, Tensor)):
-            return NotImplemented
-        bias_out = None if self.bias_out is None else self.bias_out * factor
-        return self._with(out=self.out * factor, bias_out=bias_out)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> BilinearTensor:
-        return self * (1 / divisor)
-
-    def __neg__(self) -> BilinearTensor:
-        return self * -1.0
-
-    def __sub__(self, other: BilinearTensor) -> BilinearTensor:
-        if not isinstance(other, BilinearTensor):
-            return NotImplemented
-        return self + (-other)
+    def _require_same_shape(self, other: BilinearTensor, verb: str) -> None:
+        require_same_shape(self, other, verb)
 
     def inner(self, other: BilinearTensor) -> Float[Tensor, ""]:
         """``<B1, B2> = sum_aij B1[a,i,j] B2[a,i,j]``, exact, from Grams of the factors in float64.
@@ -433,28 +306,12 @@ class BilinearTensor(Result):
 
     def cosine_similarity(self, other: BilinearTensor) -> Float[Tensor, ""]:
         """``<B1, B2> / (|B1| |B2|)``; 0 where either is zero."""
+        require_same_shape(self, other, "compared")
         (one, _), (two, _) = (each.factors.normalised_together() for each in (self, other))
         norms = [squared_norms(f.weights, f.left, f.right).sum() for f in (one, two)]
         scale = (norms[0] * norms[1]).clamp_min(0).sqrt()
         safe = torch.where(scale > 0, scale, 1.0)
         return torch.where(scale > 0, self._inner(other)[0] / safe, 0.0).to(self.dtype)
-
-    # ------------------------------------------------------------------ inside
-
-    def _bias(self, name: str) -> Tensor:
-        bias = getattr(self, name)
-        size = self.d_out if name == "bias_out" else self.d_hidden
-        return torch.zeros(size, dtype=self.dtype, device=self.device) if bias is None else bias
-
-    def _with(self, **changes: Any) -> BilinearTensor:
-        fields = {name: getattr(self, name) for name in _FACTORS} | changes
-        return BilinearTensor(
-            **fields, input_space=self.input_space, output_space=self.output_space
-        )
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> BilinearTensor:
-        factors = {name: getattr(self, name) for name in _FACTORS}
-        return self._with(**{n: None if t is None else function(t) for n, t in factors.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -487,39 +344,3 @@ def require_same_shape(first: BilinearTensor, second: BilinearTensor, verb: str)
             f"cannot be {verb}; fold or project them into common bases first"
         )
     checks.require_same_device({"the first": first.left, "the second": second.left})
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _within(what: str, space: str | None) -> str | None:
-    return None if space is None else f"{what} in {space}"
-
-
-def _check_shapes(given: dict[str, Tensor]) -> None:
-    for name, tensor in given.items():
-        if tensor.ndim != (1 if name.startswith("bias") else 2):
-            raise ValueError(
-                f"{name} must have {'one dimension' if name.startswith('bias') else 'two dimensions'}"
-                f", got shape {checks.shape(tensor)}"
-            )
-    left, right, out = given["left"], given["right"], given["out"]
-    if left.shape != right.shape:
-        raise ValueError(
-            f"left and right must both be [d_hidden, d_in], got left {checks.shape(left)} and "
-            f"right {checks.shape(right)}"
-        )
-    if out.shape[1] != left.shape[0]:
-        raise ValueError(
-            f"out must be [d_out, d_hidden] with d_hidden={left.shape[0]} as in left "
-            f"{checks.shape(left)}, got out {checks.shape(out)}"
-            + ("; transpose it" if out.shape[0] == left.shape[0] else "")
-        )
-    sizes = {"bias_left": left.shape[0], "bias_right": left.shape[0], "bias_out": out.shape[0]}
-    for name, size in sizes.items():
-        if name in given and given[name].shape[0] != size:
-            raise ValueError(
-                f"{name} must have {size} entries "
-                f"({'d_out' if name == 'bias_out' else 'd_hidden'}), got {checks.shape(given[name])}"
-            )

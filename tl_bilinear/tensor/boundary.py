@@ -58,7 +58,7 @@ class BoundaryDistance(Result):
     margin: [n], q at the point
     residual: [n], |q| at `nearest` over the scale of its terms: rounding where solved; 0 elsewhere
     stationarity: [n], ``|2 e + nu grad q(x + e)|`` over ``|2 e|``
-    smallest: [], the smallest eigenvalue of A
+    smallest: [], the smallest eigenvalue of A; 0 within rounding
     """
 
     distance: Float[Tensor, " n"]
@@ -123,8 +123,11 @@ def boundary_distance(form: QuadraticForm, x: Float[Tensor, "n d"]) -> BoundaryD
     slope = gradient + 2 * wide.interaction.apply(steps)
     flat = (2 * steps + nu[:, None] * slope).norm(dim=1) / (2 * found.distance).clamp_min(tiny)
     flat = torch.where(solved, flat, 0.0)
+    least = values.min()
+    flat_at = wide.d * torch.finfo(x.dtype).eps * values.abs().max()
+    smallest = torch.where(least.abs() <= flat_at, 0.0, least)
     return BoundaryDistance(
-        found.distance, found.multiplier, nearest, margin, residual, flat, values.min()
+        found.distance, found.multiplier, nearest, margin, residual, flat, smallest
     )
 
 

@@ -368,8 +368,12 @@ def participation(values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
 
 
 def fix_signs(vectors: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """Each row with its largest-magnitude coordinate positive."""
+    """Each row with its largest-magnitude coordinate positive; of two as large, the first."""
     if vectors.numel() == 0:
         return vectors
-    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
-    return torch.where(largest < 0, -vectors, vectors)
+    fixed = vectors.detach()
+    reach = fixed.amax(-1, keepdim=True) + fixed.amin(-1, keepdim=True)
+    if not bool(reach.all()):  # two are as large
+        largest = fixed.gather(-1, fixed.abs().argmax(-1, keepdim=True))
+        reach = torch.where(reach == 0, largest, reach)
+    return vectors * torch.copysign(torch.ones_like(reach), reach)

@@ -23,29 +23,47 @@ from tl_bilinear.tensor.probes import FAILURE_PROBABILITY
 Method = Literal["auto", "dense", "lowrank", "krylov"]
 Solver = Callable[[Factors, int, Which], Pairs]
 
-_SMALL = 32  # widths up to which matrices are formed and decomposed in float64, all at once
-
 TOL_FLOOR = 32
 """Times eps: relative residuals below it are rounding, and no smaller tolerance is worked for."""
 
 # Flops of a dense eigensolver in units of d^3, at the speed of a matrix product: measured on CPUs
 # (d = 512 to 2048); more on GPUs, where that only makes "krylov" the better choice.
 _DENSE_EIGH_FLOPS = 13
-# Basis columns that k pairs of a trained layer's spectrum take, with the proof that they come first.
-_COLUMNS_PER_PAIR, _COLUMNS_MORE = 2.6, 42
+# Basis columns that k pairs of a trained layer's spectrum take, with the proof that they come first;
+# wider blocks take more. A product of few rows waits for the factors to come from memory: as long as
+# one of so many rows takes.
+_COLUMNS_PER_PAIR, _COLUMNS_MORE, _COLUMNS_PER_BLOCK = 2.6, 42, 8
+_ROWS_TO_LOAD = 18
 
 
-def choose_method(d: int, hidden: int, k: int) -> Method:
-    """The cheapest way to k pairs of a matrix, by the cost model in `InteractionMatrix.eigh`."""
+def choose_method(d: int, hidden: int, k: int, n: int) -> Method:
+    """The cheapest way to k pairs of n matrices, by the cost model in `InteractionMatrix.eigh`."""
     if 2 * hidden < d and k <= 2 * hidden:
         return "lowrank"
-    columns = _COLUMNS_PER_PAIR * k + _COLUMNS_MORE
-    if not krylov.applicable(d, k) or columns > krylov.DENSE_AT * d:
+    if not krylov.applicable(d, k) or _columns(k, n) > krylov.DENSE_AT * d:
         return "dense"
-    dense = 2 * hidden * d**2 + _DENSE_EIGH_FLOPS * d**3
+    costs = {method: flops(method, d, hidden, k, n) for method in ("krylov", "dense")}
     # Small steps run below the speed of a large product: the factor two.
-    iterative = 2 * (8 * columns * d * hidden + 8 * columns**2 * d + 20 * columns**3)
-    return "krylov" if iterative < dense else "dense"
+    return "krylov" if 2 * costs["krylov"] < costs["dense"] else "dense"
+
+
+def flops(method: Method, d: int, hidden: int, k: int, n: int) -> float:
+    """Work for each of n matrices, in flops at the speed of a large matrix product."""
+    if method == "auto":
+        method = choose_method(d, hidden, k, n)
+    if method == "dense":
+        return 2 * hidden * d**2 + _DENSE_EIGH_FLOPS * d**3
+    if method == "lowrank":
+        return 8 * hidden**2 * min(2 * hidden, d) + _DENSE_EIGH_FLOPS * min(2 * hidden, d) ** 3
+    columns = _columns(k, n)
+    loading = 1 + _ROWS_TO_LOAD / (max(1, n) * krylov.block_size(n))
+    return 8 * columns * d * hidden * loading + 8 * columns**2 * d + 20 * columns**3
+
+
+def _columns(k: int, n: int) -> float:
+    """Basis columns of each of n matrices."""
+    wider = krylov.block_size(n) - 1
+    return _COLUMNS_PER_PAIR * k + _COLUMNS_MORE + _COLUMNS_PER_BLOCK * wider
 
 
 class Solution(NamedTuple):
@@ -86,7 +104,7 @@ def eigenpairs(
             f"zero, and method='dense' completes them"
         )
     if method == "auto":
-        method = choose_method(width, hidden, count)
+        method = choose_method(width, hidden, count, len(matrix))
     elif method == "krylov" and not krylov.applicable(width, count):
         raise ValueError(
             f"method='krylov' finds few of many eigenpairs: 2 k + {2 * krylov.BLOCK} must not exceed "
@@ -98,10 +116,6 @@ def eigenpairs(
     tol = max(tol, TOL_FLOOR * torch.finfo(matrix.dtype).eps)
     checks.require_int("seed", seed)
     checks.require_int("max_bytes", max_bytes)
-    if method == "dense" and width <= _SMALL:
-        solution = _small(matrix, count, which, tol)
-        if solution is not None:
-            return solution
     matrix, exponents = matrix.normalised()
     if method == "krylov":  # a basis that is grown in place has no gradient
         matrix = Factors(matrix.left.detach(), matrix.right.detach(), matrix.weights.detach())
@@ -141,6 +155,10 @@ def _scaled_back(
     failure: float,
 ) -> Solution:
     """The pairs of normalised matrices in the scale of the given ones."""
+    if not bool(exponents.any()):
+        bound, rest = found.bound + uncertain, found.rest + uncertain
+        found = found._replace(bound=bound, rest=rest)
+        return Solution(*found, uncertain, method, tol, failure)
     dtype = found.values.dtype
     small = fits(exponents, dtype)
     factor = power_of_two(exponents, dtype) if small else exponents
@@ -165,33 +183,10 @@ def _scaled_back(
     )
 
 
-def _small(matrix: Factors, k: int, which: Which, tol: float) -> Solution | None:
-    """Small matrices at once and in float64, which needs no normalisation; None where it would.
-
-    At these sizes a call costs more than what it computes.
-    """
-    wide = checks.gram_dtype(matrix.left)
-    dense = Factors(matrix.left.to(wide), matrix.right.to(wide), matrix.weights.to(wide)).dense()
-    dtype, limits = matrix.dtype, torch.finfo(matrix.dtype)
-    if wide != torch.float64 or not dense.numel():
-        return None
-    largest = float(dense.detach().abs().amax())
-    room = 2.0**20  # norms are larger than entries, and their squares must fit
-    least = limits.tiny * room if dtype != wide else limits.tiny**0.5 * room
-    most = limits.max / room if dtype != wide else limits.max**0.5 / room
-    if not least < largest < most:
-        return None
-    values, columns = torch.linalg.eigh(dense)
-    found = _select(dense, values, columns, k, which)
-    # Computed in float64, but rounded to the dtype of the result.
-    uncertain = found.norm * (4 * matrix.d**0.5 * limits.eps)
-    found = found._replace(bound=found.bound + uncertain, rest=found.rest + uncertain)
-    if dtype != wide:
-        found, uncertain = Pairs(*(part.to(dtype) for part in found)), uncertain.to(dtype)
-    return Solution(*found, uncertain, "dense", tol, 0.0)
-
-
 def _batches(matrix: Factors, size: int, progress: bool) -> Iterator[Factors]:
+    if len(matrix) <= size and not progress:
+        yield from [matrix] if len(matrix) else []
+        return
     with tqdm(total=len(matrix), unit="direction", disable=not progress) as bar:
         for start in range(0, len(matrix), size):
             part = matrix[start : start + size]
@@ -229,21 +224,27 @@ def _lowrank(matrix: Factors, k: int, which: Which) -> Pairs:
 
 def _select(dense: Tensor, values: Tensor, columns: Tensor, k: int, which: Which) -> Pairs:
     """The k wanted of all eigenpairs of the matrices, with residuals and the bounds on the others."""
-    width = dense.shape[-1]
-    key = signed(values, which)
-    order = key.argsort(dim=-1, descending=True, stable=True)
+    n, width = values.shape
+    key, order = signed(values, which).sort(dim=-1, descending=True, stable=True)
     kept = order[:, :k]
-    vectors = columns.mT.gather(1, kept[..., None].expand(-1, -1, width))
-    norm = values.abs().amax(-1)
-    if k < width:
-        rest = key.gather(-1, order[:, k : k + 1])[:, 0]
-        bound = values.abs().scatter(-1, kept, 0.0).amax(-1)
+    # LAPACK's columns lie one after the other: its rows, here, are copied whole.
+    place = (
+        kept if n == 1 else kept + torch.arange(0, n * width, width, device=kept.device)[:, None]
+    )
+    vectors = columns.mT.reshape(n * width, width).index_select(0, place.flatten())
+    vectors = vectors.view(n, k, width)
+    norm = key[:, 0] if which == "magnitude" else torch.maximum(key[:, 0].abs(), key[:, -1].abs())
+    if k == width:
+        rest = key[:, -1]
+        bound = torch.zeros_like(norm)
     else:
-        rest, bound = key.amin(-1), torch.zeros_like(norm)
+        rest = bound = key[:, k]
+        if which != "magnitude":
+            bound = torch.maximum(rest.abs(), key[:, -1].abs())
     # A value of a backward-stable solver is off by some eps times the norm.
     slack = norm * (4 * width**0.5 * torch.finfo(values.dtype).eps)
     values = values.gather(-1, kept)
-    gaps = (vectors @ dense).addcmul(values[..., None], vectors, value=-1)
+    gaps = torch.baddbmm(vectors * values[..., None], vectors, dense, beta=-1)
     residuals = torch.linalg.vector_norm(gaps, dim=-1)
     return Pairs(values, vectors, residuals, bound + slack, rest + slack, norm)
 

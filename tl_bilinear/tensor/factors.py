@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ BLOCK_ELEMENTS = 2**24
 _TAME = 15
 """Rows of the factors whose largest entry lies within 2**-15 and 2**15 are taken as they are: no sum of
 products of four of them and a million neurons leaves float32."""
+
+_NEAR = 30
+"""Weights whose largest lies within 2**-30 and 2**30 are taken as they are, if the factors are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +63,12 @@ class Factors:
     def normalised(self) -> tuple[Factors, Int[Tensor, " n"]]:
         """The same matrices over powers of two, with entries near 1: ``Q_n = 2^exponents_n Q'_n``.
 
-        Scaling by powers of two is exact, so that layers of any scale are computed alike. Raises
-        ValueError, naming the matrix, where a direction times the output factors is not finite.
+        Scaling by powers of two is exact, so that layers of any scale are computed alike. Matrices of
+        moderate entries are left as they are. Raises ValueError, naming the matrix, where a direction
+        times the output factors is not finite.
         """
+        if self._is_moderate():
+            return self, torch.zeros(len(self), dtype=torch.int32, device=self.device)
         sizes = self.weights.detach().abs().amax(1) if self.d_hidden else self.weights.sum(1)
         if not math.isfinite(float(sizes.sum())):
             wrong = int((~torch.isfinite(sizes)).nonzero()[0])
@@ -93,8 +100,26 @@ class Factors:
 
     def neurons(self) -> Float[Tensor, " n"]:
         """``sqrt(sum_h p_h^2 |l_h|^2 |r_h|^2)``: about ``||Q||_F`` if no two neurons overlap."""
-        left, right = (torch.linalg.vector_norm(half, dim=1) for half in (self.left, self.right))
+        left, right = self._lengths
         return (self.weights.square() @ (left * right).square()).sqrt()
+
+    @cached_property
+    def _lengths(self) -> tuple[Tensor, Tensor]:
+        """The norms of the rows of left and of right."""
+        left, right = self.left.detach(), self.right.detach()
+        return torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=1)
+
+    def _is_moderate(self) -> bool:
+        """Whether no sum of products of these numbers comes near the ends of the dtype."""
+        if not self.weights.numel() or not self.left.numel():
+            return False
+        largest = torch.linalg.vector_norm(self.weights.detach(), math.inf, dim=1)
+        ranges = ((largest, _NEAR), *((lengths, _TAME) for lengths in self._lengths))
+        for sizes, room in ranges:
+            low, high = torch.aminmax(sizes)
+            if not 2.0**-room <= float(low) <= float(high) <= 2.0**room:
+                return False
+        return True
 
     def apply(self, rows: Float[Tensor, "*n m d"]) -> Float[Tensor, "*n m d"]:
         """``rows @ Q`` for each matrix: four products of the factors."""
@@ -105,9 +130,11 @@ class Factors:
         # One block is [matrices, d, h] before its product, whence the step.
         step = max(1, BLOCK_ELEMENTS // max(1, self.d * self.d_hidden))
         blocks = []
-        for weights in self.weights.split(step):
+        for weights in (self.weights / 2).split(step):
             half = (self.left.T * weights[:, None, :]) @ self.right
-            blocks.append((half + half.mT) / 2)
+            blocks.append(half + half.mT)
+        if len(blocks) == 1:
+            return blocks[0]
         return torch.cat(blocks) if blocks else self.left.new_empty(0, self.d, self.d)
 
     def block(self, rows: slice, columns: slice) -> Float[Tensor, "r c"]:

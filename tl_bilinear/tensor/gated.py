@@ -47,6 +47,7 @@ from tl_bilinear.results import Result
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.fidelity import Fidelity, Massive, fidelity, find_massive
 from tl_bilinear.tensor.registry import read_gated
+from tl_bilinear.tensor.widened import widened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,8 @@ class Approximation(Result):
     Attributes
     ----------
     tensor: BilinearTensor
-        The layer, with biases. Its spaces say that it is an approximation.
+        The layer, with biases. Its spaces say that it is an approximation. Neurons that were added
+        (`extra`) come after the layer's own.
     intercept, slope: [d_hidden]
         a and b: the affine function that stands for each neuron's activation.
     errors: [d_hidden]
@@ -172,7 +174,7 @@ class Approximation(Result):
         )
 
     def __repr__(self) -> str:
-        sizes = f"{self.tensor.d_in} -> {len(self.slope)} -> {self.tensor.d_out}"
+        sizes = f"{self.tensor.d_in} -> {self.tensor.d_hidden} -> {self.tensor.d_out}"
         return f"Approximation({sizes}: {self})"
 
     def to_pandas(self) -> pd.DataFrame:
@@ -190,6 +192,7 @@ def approximate(
     *,
     fit: Fit = "refit",
     weights: Weights | Float[Tensor, " n"] = "ordinary",
+    extra: int = 0,
     held_out: float = 0.2,
     warn_below: float = WARN_BELOW,
     max_bytes: int = checks.MAX_DENSE_BYTES,
@@ -218,6 +221,10 @@ def approximate(
         How much each input counts in the fit: all but the massive ones the same; each by the inverse of
         its squared distance from the median output (relative errors), massive ones left out; all
         the same, massive ones too; or numbers of your own, one for each input in the order given.
+    extra: int
+        Hidden neurons to add, squares of directions along which the fit leaves most
+        (`tl_bilinear.tensor.widened`), and with them d_in linear ones: a larger layer that is nearer.
+        As many as there are already halve what is left, or nearly. At most d_out d_in.
     warn_below: float
         A warning is given where the worst of the fidelity's scores lies below; it says which.
     max_bytes: int
@@ -236,6 +243,17 @@ def approximate(
     exact = layer.to(checks.gram_dtype(layer.gate))
     fitted_on, test, kept_out, groups, measured_on = _parted(inputs, exact, held_out)
     massive, weight = _weigh(exact, fitted_on, test, kept_out, weights)
+    if extra:
+        checks.require_count("extra", extra, len(layer.out) * layer.d_in, "neurons to add")
+        if not isinstance(fitted_on, Tensor):
+            raise ValueError("extra neurons are found on samples: pass activations [n, d_in]")
+        checks.require_affordable(
+            f"the Gram matrix of {exact.d_hidden + extra + exact.d_in} neurons",
+            (exact.d_hidden + extra + exact.d_in) ** 2,
+            exact.gate.dtype,
+            max_bytes,
+            "add fewer",
+        )
     if fit == "neuron" and isinstance(fitted_on, Tensor):
         intercept, slope = _fit_neurons(*_sample_weights(exact, fitted_on, weight))
         tensor = exact.with_gate(intercept, slope)
@@ -252,6 +270,10 @@ def approximate(
         else:
             moments = _gaussian_moments(exact, *fitted_on)
         intercept, slope, tensor = _solve(exact, moments, fit)
+    if extra:
+        assert isinstance(fitted_on, Tensor)  # refused above
+        even = fitted_on.new_ones(len(fitted_on)) if weight is None else weight
+        tensor = widened(exact, tensor, fitted_on, even, extra)
     score = fidelity(exact, tensor, test, massive, groups)
     errors = _neuron_errors(exact, intercept, slope, test)
     result = Approximation(

@@ -86,6 +86,23 @@ def squared_norms(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.cat(totals) if totals else weights.new_zeros(0, dtype=dtype)
 
 
+def mode_gram(left: Tensor, right: Tensor, out: Tensor, mode: str) -> Tensor:
+    """The Gram of one mode of ``F[a,i,j] = sum_h out[a,h] left[h,i] right[h,j]``, in float64.
+
+    "left": ``sum_a M_a M_a^T`` [d_left, d_left]; "right" and "output" likewise. In tiles of neurons.
+    """
+    wide = checks.gram_dtype(left)
+    sides = {"left": left.to(wide), "right": right.to(wide), "output": out.T.to(wide)}
+    kept = sides.pop(mode)
+    one, other = sides.values()
+    step = max(1, TILE_BYTES // (max(1, len(one)) * wide.itemsize))
+    total = kept.new_zeros(kept.shape[1], kept.shape[1])
+    for start in range(0, len(one), step):
+        rows = slice(start, start + step)
+        total += kept[rows].T @ (((one[rows] @ one.T) * (other[rows] @ other.T)) @ kept)
+    return (total + total.T) / 2
+
+
 def size_of(left: Tensor, right: Tensor, out: Tensor) -> float:
     """``sqrt(sum_h |out_h|^2 |l_h|^2 |r_h|^2)``: what rounding of sums over neurons is relative to."""
     wide = checks.gram_dtype(left)

@@ -12,6 +12,8 @@ entries, is never formed: h^2 (4 d_in + 2 d_out) flops, in tiles, instead of d_o
 >>> components.values, components.vectors        # [8], [8, d_out]
 >>> components.interactions[0].eigh(k=4)         # the first right singular matrix, decomposed
 
+A form of two inputs has three modes, "left", "right" and "output", by the same Grams.
+
 The same for an input mode (``mode="input"``): the left singular vectors of B flattened to
 d_in x (d_out d_in), the directions of input space that the layer as a whole reads most.
 
@@ -39,8 +41,10 @@ from tl_bilinear.tensor.eigendecomposition import fix_signs
 from tl_bilinear.tensor.factors import Factors, rescaled, times_power
 from tl_bilinear.tensor.interaction import InteractionMatrix
 from tl_bilinear.tensor.moments import Metric
+from tl_bilinear.tensor.pair_matrix import stack
+from tl_bilinear.tensor.two_input import TwoInputForm
 
-Mode = Literal["output", "input"]
+Mode = Literal["output", "input", "left", "right"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +54,13 @@ class HOSVD(Result):
     Attributes
     ----------
     values: [k], singular values, falling
-    vectors: [k, d_out] (mode "output") or [k, d_in] (mode "input"), one unit direction a row,
-        largest-magnitude coordinate positive
+    vectors: [k, d_out] (mode "output") or [k, d_in] (mode "input"; "left", "right" of two inputs), one
+        unit direction a row, largest-magnitude coordinate positive
     norm: Frobenius norm of B, the root of the sum of all squared singular values
     floor: singular values below it are rounding
     truncation_error: ``||B - sum_i sigma_i u_i (x) q_i||``, what these k components leave out; an upper
         bound, above the truth by rounding only
-    mode: "output" or "input"
+    mode: "output", "input", "left" or "right"
     space: what the coordinates of `vectors` are
     interactions: for mode "output" the right singular matrices q_i, a batch of k implicit interaction
         matrices of unit norm (in the metric); not stored by `save` (they are
@@ -115,7 +119,7 @@ class Tucker(Result):
 
 
 def hosvd(
-    tensor: BilinearTensor,
+    tensor: BilinearTensor | TwoInputForm,
     k: int | None = None,
     *,
     mode: Mode = "output",
@@ -125,10 +129,10 @@ def hosvd(
 
     Parameters
     ----------
-    tensor: BilinearTensor
+    tensor: BilinearTensor, or a TwoInputForm
     k: int, optional
         How many, the largest first; None for all.
-    mode: "output" or "input"
+    mode: "output" or "input"; of a form of two inputs "output", "left" or "right"
         Flatten to d_out x d_in^2 (the paper's) or to d_in x (d_out d_in).
     metric: Metric, optional
         Of ``tensor.whiten(metric)``: best under the inputs that the metric is made of. Vectors of mode
@@ -139,6 +143,8 @@ def hosvd(
 
     Raises ValueError for k below 1 or above the mode's size.
     """
+    if isinstance(tensor, TwoInputForm):
+        return _of_two_inputs(tensor, k, mode, metric)
     checks.require_option("mode", mode, ("output", "input"))
     width = tensor.d_out if mode == "output" else tensor.d_in
     k = width if k is None else checks.require_count("k", k, width, f"the {mode} directions")
@@ -182,6 +188,38 @@ def hosvd(
         interactions,
         metric,
     )
+
+
+def _of_two_inputs(form: TwoInputForm, k: int | None, mode: Mode, metric: Metric | None) -> HOSVD:
+    checks.require_option("mode", mode, ("output", "left", "right"))
+    if metric is not None:
+        raise ValueError(
+            "a metric is of one input: fold its root into the side that it is of, "
+            "form.fold(left=metric.root(torch.eye(d)))"
+        )
+    width = {"output": form.d_out, "left": form.d_left, "right": form.d_right}[mode]
+    k = width if k is None else checks.require_count("k", k, width, f"the {mode} directions")
+    factors, power = [], torch.zeros((), dtype=torch.int32)
+    for factor in (form.left, form.right, form.out):
+        own = (
+            torch.frexp(factor.detach().abs().max().cpu()).exponent if factor.numel() else power * 0
+        )
+        factors.append(times_power(factor, -own.to(factor.device)))
+        power = power + own
+    left, right, out = factors
+    gram = grams.mode_gram(left, right, out, mode)
+    squares, columns = torch.linalg.eigh(gram)
+    norm = float(squares.clamp_min(0).sum().sqrt())
+    exact = squares.flip(0)[:k].clamp_min(0).sqrt()
+    size, eps = grams.size_of(left, right, out), torch.finfo(gram.dtype).eps
+    floor = math.sqrt(eps * (width * float(exact[0]) ** 2 + 8 * size**2))
+    directions = fix_signs(columns.T.flip(0)[:k]).to(form.dtype)
+    sizes = Factors(*stack(left, right), out)
+    error = _left_out(sizes, gram, exact, directions, None, norm, floor)
+    spaces = {"output": form.output_space, "left": form.left_space, "right": form.right_space}
+    norm, floor, error = (math.ldexp(number, int(power)) for number in (norm, floor, error))
+    values = rescaled("singular values", exact, power.to(exact.device), form.dtype)
+    return HOSVD(values, directions, norm, floor, error, mode, spaces[mode])
 
 
 def tucker(

@@ -149,6 +149,7 @@ class InteractionMatrix(Result):
 
     def apply(self, rows: Float[Tensor, "*rows_batch m d"]) -> Float[Tensor, "*batch m d"]:
         """``rows @ Q``: the matrix on row vectors; leading dimensions broadcast against the batch."""
+        rows = checks.require_rows("rows", rows, self.d, checks.meaning("d", self.space), self.left)
         return apply(self.left, self.right, self.weights, rows)
 
     def quadratic(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
@@ -248,7 +249,8 @@ class InteractionMatrix(Result):
           1e-6 that no pair was left out. Where c passes d / 3 the spectrum is flat and the direction is
           decomposed densely, or, if that does not fit `max_bytes`, returned with `converged` false.
 
-        "auto" compares these. Raises ValueError for k below 1 or above d, or a k that the method asked
+        "auto" compares these, for as many directions as there are: for few, or below d of about 256,
+        "krylov" seldom pays. Raises ValueError for k below 1 or above d, or a k that the method asked
         for cannot give.
         """
         factors = self.factors
@@ -266,13 +268,17 @@ class InteractionMatrix(Result):
             max_bytes=max_bytes,
             progress=progress,
         )
-        vectors = found.vectors if metric is None else metric.inverse_root(found.vectors)
-        batch, count = self.batch_shape, found.values.shape[1]
+        vectors = fix_signs(found.vectors if metric is None else metric.inverse_root(found.vectors))
+        batch = self.batch_shape
+
+        def shaped(flat: Tensor) -> Tensor:
+            return flat if len(batch) == 1 else flat.reshape((*batch, *flat.shape[1:]))
+
         return Eigendecomposition(
-            values=found.values.reshape((*batch, count)),
-            vectors=fix_signs(vectors).reshape((*batch, count, self.d)),
-            residuals=found.residuals.reshape((*batch, count)),
-            bound=found.bound.reshape(batch),
+            values=shaped(found.values),
+            vectors=shaped(vectors),
+            residuals=shaped(found.residuals),
+            bound=shaped(found.bound),
             method=found.method,
             space=self.space,
             tol=found.tol,
@@ -280,9 +286,9 @@ class InteractionMatrix(Result):
             directions=self.directions,
             output_space=self.output_space,
             which=which,
-            rest=(-found.rest if which == "negative" else found.rest).reshape(batch),
-            norm=found.norm.reshape(batch),
-            rounding=found.rounding.reshape(batch),
+            rest=shaped(-found.rest if which == "negative" else found.rest),
+            norm=shaped(found.norm),
+            rounding=shaped(found.rounding),
             metric=metric,
         )
 

@@ -30,8 +30,8 @@ from tl_bilinear.tensor.basis import Basis, Ritz, first_block
 from tl_bilinear.tensor.eigendecomposition import Which, signed
 from tl_bilinear.tensor.factors import Factors, rounding
 
-BLOCK = 16
-ROWS = 128
+BLOCK = 8
+ROWS = 64
 """A block has ROWS / n columns, 1 to BLOCK: narrow blocks need fewer columns in all, but the stacked
 blocks of the n directions should stay a matrix product rather than a few vectors."""
 
@@ -75,6 +75,11 @@ class Outcome:
 def applicable(d: int, k: int) -> bool:
     """Whether k pairs are few enough of d for a basis to be worth growing."""
     return 2 * k + 2 * BLOCK <= d
+
+
+def block_size(n: int) -> int:
+    """Columns of a block of each of n directions."""
+    return max(1, min(BLOCK, ROWS // max(1, n)))
 
 
 def bytes_per_direction(d: int, hidden: int, k: int, itemsize: int) -> int:
@@ -128,7 +133,7 @@ def block_krylov(
     pairs = Pairs(zeros(n, k), zeros(n, k, width), zeros(n, k), none, none.clone(), zeros(n))
     outcome = Outcome(pairs, torch.zeros(n, dtype=torch.bool, device=matrix.device), 0)
     settings = _Settings(k, which, tol, _most_columns(width, k), matrix.neurons(), generator)
-    block = max(1, min(BLOCK, ROWS // max(1, n)))
+    block = block_size(n)
     basis = Basis(first_block(matrix, block, generator), min(settings.most, 3 * k + 48) + BLOCK)
     runs = [_Run(torch.arange(n, device=matrix.device), matrix, basis)]
     while runs:
@@ -189,8 +194,11 @@ def _probed(run: _Run, ritz: Ritz, settings: _Settings, outcome: Outcome) -> lis
     which, generator = settings.which, settings.generator
     goal, _ = _goal(ritz, settings)
     limits = {sign: ritz.limit(sign, goal) for sign in settings.ends}
-    rows = max(1, min(BLOCK, ROWS // len(run.where)))
-    rows = min(rows * 2**run.rounds, BLOCK, max(1, (run.basis.width - run.basis.size) // 2))
+    rows = min(
+        block_size(len(run.where)) * 2**run.rounds,
+        BLOCK,
+        max(1, (run.basis.width - run.basis.size) // 2),
+    )
     run.basis.begin_probing(rows, run.rounds, generator)
     left: list[_Run] = []
     while True:

@@ -25,11 +25,12 @@ from torch import Tensor
 from tl_bilinear import checks
 from tl_bilinear.io import digest_of
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import grams, krylov
+from tl_bilinear.tensor import eigensolvers, grams, krylov
 from tl_bilinear.tensor.batching import Rows, human_bytes, sweep
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import Which, participation
 from tl_bilinear.tensor.eigensolvers import Method
+from tl_bilinear.tensor.estimates import WORTH_SAYING, expected_seconds, human_seconds
 from tl_bilinear.tensor.factors import rescaled
 from tl_bilinear.tensor.moments import Metric
 
@@ -149,7 +150,8 @@ def spectrum(
     effective_rank: bool
         Also ``(L1 / L2)^2`` of all eigenvalues (appendix D): a full spectrum for each direction.
     which, method, tol, seed, max_bytes
-        As `InteractionMatrix.eigh`; the progress bar shows the memory that a batch takes.
+        As `InteractionMatrix.eigh`. The progress bar says first how much memory a batch takes and, where
+        it is more than a minute, about how long the whole takes on this machine.
     metric: Metric, optional
         As `InteractionMatrix.eigh`. Norms are then those of ``M^1/2 Q M^1/2``, and traces
         ``tr(M Q) = E[x^T Q x]``, the mean of what each direction reads.
@@ -228,6 +230,14 @@ def spectrum(
         "out": tensor.out,
         "directions": directions,
     }
+    describe = f"spectra, about {human_bytes(batch * each)}"
+    if progress:
+        one = eigensolvers.flops(method, tensor.d_in, tensor.d_hidden, k, batch)
+        if effective_rank and method != "dense":
+            one += eigensolvers.flops("dense", tensor.d_in, tensor.d_hidden, k, batch)
+        seconds = expected_seconds(len(index) * one, tensor.device, tensor.dtype)
+        if seconds > WORTH_SAYING:
+            describe += f", {human_seconds(seconds)}"
     found = sweep(
         work,
         len(index),
@@ -236,7 +246,7 @@ def spectrum(
         identity=lambda: digest_of(weights, settings),
         progress=progress,
         unit="direction",
-        describe=f"spectra, about {human_bytes(batch * each)}",
+        describe=describe,
     )
     found = {name: values.to(tensor.device) for name, values in found.items()}
     failure = found.pop("failure")

@@ -2,13 +2,14 @@
 
 Blocks of ``S = D Q D^T`` (rows of D are directions) come one after the other and only entries that can
 still be among the k largest survive. Where D is given apart from Q, the search is in two steps. With
-the eigenpairs of Q, ``w_i = |Lambda|^(1/2) V d_i``, an entry is ``sum_r sign(lambda_r) w_ir w_jr``, and
-three bounds leave little to compute exactly:
+the eigenpairs of Q, ``w_i = |Lambda|^(1/2) V d_i``, an entry is ``sum_r sign(lambda_r) w_ir w_jr``. Of a
+matrix M between two dictionaries, ``S = D M E^T``, singular pairs give ``sum_r w_ir v_jr`` in the same
+way. Three bounds leave little to compute exactly:
 
-- ``|S[i,j]| <= a_i a_j``, a_i = ||w_i||: with the rows ordered by falling a_i, a row needs to meet a
-  prefix of the columns only, and the search ends where ``a_i^2`` is too small;
-- the m leading terms differ from the whole sum by at most ``b_i b_j``, b_i the norm of the rest of w_i;
-- in bfloat16, of unit roundoff u, they are off by a few ``u a_i a_j`` more.
+- ``|S[i,j]| <= a_i c_j``, a_i = ||w_i||, c_j = ||v_j||: with rows and columns ordered by falling length,
+  a row needs to meet a prefix of the columns only, and the search ends where ``a_i c_1`` is too small;
+- the m leading terms differ from the whole sum by at most the product of what the rest of both leaves;
+- in bfloat16, of unit roundoff u, they are off by a few ``u a_i c_j`` more.
 
 So blocks of few terms, in the precision that is faster on the machine, find every pair that may be among
 the k, and those are computed in full. The result does not depend on m or on the precision.
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.results import Kind
-from tl_bilinear.tensor.eigensolvers import eigenpairs
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS, Factors
 
 CORNER = 1024
@@ -86,50 +86,76 @@ def strongest(
 
 
 class DirectionEntries:
-    """Blocks of ``D Q D^T`` through the eigenpairs of Q, rows ordered by falling reach a_i."""
+    """Blocks of ``S = rows @ columns^T``, both ordered by falling reach (their length).
 
-    def __init__(self, matrix: Factors, directions: Tensor) -> None:
-        found = eigenpairs(matrix)  # by falling magnitude: the leading terms come first
-        values, vectors = found.values[0], found.vectors[0]
-        weighted = directions @ (vectors * values.abs().sqrt()[:, None]).T
-        reach = torch.linalg.vector_norm(weighted, dim=1)
-        self.order = reach.argsort(descending=True)
-        self.reach = reach[self.order]
-        self.weighted = weighted[self.order]
-        self.signs = values.sign()
-        self.n = len(directions)
+    `symmetric` for a matrix over one set of directions: entries on and above the diagonal are met, and
+    one off it counts twice.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, *, symmetric: bool) -> None:
+        self.symmetric = symmetric
+        self.row_order, self.row_reach, self.rows = _by_length(rows)
+        self.column_order, self.column_reach, self.columns = (
+            _by_length(columns)
+            if not symmetric
+            else (self.row_order, self.row_reach, columns[self.row_order])
+        )
+
+    @classmethod
+    def of_matrix(cls, matrix: Factors, directions: Tensor) -> DirectionEntries:
+        """``D Q D^T`` through the eigenpairs of Q."""
+        values, vectors = torch.linalg.eigh(matrix.dense()[0])  # of normalised factors
+        leading = values.abs().argsort(descending=True)  # the leading terms come first
+        values, vectors = values[leading], vectors[:, leading]
+        weighted = directions @ (vectors * values.abs().sqrt())
+        return cls(weighted * values.sign(), weighted, symmetric=True)
+
+    @property
+    def times(self) -> float:
+        """How often an entry of the search counts."""
+        return 2.0 if self.symmetric else 1.0
 
     def block(self, rows: slice, columns: slice) -> Tensor:
-        return (self.weighted[rows] * self.signs) @ self.weighted[columns].T
+        return self.rows[rows] @ self.columns[columns].T
 
     def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
-        step = max(1, BLOCK_ELEMENTS // (4 * self.weighted.shape[1]))
+        step = max(1, BLOCK_ELEMENTS // (4 * self.rows.shape[1]))
         parts = [
-            (self.weighted[i] * self.signs * self.weighted[j]).sum(1)
+            (self.rows[i] * self.columns[j]).sum(1)
             for i, j in zip(rows.split(step), columns.split(step), strict=True)
         ]
-        return torch.cat(parts) if parts else self.weighted.new_empty(0)
+        return torch.cat(parts) if parts else self.rows.new_empty(0)
+
+
+def _by_length(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(order, lengths, rows) by falling length."""
+    reach = torch.linalg.vector_norm(rows, dim=1)
+    order = reach.argsort(descending=True)
+    return order, reach[order], rows[order]
 
 
 class _Screen:
     """Entries to within a margin: few terms, in the faster precision."""
 
     def __init__(self, entries: DirectionEntries, needed: float) -> None:
-        weighted = entries.weighted
-        rest = (
-            weighted.square().flip(1).cumsum(1).flip(1)
-        )  # [:, m] is b_i^2 without the first m terms
-        m = int((rest.mean(0) > _MARGIN * needed).sum()) or 1
+        sides = (entries.rows, entries.columns)
+        # [:, m] is the square of what a row leaves out without its first m terms.
+        rests = [side.square().flip(1).cumsum(1).flip(1) for side in sides]
+        left_over = (rests[0].mean(0) * rests[1].mean(0)).sqrt()
+        m = int((left_over > _MARGIN * needed).sum()) or 1
+        largest = float(entries.row_reach[0] * entries.column_reach[0])
         dtype = (
-            _faster_dtype(weighted.device)
-            if _rounding(torch.bfloat16, m) * float(entries.reach[0].square()) < _MARGIN * needed
+            _faster_dtype(sides[0].device)
+            if _rounding(torch.bfloat16, m) * largest < _MARGIN * needed
             else torch.float32
         )
-        left_out = rest[:, m].sqrt() if m < weighted.shape[1] else torch.zeros_like(entries.reach)
-        self.columns = weighted[:, :m].to(dtype)
-        self.rows = (weighted[:, :m] * entries.signs[:m]).to(dtype)
-        rounding = _rounding(dtype, m) * entries.reach[0] * entries.reach
-        self.margin = left_out.max() * left_out + rounding
+        out = [
+            rest[:, m].sqrt() if m < rest.shape[1] else torch.zeros_like(rest[:, 0])
+            for rest in rests
+        ]
+        self.rows, self.columns = (side[:, :m].to(dtype) for side in sides)
+        rounding = _rounding(dtype, m) * entries.column_reach[0] * entries.row_reach
+        self.margin = out[1].max() * out[0] + rounding
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         return self.rows[rows] @ self.columns[columns].T
@@ -153,55 +179,67 @@ def strongest_of_directions(
 
     A few more than k: those whose order against the k-th rounding leaves open.
     """
-    pairs = DirectionEntries(matrix, directions)
+    rows, columns = search(DirectionEntries.of_matrix(matrix, directions), k, kind)
+    return torch.minimum(rows, columns), torch.maximum(rows, columns)
+
+
+def search(pairs: DirectionEntries, k: int, kind: Kind = "all") -> tuple[Tensor, Tensor]:
+    """(rows, columns) of at least the k entries of largest coefficient, in no order."""
+    symmetric, times = pairs.symmetric, pairs.times
+    if not symmetric and float(pairs.row_reach[0] * pairs.column_reach[0]) == 0:
+        index = torch.arange(k, device=pairs.rows.device)  # all are zero: any will do
+        return index // len(pairs.columns), index % len(pairs.columns)
     # The search rounds: what is within this share of the k-th is left to an exact second look.
-    best = Strongest(k, like=matrix.weights, slack=1e-3)
+    best = Strongest(k, like=pairs.rows, slack=1e-3, symmetric=symmetric)
     # The corner where the largest can be gives a threshold to begin with.
-    corner = slice(0, min(CORNER, pairs.n))
+    corner = slice(0, CORNER)
     block = pairs.block(corner, corner)
-    row, column = _candidates(block, 0, kind, 0.0, k)
+    row, column = _candidates(block, 0, kind, 0.0, k, symmetric)
     best.add(row, column, block[row, column])
     floor = best.threshold
-    best = Strongest(k, like=matrix.weights, slack=1e-3)
-    screen = _Screen(pairs, floor / 2) if floor > 0 and pairs.n >= SCREEN_FROM else None
+    best = Strongest(k, like=pairs.rows, slack=1e-3, symmetric=symmetric)
+    n, size = len(pairs.rows), max(len(pairs.rows), len(pairs.columns))
+    screen = _Screen(pairs, floor / times) if floor > 0 and size >= SCREEN_FROM else None
     start = 0
-    while start < pairs.n:
+    while start < n:
         threshold = max(best.threshold, floor)
         # Falling: the columns that can still reach the threshold are a prefix.
-        tiny = torch.finfo(pairs.reach.dtype).tiny
-        limit = int((2 * pairs.reach * pairs.reach[start] >= max(threshold, tiny)).sum())
-        if threshold > 0 and limit <= start:
+        tiny = torch.finfo(pairs.row_reach.dtype).tiny
+        reach = times * pairs.column_reach * pairs.row_reach[start]
+        first = start if symmetric else 0
+        limit = int((reach >= max(threshold, tiny)).sum())
+        if threshold > 0 and limit <= first:
             break
-        limit = limit if threshold > 0 else pairs.n
+        limit = limit if threshold > 0 else len(pairs.columns)
+        width = limit - first
         # Where the columns get fewer from row to row, a tall block would compute what is not needed.
-        step = min(BLOCK_ELEMENTS // (limit - start), max(CORNER, (limit - start) // 8))
-        rows = slice(start, min(start + max(1, step), pairs.n))
+        step = min(BLOCK_ELEMENTS // width, max(CORNER, width // 8))
+        rows, columns = slice(start, min(start + max(1, step), n)), slice(first, limit)
         if screen is None:
-            block = pairs.block(rows, slice(start, limit))
-            row, column = _candidates(block, start, kind, threshold / 2, k)
-            best.add(row, column, block[row - start, column - start])
+            block = pairs.block(rows, columns)
+            row, column = _candidates(block, start, kind, threshold / times, k, symmetric)
+            best.add(row, column, block[row - start, column - first])
         else:
-            block = screen.block(rows, slice(start, limit))
-            needed = threshold / 2 - screen.margin[rows]
+            block = screen.block(rows, columns)
+            needed = threshold / times - screen.margin[rows]
             # A diagonal entry stays as if it counted twice: rounding must not lose it.
-            score = _score(block, kind, diagonal=1.0)
+            score = _score(block, kind, diagonal=1.0) if symmetric else block.abs_()
             needed = (needed * (1 - torch.finfo(score.dtype).eps)).to(score.dtype)
             found = _at_least(score, needed, score.numel() // 32)
             if found is None:  # the margin says too little here
                 screen = None
                 continue
-            row, column = found[0] + start, found[1] + start
+            row, column = found[0] + start, found[1] + first
             best.add(row, column, pairs.entries(row, column))
         start = rows.stop
-    rows, columns = pairs.order[best.first], pairs.order[best.second]
-    return torch.minimum(rows, columns), torch.maximum(rows, columns)
+    return pairs.row_order[best.first], pairs.column_order[best.second]
 
 
 class Strongest:
     """The strongest pairs met so far, and the coefficient that a newcomer must reach."""
 
-    def __init__(self, k: int, like: Tensor, slack: float = 0.0) -> None:
-        self.k, self.slack = k, slack
+    def __init__(self, k: int, like: Tensor, slack: float = 0.0, symmetric: bool = True) -> None:
+        self.k, self.slack, self.symmetric = k, slack, symmetric
         self.threshold = 0.0
         self.values = like.new_empty(0)
         self.first = self.second = self.matrices = torch.empty(
@@ -210,7 +248,9 @@ class Strongest:
 
     @property
     def coefficients(self) -> Tensor:
-        """Absolute coefficients: twice the entry for two different inputs."""
+        """Absolute coefficients: of a symmetric matrix twice the entry for two different inputs."""
+        if not self.symmetric:
+            return self.values.abs()
         return torch.where(self.first == self.second, 1.0, 2.0) * self.values.abs()
 
     def add(self, first: Tensor, second: Tensor, values: Tensor, matrix: int = 0) -> None:
@@ -229,18 +269,19 @@ class Strongest:
 
 
 def _candidates(
-    block: Tensor, start: int, kind: Kind, needed: float, k: int
+    block: Tensor, start: int, kind: Kind, needed: float, k: int, symmetric: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of entries of at least `needed`, half a coefficient, in a block at `start`.
+    """(rows, columns) of entries of at least `needed` in a block at `start`.
 
-    At 0 the block's own k strongest say what is needed.
+    A symmetric matrix's begins at the diagonal, and `needed` is half a coefficient. At 0 the block's own
+    k strongest say what is needed.
     """
-    score = _score(block, kind, diagonal=0.5)
+    score = _score(block, kind, diagonal=0.5) if symmetric else block.abs()
     if needed <= 0 and score.numel() > 4 * k:
         needed = float(score.flatten().topk(k).values[-1])
     found = _at_least(score, score.new_full((len(score),), needed), score.numel())
     assert found is not None
-    return found[0] + start, found[1] + start
+    return found[0] + start, found[1] + (start if symmetric else 0)
 
 
 def _score(block: Tensor, kind: Kind, diagonal: float) -> Tensor:

@@ -43,6 +43,7 @@ from tl_bilinear.recipes.language.sae_runner import (
     train_together,
 )
 from tl_bilinear.recipes.language.tokenizer import require_same_tokenizer
+from tl_bilinear.tensor.estimates import expected_seconds, human_seconds
 
 if TYPE_CHECKING:
     from tl_bilinear.features.evaluation import SAEEvaluation
@@ -139,6 +140,7 @@ def train_saes(
     folder = Path(folder).expanduser().resolve()
     model = load_hooked(model, device)
     layers = _require_fit(model, data, config)
+    config = config.for_weights(sum(weight.numel() for weight in model.parameters()))
     made_from = {
         "fingerprint": data.fingerprint,
         "n_ctx": data.n_ctx,
@@ -150,6 +152,8 @@ def train_saes(
             return SAERun.load(folder)
         names = [(layer, point) for layer in layers for point in config.points]
         if not all((folder / SAES / name_of(*each)).is_dir() for each in names):
+            if progress:
+                print(announcement(model, config, len(names)), flush=True)
             train_together(model, data, config, names, folder, progress)
         rows = data.validation.with_format("torch")[:evaluate_on]["input_ids"].long()
         device = model.cfg.device
@@ -159,6 +163,22 @@ def train_saes(
         write_json(folder / RESULT, {"layers": list(layers)})
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return SAERun.load(folder)
+
+
+def announcement(model: Any, config: SAETrainingConfig, saes: int) -> str:
+    """What a run is about to do, and about how long that takes on this machine."""
+    cfg = model.cfg
+    width = round(config.expansion * cfg.d_model)
+    # A token costs a forward of the model; in each SAE encoder and decoder, forward and backward.
+    weights = sum(weight.numel() for weight in model.parameters())
+    config = config.for_weights(weights)
+    tokens = config.tokens or 0
+    flops = tokens * (2 * weights + saes * 2 * 6 * cfg.d_model * width)
+    seconds = expected_seconds(flops, next(model.parameters()).device)
+    return (
+        f"{saes} SAE{'' if saes == 1 else 's'} of {width:,} features, {tokens:,} tokens: at "
+        f"least {human_seconds(seconds)} here (fewer with tokens=, --tokens)"
+    )
 
 
 def _load_sae(folder: Path, name: str, device: str | torch.device) -> Any:
