@@ -3,7 +3,7 @@
 A layer of d = 1024 and h = 4096 between two dictionaries of 8,192 features, with a spectrum like a
 trained layer's (`layers`). With `--blocks N` the first N of 128 blocks of each side are made and the
 rest is extrapolated, in proportion; everything else is made whole (the table from the blocks that are
-there, again and again). Then the page is opened. Results: results/explorer-1024.json.
+there, again and again). Then the page is opened. Results: results/explorer/folder-1024.json.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="blocks of features of each side to make")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of text")
     parser.add_argument("--out", type=Path, help="keep the folder here")
-    parser.add_argument("--result", type=Path, default=RESULTS / "explorer-1024.json")
+    parser.add_argument("--result", type=Path, default=RESULTS / "explorer" / "folder-1024.json")
     given = parser.parse_args()
     panel = whole_panel(D, HIDDEN, FEATURES, given.rows)
     with tempfile.TemporaryDirectory() as temporary:
