@@ -111,6 +111,13 @@ def require_count(name: str, value: Any, most: int, meaning: str) -> int:
     return value
 
 
+def require_positive(name: str, value: Any) -> int:
+    """A number of things, 1 or more; more than there are is all of them."""
+    if require_int(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
 def require_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")

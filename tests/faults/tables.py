@@ -2,9 +2,9 @@
 
 import functools
 
-from tests.faults import commands, files, settings, values
+from tests.faults import commands, files, settings, surface, values
 
-TABLES = (values, settings, files, commands)
+TABLES = (values, surface, settings, files, commands)
 
 
 @functools.cache

@@ -234,9 +234,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="0/1", help="one of several processes")
-    parser.add_argument(
-        "--whole", action="store_true", help="all tests of the files that reach the line"
-    )
+    parser.add_argument("--again", type=Path, help="only what survived there, with more tests")
     options = parser.parse_args()
     plugin = Mapper(options.folder, options.file) if options.step == "map" else Runner(options)
     return int(

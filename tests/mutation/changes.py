@@ -159,7 +159,7 @@ def make_live(path: Path, index: int) -> Change:
     code = _code(module, change)
     found = 0
     for each in gc.get_objects():
-        if not isinstance(each, types.FunctionType):
+        if type(each) is not types.FunctionType:  # isinstance would wake lazy objects
             continue
         live = each.__code__
         if live.co_filename != str(path) or live.co_qualname != change.function:

@@ -177,6 +177,21 @@ def test_each_ends_in_a_plain_bilinear_llama(compared, data, name, biased):
     assert BilinearTensor.from_model(hooked, 1).has_biases == biased
 
 
+def test_neurons_added_at_the_start(swiglu, data, tmp_path):
+    start = dataclasses.replace(TINY, path="closed", steps=1, learning_rate=0.0)
+    config = dataclasses.replace(start, extra=8)
+    configs = {"wide": config, "closed": start}
+    result = compare_finetuning(swiglu, data, configs, folder=tmp_path / "x", **OPTIONS)
+    run = result.runs["wide"]
+    assert run.llama().config.intermediate_size == 24 + 8 + 16
+    assert result.baseline.config.extra == 0
+    assert result.gaps["wide"] < 0.8 * result.gaps["closed"]  # it starts nearer
+    assert "8 neurons more" in str(run)
+    affine = dataclasses.replace(config, path="affine")
+    with pytest.raises(ValueError, match=r"extra=8 neurons are added on path='closed' alone"):
+        finetune(swiglu, data, affine, folder=tmp_path / "y", **OPTIONS)
+
+
 def test_the_baseline_keeps_its_gate(compared):
     assert compared.baseline.llama().config.hidden_act == "silu"
 

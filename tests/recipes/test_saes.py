@@ -240,6 +240,14 @@ def test_it_says_first_how_much_it_will_do(model, monkeypatch):
     assert f"at least {estimates.human_seconds(seconds)} here" in said
 
 
+def test_a_small_model_gets_few_tokens():
+    config = SAETrainingConfig()
+    assert config.for_weights(2_700_000).tokens == 5_400_000
+    assert config.for_weights(10**9).tokens == 150_000_000  # the paper's
+    assert config.for_weights(10).tokens == config.batch
+    assert SAETrainingConfig(tokens=8000).for_weights(10**9).tokens == 8000
+
+
 def test_the_command(model, story_data, tmp_path, capsys):
     """From a Hugging Face folder, with the table of Fig. 21."""
     model.to_hf(tmp_path / "model")

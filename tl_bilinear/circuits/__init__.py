@@ -24,6 +24,11 @@ from tl_bilinear.circuits.attention_run import (
 from tl_bilinear.circuits.composition import composed
 from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
+from tl_bilinear.circuits.polynomial import (
+    TensorPolynomial,
+    product_head,
+    tensor_polynomial,
+)
 from tl_bilinear.circuits.residual import (
     SourcePairs,
     VirtualWeights,
@@ -52,6 +57,7 @@ __all__ = [
     "ScoreDifference",
     "SelfScores",
     "SourcePairs",
+    "TensorPolynomial",
     "VirtualWeights",
     "check_paths",
     "composed",
@@ -59,7 +65,9 @@ __all__ = [
     "embedding",
     "paths",
     "positions",
+    "product_head",
     "source_pairs",
+    "tensor_polynomial",
     "through_head",
     "unembedding",
     "virtual_weights",

@@ -278,6 +278,11 @@ class AttentionInteractions:
     ) -> None:
         refuse_attached(model)
         self.model = model
+        if not hasattr(model, "blocks"):
+            raise UnreadAttention(
+                f"attention scores of {architecture(model)} are not read: it has no blocks (an "
+                f"encoder and a decoder, or no transformer)"
+            )
         self.layer = _existing(layer, len(model.blocks), "layer")
         self.head = _existing(head, model.cfg.n_heads, "head")
         self.query = Dictionary.of(dictionary_query)

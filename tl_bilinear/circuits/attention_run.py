@@ -31,7 +31,7 @@ from tl_bilinear.circuits.upstream import HEAD, as_tokens
 from tl_bilinear.features.attribution import error_of, relative_error
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.passage import Passage, fires_as, refuse_attached
-from tl_bilinear.models.heads import HeadCache, rotation_tables, through_norm
+from tl_bilinear.models.heads import HeadCache, position_of, rotation_tables, through_norm
 from tl_bilinear.results import Result
 
 if TYPE_CHECKING:
@@ -598,7 +598,7 @@ class _Frame:
             self.scales.append(s)
             self.own.append(own)
         self.norms = (head.q_norm, head.k_norm)
-        self.added = _added(interactions, len(every))
+        self.added = position_of(head, cache)
 
     def made(self, side: int, vectors: Tensor, at: int) -> Tensor:
         """Vectors [m, d] at a hook as queries (0) or keys (1) [m + 1, d_head], the bias last."""
@@ -616,19 +616,8 @@ class _Frame:
 
     def position(self, i: int, j: int) -> float:
         """What positions add to a score themselves."""
-        return float(self.added[i, j])
-
-
-def _added(interactions: AttentionInteractions, length: int) -> Float[Tensor, "pos pos"]:
-    """What positions add to each score of a run that has just been made."""
-    head = interactions.reading
-    table = getattr(interactions.model.blocks[interactions.layer].attn, "alibi", None)
-    if isinstance(table, Tensor) and table.ndim == 3:
-        # HookedTransformer keeps the table of its longest run, and takes the last rows of that.
-        return table[head.head, -length:, :length].double()
-    places = torch.arange(length, dtype=torch.float64)
-    a, b, c = head.position
-    return a * places[:, None] + b * places + c
+        a, b, c = self.added
+        return a * i + b * j + c
 
 
 def at_head(cache: HeadCache, hook: str, row: int = 0) -> Float[Tensor, "pos d"]:
@@ -654,7 +643,8 @@ def whole_scores(
             torch.stack([frame.made(side, x[at, None], at).sum(0) for at in range(len(x))])
         )
     head = interactions.reading
-    scores = head.scale * sides[0] @ sides[1].T + frame.added.to(sides[0])
+    places, (a, b, c) = torch.arange(len(sides[0])).to(sides[0]), frame.added
+    scores = head.scale * sides[0] @ sides[1].T + a * places[:, None] + b * places + c
     if head.softcap is not None:
         scores = head.softcap * (scores / head.softcap).tanh()
     return scores, cache.attention("attn_scores")[0, interactions.head]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_bilinear import checks
+from tl_bilinear.circuits.residual import require_plain_stream
 from tl_bilinear.features.passage import residual_passage, residual_tensor
 from tl_bilinear.hooks.points import LayerTensor
 from tl_bilinear.tensor import BilinearTensor, QuarticForm, with_residual
@@ -48,6 +49,7 @@ def composed(
 
     Raises ValueError for layers in another order, or a scale that is not positive.
     """
+    require_plain_stream(model)
     count = len(model.blocks)
     if not 0 <= first < second < count:
         raise ValueError(

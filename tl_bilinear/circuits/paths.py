@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_bilinear import checks
+from tl_bilinear.circuits.residual import require_plain_stream
 from tl_bilinear.circuits.upstream import By, Upstream, as_tokens
 from tl_bilinear.features.attribution import contributions, error_of, relative_error
 from tl_bilinear.features.labels import kinds
@@ -221,6 +222,7 @@ def paths(
     does not exist; ValueError for several sequences, a direction of another width, a layer that is not
     bilinear, and a model whose residual stream is not a plain sum; MemoryError above `max_bytes`.
     """
+    require_plain_stream(model)
     tokens = as_tokens(model, tokens)  # refuses a batch before any work
     if layer_tensor is None:
         tensor = BilinearTensor.from_model(model, layer)

@@ -53,6 +53,7 @@ def embedding(model: Any) -> Dictionary:
 
     Raises ValueError for a model that normalises its embeddings (`post_embedding_ln`).
     """
+    require_plain_stream(model)
     if getattr(model.cfg, "post_embedding_ln", False):
         raise ValueError(
             "this model normalises its embeddings (post_embedding_ln=True), so that a row of W_E is not "
@@ -85,6 +86,7 @@ def through_head(model: Any, source: Any, layer: int, head: int) -> Dictionary:
 
     Raises IndexError for a head that does not exist, ValueError for a source that the head cannot see.
     """
+    require_plain_stream(model)
     layer = _existing(layer, model.cfg.n_layers, "layer")
     head = _existing(head, model.cfg.n_heads, "head")
     block = model.blocks[layer]
@@ -112,6 +114,7 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
     """
     if not sources:
         raise ValueError("direct_path needs at least one source: a dictionary, an SAE or a matrix")
+    require_plain_stream(model)
     layer = _existing(layer, model.cfg.n_layers, "layer")
     found = [_upstream(s, layer, _seen(model), f"the MLP of layer {layer}", model) for s in sources]
     labels = None
@@ -123,8 +126,18 @@ def direct_path(model: Any, layer: int, *sources: Any) -> Dictionary:
     return Dictionary(rows, hook=residual_passage(model, layer).hook, labels=labels)
 
 
+def require_plain_stream(model: Any) -> None:
+    """Raise ValueError for a model whose stream is more than the sum of what was written before."""
+    if getattr(model.cfg, "tensor", None) is not None:
+        raise ValueError(
+            "a tensor transformer mixes the embedding into the stream before every layer, and the first "
+            "layer's values into every head: what was written upstream does not arrive as it is. "
+            "tensor_polynomial evaluates the whole"
+        )
+
+
 def _existing(index: int, count: int, what: str) -> int:
-    if not -count <= index < count:
+    if not -count <= checks.require_int(what, index) < count:
         raise IndexError(f"{what} {index} does not exist: there are {count} (0 to {count - 1})")
     return index % count
 

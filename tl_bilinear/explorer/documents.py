@@ -168,13 +168,20 @@ def _fill(store: _Store, panels: list[Panel], progress: bool) -> list[str]:
 # ---------------------------------------------------------------------- page and folder
 
 
+def _require_panels(panels: list[Panel]) -> None:
+    if not panels:
+        raise ValueError("a page needs at least one panel, got none")
+
+
 def write_page(
     panels: list[Panel], out: str | Path, *, title: str = "tl_bilinear", progress: bool = True
 ) -> Path:
     """One HTML file that holds everything, whole or not at all.
 
     Parts are made one at a time in a temporary folder, so memory holds one of them.
+    Raises ValueError without panels.
     """
+    _require_panels(panels)
     out = Path(out).expanduser()
     with whole_file(out) as temporary, tempfile.TemporaryDirectory() as folder:
         store = _Store(Path(folder))
@@ -192,6 +199,7 @@ def write_folder(
     Interrupted and called again it goes on. Parts of another model or of other settings are made anew.
     Returns the path of index.html. Raises FileExistsError for a folder that is not ours.
     """
+    _require_panels(panels)
     out = Path(out).expanduser()
     identity = hashlib.sha256(" ".join(panel.identity for panel in panels).encode()).hexdigest()
     if is_ours(out, KIND):

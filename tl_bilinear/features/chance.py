@@ -54,8 +54,8 @@ def discoveries(p: Float[Tensor, " n"], rate: float = 0.05) -> Bool[Tensor, " n"
 
     NaN is none. Raises ValueError for a rate outside (0, 1) and p outside [0, 1].
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"a false-discovery rate lies between 0 and 1, got {rate}")
+    _require_rate(rate)
+    p = checks.require_tensor("p", p)
     known = p.flatten()[~p.flatten().isnan()].double()
     if not len(known):
         return torch.zeros_like(p, dtype=torch.bool)
@@ -242,9 +242,14 @@ def pursue_pairs(
     return pairs, weights, torch.tensor(p, dtype=torch.double)
 
 
+def _require_rate(rate: float) -> None:
+    if not 0 < checks.require_number("rate", rate, "is of false discoveries", signed=True) < 1:
+        raise ValueError(f"rate, of false discoveries, lies between 0 and 1, got {rate}")
+
+
 def _require_draws(draws: int, rate: float) -> None:
-    if not 0 < rate < 1:
-        raise ValueError(f"a false-discovery rate lies between 0 and 1, got {rate}")
+    _require_rate(rate)
+    checks.require_positive("draws", draws)
     if draws * rate < 1:
         raise ValueError(
             f"{draws} draws of the null cannot show anything at a rate of {rate:g}: p-values would be "
@@ -348,6 +353,7 @@ def pair_chance(
     max_bytes: int,
 ) -> PairChance:
     """See `FeatureInteractions.pair_chance`."""
+    checks.require_positive("k", k)
     _require_draws(draws, rate)
     known = features
     index = known.number(feature)
@@ -405,6 +411,8 @@ def spectrum_chance(
     progress: bool,
 ) -> SpectrumChance:
     """See `FeatureInteractions.spectrum_chance`."""
+    checks.require_positive("draws", draws)
+    _require_rate(rate)
     layer = features.layer_tensor
     generator = torch.Generator().manual_seed(seed)
     rows = []

@@ -57,6 +57,7 @@ class LowRankCorrelation(Named):
         It depends strongly on `min_active`: with few samples correlations are noisy. Report both.
         """
         checks.require_count("rank", rank, self.active.shape[1], "the ranks held")
+        checks.require_number("threshold", threshold, "is a correlation", signed=True)
         chosen = self.active[self.enough(min_active), rank - 1]
         return float((chosen > threshold).double().mean()) if len(chosen) else float("nan")
 

@@ -116,6 +116,8 @@ class Dictionary:
                 )
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"{len(self.labels)} labels for {n} features")
+        if self.labels is not None and not all(isinstance(each, str) for each in self.labels):
+            raise TypeError("labels must be strings, one for each feature")
         for name in ("decoder", "encoder"):
             if (rows := getattr(self, name)) is not None:
                 checks.require_finite(f"the {name} of the dictionary", rows, "an SAE is finite")
@@ -207,9 +209,15 @@ class Dictionary:
     @torch.no_grad()
     def scale_of(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
         """s of the pre-activation: what the input normalisation multiplies a token by."""
+        x = self._fitting(x)
         if self.input_scale is None:
             return torch.ones_like(x[..., :1])
         return self.input_scale(x.to(self.decoder.dtype)).to(x.dtype)
+
+    def _fitting(self, x: Any) -> Tensor:
+        width = self.d if self.encoder is None else self.encoder.shape[1]
+        hook = self.encoder_hook or self.hook
+        return checks.require_rows("x", x, width, checks.meaning("d", hook), like=x)
 
     def preactivation(
         self, x: Float[Tensor, "... d"], features: Any = None
@@ -218,6 +226,7 @@ class Dictionary:
         chosen = slice(None) if features is None else features
         if self.encoder is None:
             raise ValueError(f"{self!r} has no encoder, so its features have no pre-activation")
+        x = self._fitting(x)
         p = self.scale_of(x) * (x @ self.encoder[chosen].to(x.dtype).T)
         for constant in (self.encoder_bias, self.encoder_offset):
             if constant is not None:

@@ -289,6 +289,7 @@ class FeatureInteractions:
 
         One batch's activations are held at a time. Counts of several texts: `PairCounts.merged`.
         """
+        checks.require_positive("max_pairs", max_pairs)
         tokens, lengths = tokenise(self.model, text, (self.inputs, self.outputs))
         counted = (
             default_mask(self, tokens, lengths) if mask is None else require_mask(mask, tokens)

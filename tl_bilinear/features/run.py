@@ -310,6 +310,7 @@ class FeatureRun:
         of the output side add the two tokens that they promote most: ``happy -> she her``. A name says
         where a feature is active, not what it does. `labelled` sets them.
         """
+        checks.require_positive("k", k)
         activations = (
             part.activations(side=side).masked_fill(~part.mask[..., None], 0)
             for part in self._parts(progress)
@@ -421,6 +422,7 @@ class FeatureRun:
 
         Raises ValueError for a population of fewer than 2 tokens.
         """
+        checks.require_positive("k", k)
         known = self.features.number(feature)
         chosen, name = self.population(around, known)
         return feature_effects(self, known, chosen, name, k, max_bytes)

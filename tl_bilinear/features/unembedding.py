@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.dictionary import Dictionary
 from tl_bilinear.features.labels import plain
 from tl_bilinear.features.passage import norm_matrix
@@ -66,7 +67,8 @@ def unembedding(model: Any) -> Dictionary:
 
 
 def unembedding_row(model: Any, token: int) -> Float[Tensor, " d_model"]:
-    """One token's row of `unembedding`."""
+    """One token's row of `unembedding`. Raises TypeError or ValueError for a token that there is not."""
+    checks.require_tokens(torch.tensor([checks.require_int("token", token)]), model.W_U.shape[1])
     row, matrix = model.W_U[:, token].detach(), _last_norm(model)
     return row if matrix is None else matrix @ row
 
@@ -74,6 +76,7 @@ def unembedding_row(model: Any, token: int) -> Float[Tensor, " d_model"]:
 def promoted_tokens(model: Any, row: Float[Tensor, " d_model"], k: int) -> PromotedTokens:
     """The k tokens that a direction of the residual stream promotes most, and the k it suppresses."""
     weights, matrix = model.W_U.detach(), _last_norm(model)
+    checks.require_positive("k", k)
     row = row.to(weights)
     logits = (row if matrix is None else row @ matrix) @ weights
     k = min(k, len(logits))

@@ -50,7 +50,17 @@ class Edit(Protocol):
 def token_losses(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch targets"]:
-    """Cross-entropy of each next token, in nats: [batch, pos - 1], of ``tokens[:, 1:]``."""
+    """Cross-entropy of each next token, in nats: [batch, pos - 1], of ``tokens[:, 1:]``.
+
+    Raises TypeError or ValueError for tokens that are not of these logits.
+    """
+    require_tokens(tokens)
+    if tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens must have the shape of logits without its last dimension, "
+            f"{list(logits.shape[:-1])}, got {checks.shape(tokens)}"
+        )
+    checks.require_tokens(tokens, logits.shape[-1])
     wide = logits[:, :-1].to(checks.compute_dtype(logits.dtype))
     return wide.logsumexp(-1) - wide.gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
 
@@ -68,12 +78,21 @@ def next_token_loss(
     losses = token_losses(logits, tokens)
     if mask is None:
         return losses.mean(-1)
+    _require_mask(mask, tokens)
     weight = mask[:, 1:].to(losses)
     return (losses * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
 
 def logit_difference(first: int, second: int, position: int = -1) -> Effect:
-    """The effect ``logits[:, position, first] - logits[:, position, second]``, for `verify`."""
+    """The effect ``logits[:, position, first] - logits[:, position, second]``, for `verify`.
+
+    Raises TypeError or ValueError for what are no token numbers; IndexError, when it runs, for a token
+    or a position that the logits do not have.
+    """
+    checks.require_int("position", position)
+    for token in (first, second):
+        if checks.require_int("token", token) < 0:
+            raise ValueError(f"token must be a token number, 0 or more, got {token}")
 
     def difference(logits: Tensor, tokens: Tensor) -> Tensor:
         at = logits[:, position].to(checks.compute_dtype(logits.dtype))
@@ -183,10 +202,8 @@ def loss_added(
         edits = {"edit": edits}
     require_tokens(tokens, at_least=2)
     require_confidence(confidence)
-    if mask is not None and mask.shape != tokens.shape:
-        raise ValueError(
-            f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
-        )
+    if mask is not None:
+        _require_mask(mask, tokens)
     chosen = [None, *edits.values()]
     losses: Tensor | None = None
     for rows, number, logits in each_run(model, tokens, chosen, batch_size, progress):
@@ -329,6 +346,16 @@ def require_tokens(tokens: Any, at_least: int = 1) -> None:
         raise ValueError(
             f"tokens must have shape [n, pos] with n at least 1 and pos at least {at_least}, got "
             f"{checks.shape(tokens)}"
+        )
+
+
+def _require_mask(mask: Any, tokens: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor of the shape of tokens, got {what}")
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
         )
 
 

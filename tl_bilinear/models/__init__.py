@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tl_bilinear.models.bridge import BilinearMLPBridge, save_bridge
     from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
     from tl_bilinear.models.registration import HookedTransformer
+    from tl_bilinear.models.tensor_transformer import TensorTransformer
     from tl_bilinear.models.transformer import (
         HookedBilinearSAETransformer,
         HookedBilinearTransformer,
@@ -29,6 +30,7 @@ __all__ = [
     "HookedBilinearSAETransformer",
     "HookedBilinearTransformer",
     "HookedTransformer",
+    "TensorTransformer",
     "bilinear_class",
     "compare_attention_scales",
     "register",
@@ -43,6 +45,7 @@ _LAZY = {
     "HookedBilinearSAETransformer": "tl_bilinear.models.transformer",
     "HookedBilinearTransformer": "tl_bilinear.models.transformer",
     "HookedTransformer": "transformer_lens.HookedTransformer",
+    "TensorTransformer": "tl_bilinear.models.tensor_transformer",
     "bilinear_class": "tl_bilinear.models.transformer",
     "compare_attention_scales": "tl_bilinear.models.attention_scales",
     "save_bridge": "tl_bilinear.models.bridge",

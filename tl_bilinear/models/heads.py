@@ -253,7 +253,8 @@ def read_head(model: Any, layer: int, head: int, tokens: Int[Tensor, "b pos"]) -
         raise refuse(
             "its attn.hook_attn_scores holds what softmax makes of the scores, not the scores"
         )
-    scores, cap = found[:, head], _softcap(attention, cfg)
+    cap = _softcap(attention, cfg)
+    scores = Scores.of(found[:, head], cap)
     trials: list[Rotary | None] = [None]
     if kind == "rotary":
         trials = list(_rotations(run, cfg, (one, other), head, key_head))
@@ -262,12 +263,12 @@ def read_head(model: Any, layer: int, head: int, tokens: Int[Tensor, "b pos"]) -
         trials = trials or [None]
     solved = [
         (
-            *_solved_scale(_products(run, trial, one, other, head, key_head), scores, cap, kind),
+            *scores.solve(_products(run, trial, one, other, head, key_head), kind == "alibi"),
             trial,
         )
         for trial in trials
     ]
-    scale, position, off, rotary = min(solved, key=lambda each: each[2])
+    (scale, *position), off, rotary = min(solved, key=lambda each: each[1])
     if not off < tolerance(model):
         raise refuse(
             f"scale, positions and soft cap do not make its scores from its queries and keys (off by "
@@ -276,7 +277,19 @@ def read_head(model: Any, layer: int, head: int, tokens: Int[Tensor, "b pos"]) -
     known = getattr(attention, "attn_scale", None)
     scale = scale if known is None else 1 / float(known)
     return AttentionHead(
-        layer, head, key_head, W_Q, W_K, b_Q, b_K, norms[0], norms[1], rotary, scale, position, cap
+        layer,
+        head,
+        key_head,
+        W_Q,
+        W_K,
+        b_Q,
+        b_K,
+        norms[0],
+        norms[1],
+        rotary,
+        scale,
+        (position[0], position[1], position[2]),
+        cap,
     )
 
 
@@ -382,14 +395,13 @@ def rotation_tables(
     head: AttentionHead, run: HeadCache
 ) -> tuple[Float[Tensor, "pos half"], Float[Tensor, "pos half"]] | None:
     """(cos, sin) of each position of a run, as the model has them; None without rotary positions."""
-    rows = [
-        _normed(norm, run.attention(name), index)
-        for norm, name, index in (
-            (head.q_norm, "q", head.head),
-            (head.k_norm, "k", head.key_head),
-        )
-    ]
-    return _tables(run, head.rotary, (rows[0], rows[1]), head.head, head.key_head)
+    return _tables(run, head.rotary, _both_normed(head, run), head.head, head.key_head)
+
+
+def _both_normed(head: AttentionHead, run: HeadCache) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a run after their own norms, before positions."""
+    one = _normed(head.q_norm, run.attention("q"), head.head)
+    return one, _normed(head.k_norm, run.attention("k"), head.key_head)
 
 
 def _tables(
@@ -450,27 +462,55 @@ def _rotations(
             yield Rotary(torch.atan2(sin[1], cos[1]), adjacent, gain)
 
 
-def _solved_scale(
-    products: Tensor, scores: Tensor, cap: float | None, kind: str
-) -> tuple[float, tuple[float, float, float], float]:
-    """(scale, (a, b, c), error) of ``cap(scale products + a i + b j + c)``, what is masked left out."""
-    length = scores.shape[-1]
-    i, j = torch.tril_indices(length, length, device=scores.device)
-    own, made = scores[:, i, j], products[:, i, j]
-    seen = own.isfinite() & (own > -1e30)
-    if cap is not None:
-        own = cap * torch.atanh((own / cap).clamp(-1 + 1e-15, 1 - 1e-15))
-    columns = [made[seen]]
-    if kind == "alibi":
-        places = [place.double().expand_as(made)[seen] for place in (i, j)]
-        columns += [*places, torch.ones_like(columns[0])]
-    matrix = torch.stack(columns, 1)
-    solved = torch.linalg.lstsq(matrix, own[seen][:, None]).solution[:, 0]
-    found = [float(value) for value in solved] + [0.0] * (4 - len(solved))
-    error = float(
-        (matrix @ solved - own[seen]).abs().max() / own[seen].abs().max().clamp_min(1e-300)
-    )
-    return found[0], (found[1], found[2], found[3]), error
+def position_of(head: AttentionHead, run: HeadCache, row: int = 0) -> tuple[float, float, float]:
+    """(a, b, c) of what ALiBi adds in a run: models differ in what they add to all scores of a query.
+
+    Some count from the end of the text, and HookedTransformer from the end of the longest text so far.
+    """
+    if head.position == (0.0, 0.0, 0.0):
+        return head.position
+    one, other = _both_normed(head, run)
+    made = _products(run, head.rotary, one, other, head.head, head.key_head)
+    rest = Scores.of(run.attention("attn_scores")[:, head.head], head.softcap)
+    found, _ = rest.solve(head.scale * made, None)
+    return found[1], found[2], found[3]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a head where nothing is masked, before the soft cap: values [n], and which they are."""
+
+    values: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, cap: float | None) -> Scores:
+        length = scores.shape[-1]
+        below = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        seen = below & scores.isfinite() & (scores > -1e30)
+        values = scores[seen]
+        if cap is not None:
+            values = cap * torch.atanh((values / cap).clamp(-1 + 1e-15, 1 - 1e-15))
+        return cls(values, seen)
+
+    def solve(
+        self, products: Tensor, positions: bool | None
+    ) -> tuple[tuple[float, float, float, float], float]:
+        """((s, a, b, c), error) of ``s products + a i + b j + c``; None holds s at 1."""
+        made = products[self.seen]
+        columns = [] if positions is None else [made]
+        if positions is not False:
+            places = self.seen.nonzero()[:, -2:].double()
+            columns += [places[:, 0], places[:, 1], torch.ones_like(made)]
+        matrix = torch.stack(columns, 1)
+        target = self.values - made if positions is None else self.values
+        solved = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
+        size = self.values.abs().max().clamp_min(1e-300)
+        error = float((matrix @ solved - target).abs().max() / size)
+        numbers = [float(value) for value in solved]
+        numbers = [1.0, *numbers] if positions is None else numbers
+        s, a, b, c = numbers + [0.0] * (4 - len(numbers))
+        return (s, a, b, c), error
 
 
 def _softcap(attention: Any, cfg: Any) -> float | None:

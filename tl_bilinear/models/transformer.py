@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -107,16 +108,7 @@ class HookedBilinearTransformer(HookedTransformer):
         self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None
     ) -> None:
         """As HookedTransformer's, also for tokenizers made in memory."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-        is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
-        if not is_tokenizer or "name_or_path" in tokenizer.init_kwargs:
-            super().set_tokenizer(tokenizer, default_padding_side)  # which refuses other things
-            return
-        # TransformerLens loads a tokenizer again by its name, and this one has none.
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            named = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with named_tokenizer(tokenizer) as named:
             super().set_tokenizer(named, default_padding_side)
 
     @property
@@ -283,6 +275,23 @@ class HookedBilinearTransformer(HookedTransformer):
             mlp = getattr(block, "mlp", None)
             if isinstance(mlp, BilinearMLP):
                 yield mlp
+
+
+@contextmanager
+def named_tokenizer(tokenizer: Any) -> Iterator[Any]:
+    """A tokenizer as TransformerLens takes it, which loads it again by its name.
+
+    One made in memory has none: within the block it is that of a folder.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not is_tokenizer or "name_or_path" in tokenizer.init_kwargs:
+        yield tokenizer  # TransformerLens refuses other things
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        yield AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 # ---------------------------------------------------------------------- bilinear subclasses

@@ -38,6 +38,7 @@ from tl_bilinear.tensor.margins import (
 from tl_bilinear.tensor.moments import InputMoments, Metric
 from tl_bilinear.tensor.odt import ODT, odt
 from tl_bilinear.tensor.pair_matrix import SVD, PairMatrix, TopPairs
+from tl_bilinear.tensor.product_head import ProductHead, ProductTerms
 from tl_bilinear.tensor.quadratic import QuadraticForm
 from tl_bilinear.tensor.quartic import QuarticDirections, QuarticForm, with_residual
 from tl_bilinear.tensor.reexpress import Reexpression, reexpress
@@ -92,6 +93,8 @@ __all__ = [
     "Massive",
     "Metric",
     "PairMatrix",
+    "ProductHead",
+    "ProductTerms",
     "ProvedAccuracy",
     "QuadraticForm",
     "QuarticDirections",

@@ -194,7 +194,7 @@ class BilinearTensor(FactoredForm):
         Its `parts()` are then the value at the point, the main effects around it and the interactions.
         """
         meaning = checks.meaning("d_in", self.input_space)
-        point = checks.require_rows("point", point, self.d_in, meaning, self.left)
+        point = checks.require_vector("point", point, self.d_in, meaning, self.left)
         return self._with(
             bias_left=affine(point, self.left, self.bias_left),
             bias_right=affine(point, self.right, self.bias_right),
@@ -212,6 +212,7 @@ class BilinearTensor(FactoredForm):
 
     def restore(self, metric: Metric, *, space: str | None = None) -> BilinearTensor:
         """A function of ``z = x M^-1/2`` as one of x again: the inverse of `whiten`."""
+        metric.require_fit("the layer", self.d_in, None)
         left, right = metric.inverse_root(self.left), metric.inverse_root(self.right)
         return replace(self, left=left, right=right, input_space=space)
 
@@ -305,6 +306,7 @@ class BilinearTensor(FactoredForm):
 
     def cosine_similarity(self, other: BilinearTensor) -> Float[Tensor, ""]:
         """``<B1, B2> / (|B1| |B2|)``; 0 where either is zero."""
+        require_same_shape(self, other, "compared")
         (one, _), (two, _) = (each.factors.normalised_together() for each in (self, other))
         norms = [squared_norms(f.weights, f.left, f.right).sum() for f in (one, two)]
         scale = (norms[0] * norms[1]).clamp_min(0).sqrt()

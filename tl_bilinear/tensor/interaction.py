@@ -149,6 +149,7 @@ class InteractionMatrix(Result):
 
     def apply(self, rows: Float[Tensor, "*rows_batch m d"]) -> Float[Tensor, "*batch m d"]:
         """``rows @ Q``: the matrix on row vectors; leading dimensions broadcast against the batch."""
+        rows = checks.require_rows("rows", rows, self.d, checks.meaning("d", self.space), self.left)
         return apply(self.left, self.right, self.weights, rows)
 
     def quadratic(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:

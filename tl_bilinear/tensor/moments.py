@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -250,15 +251,15 @@ class Metric(Result):
 
     def root(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """``rows @ M_t^1/2``"""
-        return self._power(rows, 0.5)
+        return self._power(self._fitting("rows", rows), 0.5)
 
     def inverse_root(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """``rows @ M_t^-1/2``; the pseudo-inverse where M_t is singular (ridge 0)."""
-        return self._power(rows, -0.5)
+        return self._power(self._fitting("rows", rows), -0.5)
 
     def apply(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """``rows @ M_t``"""
-        return self._power(rows, 1.0)
+        return self._power(self._fitting("rows", rows), 1.0)
 
     def require_fit(self, what: str, width: int, space: str | None) -> None:
         """Raise ValueError for a metric of other coordinates."""
@@ -271,7 +272,8 @@ class Metric(Result):
 
     def squared_length(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
         """``x^T M_t^-1 x``, infinite where M_t is singular and x leaves its range."""
-        inside = self.inverse_root(x).square().sum(-1)
+        x = self._fitting("x", x)
+        inside = self._power(x, -0.5).square().sum(-1)
         if self.rest > 0:
             return inside
         outside = x - (x @ self.vectors.to(x).T) @ self.vectors.to(x)
@@ -299,6 +301,10 @@ class Metric(Result):
         missing = self.d - len(self.values)
         return (float(self.values.sum()) + missing * self.rest) / self.d
 
+    def _fitting(self, name: str, rows: Any) -> Tensor:
+        meaning = checks.meaning("d", self.space)
+        return checks.require_rows(name, rows, self.d, meaning, like=rows)
+
     def _power(self, rows: Tensor, exponent: float) -> Tensor:
         values, rest = self.values, self.rest
         if exponent < 0:
@@ -322,8 +328,9 @@ class _Source:
 def _metric(
     values: Tensor, vectors: Tensor, ridge: float, d: int, source: InputMoments | _Source
 ) -> Metric:
+    ridge = checks.require_number("ridge", ridge, "lies between 0 and 1", signed=True)
     if not 0 <= ridge <= 1:
-        raise ValueError(f"ridge mixes two metrics and lies between 0 and 1, got {ridge}")
+        raise ValueError(f"ridge lies between 0 and 1, got {ridge}")
     mean = float(values.sum()) / d
     if not mean > 0:
         raise ValueError("all inputs are zero: they make no metric")

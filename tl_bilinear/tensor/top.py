@@ -25,7 +25,6 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.results import Kind
-from tl_bilinear.tensor.eigensolvers import eigenpairs
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS, Factors
 
 CORNER = 1024
@@ -105,9 +104,10 @@ class DirectionEntries:
     @classmethod
     def of_matrix(cls, matrix: Factors, directions: Tensor) -> DirectionEntries:
         """``D Q D^T`` through the eigenpairs of Q."""
-        found = eigenpairs(matrix)  # by falling magnitude: the leading terms come first
-        values, vectors = found.values[0], found.vectors[0]
-        weighted = directions @ (vectors * values.abs().sqrt()[:, None]).T
+        values, vectors = torch.linalg.eigh(matrix.dense()[0])  # of normalised factors
+        leading = values.abs().argsort(descending=True)  # the leading terms come first
+        values, vectors = values[leading], vectors[:, leading]
+        weighted = directions @ (vectors * values.abs().sqrt())
         return cls(weighted * values.sign(), weighted, symmetric=True)
 
     @property

@@ -61,7 +61,25 @@ def widened(
         offset = -(along @ mean)  # v . (x - mean), whitened
         wide = _with_neurons(wide, along, along, offset, offset)
         wide = _with_best_output(layer, wide, x, weight)
-    return wide
+    return _balanced(wide, tensor.d_hidden)
+
+
+def _balanced(wide: BilinearTensor, own: int) -> BilinearTensor:
+    """The same function, its new neurons writing as much as the layer's own: training needs it."""
+    norms = wide.out.norm(dim=0)
+    like = norms[:own].median()
+    scale = torch.where((norms > 0) & (like > 0), norms / like, torch.ones_like(norms)).sqrt()
+    scale[:own] = 1
+    assert wide.bias_left is not None  # new neurons have both
+    assert wide.bias_right is not None
+    return replace(
+        wide,
+        left=scale[:, None] * wide.left,
+        right=scale[:, None] * wide.right,
+        out=wide.out / scale.square(),
+        bias_left=scale * wide.bias_left,
+        bias_right=scale * wide.bias_right,
+    )
 
 
 def _with_neurons(

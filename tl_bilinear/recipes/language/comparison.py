@@ -172,7 +172,10 @@ class FinetuneComparison:
         rows = [
             {
                 "run": name,
-                **{f: getattr(run.config, f) for f in ("path", "schedule", "anneal", "distill")},
+                **{
+                    f: getattr(run.config, f)
+                    for f in ("path", "schedule", "anneal", "extra", "distill")
+                },
                 "loss": run.loss,
                 "gap": run.loss - self.baseline.loss,
                 "tokens": run.tokens,
@@ -242,7 +245,7 @@ def compare_finetuning(
     if len(set(tokens.values())) > 1:
         raise ValueError(f"these configs do not see the same text: (rows, seed) are {tokens}")
     first = dataclasses.replace(
-        next(iter(configs.values())), path="none", schedule="linear", distill=0.0
+        next(iter(configs.values())), path="none", schedule="linear", distill=0.0, extra=0
     )
     baseline = finetune(model, data, first, folder=folder / BASELINE, **options)
     options = {"teacher": baseline.model_folder, **options}

@@ -17,12 +17,14 @@ TINYSTORIES = "roneneldan/TinyStories"
 
 # The nonlinearity on the gate as transformers names it, by the name of the unit that it makes.
 ACTIVATIONS = {"bilinear": "linear", "reglu": "relu", "swiglu": "silu", "geglu": "gelu"}
+ATTENTIONS = ("softmax", "product", "squared")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PATHS = ("affine", "beta", "closed", "none")
 SCHEDULES = ("linear", "cosine", "even", "layers")
 POINTS = ("mlp_in", "resid_mid", "mlp_out", "resid_pre", "resid_post", "attn_out")
 
 
+_PAPER_TOKENS = 150_000_000  # of an SAE
 _MOST = 2**31  # counts of tokens, rows and steps are kept in 32 bits
 
 
@@ -192,16 +194,35 @@ class LanguageConfig(LoopConfig):
     """Of the gate: bilinear (none), reglu, swiglu or geglu."""
     bias: bool = False
     """Biases on the three maps of each MLP."""
+    attention: str = "softmax"
+    """softmax (a Llama), or a tensor transformer's: product (of two scores, no softmax) or squared."""
+    norm: bool = True
+    """Norms. Without them a model of product attention is one polynomial of its embeddings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_counts(self, "n_layers", "d_model", "d_mlp", "n_heads")
+        self._require_family()
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even "
                 "width, which rotary positions need"
             )
         _require_known(self, activation=tuple(ACTIVATIONS))
+
+    def _require_family(self) -> None:
+        _require_known(self, attention=ATTENTIONS)
+        if self.attention == "softmax":
+            if not self.norm:
+                raise ValueError("norm=False needs attention='product': a Llama has norms")
+            return
+        d, h = self.d_model, self.d_mlp
+        if self.activation not in ("bilinear", "swiglu") or self.bias or h % d:
+            raise ValueError(
+                f"attention={self.attention!r} makes a tensor transformer: its activation is bilinear "
+                "or swiglu, its only bias that of the MLP's output (bias=False), and its d_mlp a "
+                f"multiple of d_model; got {self.activation}, bias={self.bias}, {h} and {d}"
+            )
 
 
 CONFIGS = {
@@ -247,6 +268,9 @@ class FinetuneConfig(LoopConfig):
     """Share of the steps in which the gates change."""
     fit_rows: int = 64
     """Rows of text that affine gates, closed forms and the even schedule are fitted on."""
+    extra: int = 0
+    """Hidden neurons that path closed adds to each layer at its start, in closed form (with d_model
+    linear ones): a larger model that starts nearer."""
     distill: float = 0.0
     """Share of the loss, from 0 to 1, that is the divergence from a teacher; the rest is the text's
     cross-entropy."""
@@ -256,6 +280,7 @@ class FinetuneConfig(LoopConfig):
         _require_known(self, path=PATHS, schedule=SCHEDULES)
         _require_counts(self, "fit_rows")
         _require_shares(self, "anneal")
+        _require_not_negative(self, "extra")
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie in [0, 1], got {self.distill}")
 
@@ -278,8 +303,8 @@ class SAETrainingConfig:
     """Features active on a token."""
     expansion: float = 4.0
     """Features for each dimension of the activations."""
-    tokens: int = 150_000_000
-    """Tokens to train on, in all."""
+    tokens: int | None = None
+    """Tokens to train on, in all; by default two for each weight of the model, at most 150 million."""
     batch: int = 4096
     """Tokens in a step."""
     learning_rate: float = 1e-4
@@ -306,5 +331,11 @@ class SAETrainingConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         _require_not_negative(self, "aux_loss")
-        if self.tokens < self.batch:
+        if self.tokens is not None and self.tokens < self.batch:
             raise ValueError(f"{self.tokens} tokens do not make one batch of {self.batch}")
+
+    def for_weights(self, count: int) -> SAETrainingConfig:
+        """These settings with the tokens that a model of so many weights has by default."""
+        if self.tokens is not None:
+            return self
+        return dataclasses.replace(self, tokens=max(self.batch, min(_PAPER_TOKENS, 2 * count)))

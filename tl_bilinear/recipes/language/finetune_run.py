@@ -3,8 +3,9 @@
 While the model trains, the activation on its gates turns into an affine function (`annealing`), along
 the path "affine" or "beta". At the end that function is folded into weights and biases, so the result
 is a plain Llama with ``hidden_act="linear"``. On the path "closed" the model is bilinear from the first
-step: each layer is replaced by its closed form, output map refitted, and the run recovers what that
-lost. On the path "none", the baseline, the gates stay as they were.
+step: each layer is replaced by its closed form, output map refitted and, with ``extra``, neurons
+added, and the run recovers what that lost. On the path "none", the baseline, the gates stay as they
+were.
 
 With ``distill`` a frozen teacher adds its predictions to what the model learns (`Distillation`): the
 model as it was or, in a comparison, the finished baseline, which knows the text as well.
@@ -67,6 +68,7 @@ class FinetuneRun(LanguageRun):
     def __str__(self) -> str:
         path, schedule, anneal = (getattr(self.config, n) for n in ("path", "schedule", "anneal"))
         how = f"path {path!r}" + (f", {schedule} over {anneal:.0%}" if self.config.anneals else "")
+        how += f", {self.config.extra} neurons more" if self.config.extra else ""
         how += f", distilled {self.config.distill:.0%}" if self.config.distill else ""
         return (
             f"{self.folder}: {how}; {self.tokens:,} tokens in {self.seconds:.0f} s\n"
@@ -104,6 +106,10 @@ def finetune(
     rows than the model or the teacher reads, or an activation that the path does not lead away from.
     """
     data = data if isinstance(data, LanguageData) else LanguageData.load(data)
+    if config.extra and config.path != "closed":
+        raise ValueError(
+            f"extra={config.extra} neurons are added on path='closed' alone, got path={config.path!r}"
+        )
     start = load_gated_llama(model, data)  # refused, if it is, before the folder is claimed
     made_from = {"model": _digest(start), "teacher": ""}
     distillation: Distillation | None = None
@@ -120,7 +126,7 @@ def finetune(
         if config.path == "none":
             return llama
         if config.path == "closed":
-            fitted = approximate_llama(llama, rows, warn_below=-math.inf)
+            fitted = approximate_llama(llama, rows, extra=config.extra, warn_below=-math.inf)
             return to_bilinear_llama(llama, {n: one.tensor for n, one in fitted.items()}).train()
         gates = final_gates(llama, config.path, rows)
         if config.schedule == "even" and config.path == "beta":

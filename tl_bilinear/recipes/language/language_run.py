@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tl_bilinear.io import read_table
-from tl_bilinear.models.huggingface import load_llama, no_file_bars
+from tl_bilinear.models.files import CONFIG
+from tl_bilinear.models.huggingface import no_file_bars
+from tl_bilinear.models.tensor_format import is_tensor_format
 from tl_bilinear.recipes.language.config import LanguageConfig, LoopConfig
+from tl_bilinear.recipes.language.llama import load_language_model
 from tl_bilinear.recipes.language.run_folder import SETTINGS, require_finished
 
 if TYPE_CHECKING:
@@ -48,24 +51,39 @@ class LanguageRun:
 
     @property
     def model_folder(self) -> Path:
-        """An ordinary Hugging Face checkpoint, tokenizer included."""
+        """A Hugging Face checkpoint with its tokenizer: a Llama's, or that of a tensor transformer."""
         return self.folder / MODEL
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {self.config.activation}, {self.parameters:,} parameters, "
+            f"{self.folder}: {self._kind}, {self.parameters:,} parameters, "
             f"{self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_second:,.0f} a second)\n"
             f"validation loss {self.loss:.3f} nats a token\n"
             f"{self.sample}"
         )
 
+    @property
+    def _kind(self) -> str:
+        if self.config.attention == "softmax":
+            return self.config.activation
+        norms = "" if self.config.norm else " without norms"
+        return f"{self.config.activation}, {self.config.attention} attention{norms}"
+
     def llama(self) -> Any:
-        """The trained LlamaForCausalLM."""
+        """The trained LlamaForCausalLM, or TensorLanguageModel."""
         with no_file_bars():
-            return load_llama(self.model_folder)
+            return load_language_model(self.model_folder)
 
     def hooked(self, **options: Any) -> Any:
-        """The trained model as a `HookedBilinearTransformer`; `options` are those of `from_hf`."""
+        """The trained model hooked; `options` are those of the way it is loaded.
+
+        A Llama as a `HookedBilinearTransformer` (`from_hf`), a tensor transformer as a
+        `TensorTransformer` (`from_pretrained`).
+        """
+        if is_tensor_format(read_table(self.model_folder / CONFIG)):
+            from tl_bilinear.models import TensorTransformer
+
+            return TensorTransformer.from_pretrained(self.model_folder, **options)
         from tl_bilinear.models import HookedBilinearTransformer
 
         with no_file_bars():

@@ -1,15 +1,20 @@
-"""The untrained Llama, its batches, and its loss on text."""
+"""The untrained model, its batches, and its loss on text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tl_bilinear.hooks.effects import next_token_loss
+from tl_bilinear.io import read_table
+from tl_bilinear.models.files import CONFIG
+from tl_bilinear.models.huggingface import load_llama
+from tl_bilinear.models.tensor_format import is_tensor_format
 from tl_bilinear.recipes.language.config import ACTIVATIONS, LanguageConfig
 
 _EPS = 1e-8  # of the norms, in the published models
@@ -50,6 +55,46 @@ def build_llama(config: LanguageConfig, tokenizer: Any, n_ctx: int) -> Any:
         if "norm" in name:
             parameter.requires_grad_(False)
     return llama
+
+
+def build_language_model(config: LanguageConfig, tokenizer: Any, n_ctx: int) -> Any:
+    """The untrained Llama or, for another attention than softmax, tensor transformer."""
+    if config.attention == "softmax":
+        return build_llama(config, tokenizer, n_ctx)
+    from tl_bilinear.models.tensor_language_model import (
+        TensorLanguageConfig,
+        TensorLanguageModel,
+    )
+
+    described = TensorLanguageConfig(
+        vocab_size=len(tokenizer),
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        n_embd=config.d_model,
+        bilinear=True,
+        expansion_factor=config.d_mlp // config.d_model,
+        gated=config.activation == "swiglu",
+        squared_attn=True,
+        bilinear_attn=config.attention == "product",
+        norm=config.norm,
+        n_ctx=n_ctx,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = TensorLanguageModel(described)
+    model.zero_writers()
+    return model
+
+
+def load_language_model(folder: Path) -> Any:
+    """A trained model from its folder: a Llama or a tensor transformer, in its own dtype."""
+    if not is_tensor_format(read_table(folder / CONFIG)):
+        return load_llama(folder)
+    from tl_bilinear.models.tensor_language_model import TensorLanguageModel
+
+    return TensorLanguageModel.from_pretrained(folder, dtype="auto")
 
 
 class Collate:

@@ -109,6 +109,7 @@ def _settings(
     for name, sae_config in sae_configs.items():
         saes[name] = TopKTrainingSAE(sae_config)
         saes[name].b_enc.requires_grad_(False)  # starts at zero and stays there
+    assert config.tokens is not None  # `train_saes` sets them
     steps = config.tokens // config.batch
     last = _last(folder)
     settings = MultiSAETrainingRunnerConfig(

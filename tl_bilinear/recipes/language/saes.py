@@ -140,6 +140,7 @@ def train_saes(
     folder = Path(folder).expanduser().resolve()
     model = load_hooked(model, device)
     layers = _require_fit(model, data, config)
+    config = config.for_weights(sum(weight.numel() for weight in model.parameters()))
     made_from = {
         "fingerprint": data.fingerprint,
         "n_ctx": data.n_ctx,
@@ -170,10 +171,12 @@ def announcement(model: Any, config: SAETrainingConfig, saes: int) -> str:
     width = round(config.expansion * cfg.d_model)
     # A token costs a forward of the model; in each SAE encoder and decoder, forward and backward.
     weights = sum(weight.numel() for weight in model.parameters())
-    flops = config.tokens * (2 * weights + saes * 2 * 6 * cfg.d_model * width)
+    config = config.for_weights(weights)
+    tokens = config.tokens or 0
+    flops = tokens * (2 * weights + saes * 2 * 6 * cfg.d_model * width)
     seconds = expected_seconds(flops, next(model.parameters()).device)
     return (
-        f"{saes} SAE{'' if saes == 1 else 's'} of {width:,} features, {config.tokens:,} tokens: at "
+        f"{saes} SAE{'' if saes == 1 else 's'} of {width:,} features, {tokens:,} tokens: at "
         f"least {human_seconds(seconds)} here (fewer with tokens=, --tokens)"
     )
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from tl_bilinear.io import write_json
-from tl_bilinear.models.huggingface import load_llama, no_file_bars, save_llama
+from tl_bilinear.models.huggingface import no_file_bars, save_llama
 from tl_bilinear.recipes.language.checkpoints import (
     WRITING,
     last_checkpoint,
@@ -44,7 +44,11 @@ from tl_bilinear.recipes.language.config import CONFIGS, LanguageConfig, LoopCon
 from tl_bilinear.recipes.language.data import LanguageData
 from tl_bilinear.recipes.language.distillation import Distillation
 from tl_bilinear.recipes.language.language_run import MODEL, LanguageRun
-from tl_bilinear.recipes.language.llama import build_llama, language_loss
+from tl_bilinear.recipes.language.llama import (
+    build_language_model,
+    language_loss,
+    load_language_model,
+)
 from tl_bilinear.recipes.language.run_folder import (
     RESULT,
     is_first_process,
@@ -88,8 +92,8 @@ def train_language_model(
         config,
         data,
         command=LanguageRun.command,
-        build=lambda: build_llama(config, data.tokenizer, data.n_ctx),
-        restore=load_llama,
+        build=lambda: build_language_model(config, data.tokenizer, data.n_ctx),
+        restore=load_language_model,
         options=RunOptions(**options),
         progress=progress,
     )
