@@ -28,7 +28,7 @@ import tl_bilinear
 from tests.benchmarks import certificates
 from tests.benchmarks.__main__ import table
 from tests.conftest import folder_hub
-from tests.models import published_format
+from tests.models import published_format, tensor_format
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "demos" / "docs"
@@ -97,6 +97,9 @@ def write_stand_ins(hub: Path) -> None:
     import transformers
 
     published_format.write(hub / "tdooms" / "ts-medium")
+    tensor = tensor_format.config(n_layer=2)
+    folder = hub / "Elriggs" / "gpt2-bilinear-sqrd-attn-18l-9h-1152embd"
+    tensor_format.write(folder, tensor, tensor_format.weights(tensor))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,

@@ -29,6 +29,20 @@ LAYOUT = {
     "template": "plotly_white",
     "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
     "margin": {"l": 55, "r": 15, "t": 40, "b": 45},
+    # Its buttons lie on titles and column heads; dragging still zooms, a double click goes back.
+    "modebar": {
+        "remove": [
+            "toImage",
+            "zoom",
+            "pan",
+            "select",
+            "lasso",
+            "zoomIn",
+            "zoomOut",
+            "autoScale",
+            "resetScale",
+        ]
+    },
 }
 
 CATEGORICAL = ["#2166ac", "#e08214", "#4d9221", "#7b3294", "#b2182b", "#01665e", "#6b6b6b"]
