@@ -291,3 +291,13 @@ def test_the_numbers_of_the_explorers_folder_are_those_measured():
         f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
     ) in text
     assert found["environment"]["threads"] == 1
+
+
+def test_the_stored_quickstart_says_whether_its_model_learned():
+    found = stored("demos/quickstart.json")["images"]
+    controls = found["controls"]
+    assert controls["verdict"].startswith("This model learned: of the test images it gets ")
+    assert f"{found['accuracy']:.3f} right" in controls["verdict"]
+    assert controls["shuffled"]["test_accuracy"] < 2 * controls["chance"]
+    assert controls["model"]["effective_rank"] < controls["shuffled"]["effective_rank"]
+    assert controls["model"]["certificate"] < controls["shuffled"]["certificate"]
