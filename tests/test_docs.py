@@ -250,6 +250,16 @@ def test_version_is_the_same_everywhere():
     assert f"\n## {tl_bilinear.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_gallery_makes_every_figure():
+    code = "".join(re.findall(r"```\{code-cell\}\n(.*?)```", (SITE / "gallery.md").read_text(), re.S))
+    assert [name for name in tl_bilinear.plots.__all__ if f"plots.{name}(" not in code] == []
+
+
+def test_notebooks_page_lists_every_notebook_once():
+    listed = re.findall(r"\]\(notebooks/(.*?\.ipynb)\)", (SITE / "notebooks.md").read_text())
+    assert listed == sorted(path.name for path in (ROOT / "demos").glob("*.ipynb"))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "demos").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks_are_committed_without_outputs(path):
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
