@@ -28,7 +28,7 @@ import tl_bilinear
 from tests.benchmarks import certificates
 from tests.benchmarks.__main__ import table
 from tests.conftest import folder_hub
-from tests.models import published_format
+from tests.models import published_format, tensor_format
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "demos" / "docs"
@@ -97,6 +97,9 @@ def write_stand_ins(hub: Path) -> None:
     import transformers
 
     published_format.write(hub / "tdooms" / "ts-medium")
+    tensor = tensor_format.config(n_layer=2)
+    folder = hub / "Elriggs" / "gpt2-bilinear-sqrd-attn-18l-9h-1152embd"
+    tensor_format.write(folder, tensor, tensor_format.weights(tensor))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -248,7 +251,9 @@ def test_version_is_the_same_everywhere():
 
 
 def test_gallery_makes_every_figure():
-    code = "".join(re.findall(r"```\{code-cell\}\n(.*?)```", (SITE / "gallery.md").read_text(), re.S))
+    code = "".join(
+        re.findall(r"```\{code-cell\}\n(.*?)```", (SITE / "gallery.md").read_text(), re.S)
+    )
     assert [name for name in tl_bilinear.plots.__all__ if f"plots.{name}(" not in code] == []
 
 
@@ -285,3 +290,16 @@ def main(pages: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main(sys.argv[1:])
+
+
+def test_the_numbers_of_the_explorers_folder_are_those_measured():
+    found = stored("tests/benchmarks/results/explorer/folder-1024.json")
+    case, blocks = found["case"], found["kinds"]["output"]
+    text = prose((SITE / "explorer.md").read_text())
+    assert (
+        f"d = {case['d']:,} and h = {case['hidden']:,} between two dictionaries of "
+        f"{case['features']:,} features: {found['whole_megabytes']:.0f} MB, "
+        f"{found['whole_cpu_minutes']:.0f} minutes on one core (extrapolated from {blocks['made']} of "
+        f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
+    ) in text
+    assert found["environment"]["threads"] == 1

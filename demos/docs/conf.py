@@ -121,7 +121,7 @@ def prepare_docstring(app, what, name, obj, options, lines) -> None:
 
 # What plotly writes around each figure to load MathJax and itself from elsewhere.
 _LOADED = re.compile(
-    r'<script[^>]*(?:cdnjs\.cloudflare\.com|cdn\.plot\.ly)[^>]*></script>'
+    r"<script[^>]*(?:cdnjs\.cloudflare\.com|cdn\.plot\.ly)[^>]*></script>"
     r'|<script type="module">\s*import "https://cdn\.plot\.ly[^<]*</script>'
 )
 

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.benchmarks.layers import directions, layer_like_trained, trained_dictionary
+from tests.benchmarks.layers import (
+    attention_head,
+    directions,
+    layer_like_trained,
+    trained_dictionary,
+)
 from tl_bilinear import BilinearTensor
 from tl_bilinear.recipes.images import (
     ImageClassifier,
@@ -225,6 +230,35 @@ def pair_errors(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]
     return {"error": float(difference), "pairs in common": len(same)}
 
 
+def attention_sides(d: int, d_head: int, n: int, k: int, alike: bool) -> dict[str, Side]:
+    form, query, key = attention_head(d, d_head, n, alike=alike)
+    matrix = form.matrix()
+
+    def ours() -> dict[str, Any]:
+        found = matrix.top(k, left=query, right=key)
+        return {"values": found.coefficients.abs(), "pairs": found.first * 2**20 + found.second}
+
+    def strongest(rows: Tensor, columns: Tensor) -> dict[str, Any]:
+        # In blocks of rows: the whole product would be 1 GB, and topk of it three times that.
+        values, pairs = [], []
+        for start in range(0, n, 2048):
+            best = (rows[start : start + 2048] @ columns.T).abs_().flatten().topk(k)
+            values.append(best.values)
+            row, column = best.indices // n + start, best.indices % n
+            pairs.append(row * 2**20 + column)
+        best = torch.cat(values).topk(k)
+        return {"values": best.values, "pairs": torch.cat(pairs)[best.indices]}
+
+    return {
+        "ours": ours,
+        "dense": lambda: strongest(query @ matrix.dense(), key),
+        # What a careful notebook does: d_head products a pair, not d_model.
+        "queries and keys": lambda: strongest(
+            (query @ form.left.T) * matrix.weights, key @ form.right.T
+        ),
+    }
+
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
@@ -334,6 +368,22 @@ CASES = [
         "5x, the same pairs, under 1 GB",
         lambda: pair_sides(100),
         pair_errors,
+    ),
+    Case(
+        "attention-768",
+        "100 strongest of 16,384 x 16,384 feature pairs of a head, d=768, d_head=64",
+        "10x, the same pairs, under 1 GB",
+        lambda: attention_sides(768, 64, 16384, 100, alike=True),
+        pair_errors,
+        repeats=2,
+    ),
+    Case(
+        "attention-random",
+        "the same of random dictionaries, where no pair can be left out",
+        "runs",
+        lambda: attention_sides(768, 64, 16384, 100, alike=False),
+        pair_errors,
+        repeats=2,
     ),
     Case(
         "norms-1024",

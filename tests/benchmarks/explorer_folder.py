@@ -2,7 +2,8 @@
 
 A layer of d = 1024 and h = 4096 between two dictionaries of 8,192 features, with a spectrum like a
 trained layer's (`layers`). With `--blocks N` the first N of 128 blocks of each side are made and the
-rest is extrapolated, in proportion; everything else is made whole. Results: results/explorer-1024.json.
+rest is extrapolated, in proportion; everything else is made whole (the table from the blocks that are
+there, again and again). Then the page is opened. Results: results/explorer/folder-1024.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from playwright.sync_api import sync_playwright
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
@@ -26,8 +29,10 @@ from transformer_lens import HookedTransformer
 import tl_bilinear  # noqa: F401  gives HookedTransformer.from_config
 from tests.benchmarks.__main__ import RESULTS, environment
 from tests.benchmarks.layers import directions, layer_like_trained
+from tests.explorer.conftest import BROWSERS, FLAGS
 from tl_bilinear import FeatureInteractions
 from tl_bilinear.explorer import Panel, language_panel, write_folder
+from tl_bilinear.explorer.documents import Document, Read
 
 D, HIDDEN, FEATURES, VOCABULARY, CONTEXT, ROWS = 1024, 4096, 8192, 2048, 128, 16
 
@@ -69,63 +74,87 @@ def whole_panel(d: int, hidden: int, n: int, rows: int) -> Panel:
 
 def measure(panel: Panel, blocks: int | None, folder: Path) -> dict[str, Any]:
     """Seconds and bytes of each kind of document, measured and for the whole."""
+    name_of = f"{panel.manifest['name']}-"
     whole: dict[str, int] = defaultdict(int)
-    kept, seconds = {}, defaultdict(float)
-    table = f"{panel.manifest['name']}-table"
-    for name, make in panel.documents.items():
-        kind, _, number = name.removeprefix(f"{panel.manifest['name']}-").rpartition("-")
-        kind = kind if number.isdigit() else name.removeprefix(f"{panel.manifest['name']}-")
-        whole[kind] += 1
-        if kind in ("output", "input") and blocks is not None and int(number) >= blocks:
-            continue
-        if name == table and blocks is not None:
-            continue  # it reads every block
+    kept = {}
+    seconds: dict[str, float] = defaultdict(float)
+    cpu: dict[str, float] = defaultdict(float)
 
-        def timed(read, make=make, kind=kind):
-            start = time.perf_counter()
-            document = make(partial(_read, read) if blocks is not None else read)
+    def kind_of(name: str) -> tuple[str, int]:
+        kind, _, number = name.removeprefix(name_of).rpartition("-")
+        return (kind, int(number)) if number.isdigit() else (name.removeprefix(name_of), 0)
+
+    def made_before(read: Read, name: str) -> Document:
+        """A block that is left out is read as one that was made, so that the table is whole."""
+        kind, number = kind_of(name)
+        left_out = blocks is not None and kind in ("output", "input")
+        return read(f"{name_of}{kind}-{number % blocks}" if left_out else name)
+
+    for name, make in panel.documents.items():
+        kind, number = kind_of(name)
+        whole[kind] += 1
+        if kind in ("output", "input") and blocks is not None and number >= blocks:
+            continue
+
+        def timed(read: Read, make: Any = make, kind: str = kind) -> Document:
+            start, busy = time.perf_counter(), time.process_time()
+            document = make(partial(made_before, read))
             seconds[kind] += time.perf_counter() - start
+            cpu[kind] += time.process_time() - busy
             if kind in ("output", "input"):
                 print(f"{kind} {seconds[kind]:.1f} s", flush=True)
             return document
 
         kept[name] = timed
-    start = time.perf_counter()
-    write_folder([replace(panel, documents=kept)], folder, progress=False)
-    elapsed = time.perf_counter() - start
-    made: dict[str, list[int]] = defaultdict(list)
+    start, busy = time.perf_counter(), time.process_time()
+    index = write_folder([replace(panel, documents=kept)], folder, progress=False)
+    elapsed, worked = time.perf_counter() - start, time.process_time() - busy
+    sizes: dict[str, list[int]] = defaultdict(list)
     for path in (folder / "data").iterdir():
-        rest, _, number = path.stem.removeprefix(f"{panel.manifest['name']}-").rpartition("-")
-        kind = rest if number.isdigit() else path.stem.removeprefix(f"{panel.manifest['name']}-")
-        made[kind].append(path.stat().st_size)
+        sizes[kind_of(path.stem)[0]].append(path.stat().st_size)
     kinds = {
         kind: {
-            "made": len(sizes),
+            "made": len(held),
             "of": whole[kind],
             "seconds": round(seconds[kind], 2),
-            "megabytes": round(sum(sizes) / 1e6, 2),
+            "cpu_seconds": round(cpu[kind], 2),
+            "megabytes": round(sum(held) / 1e6, 2),
         }
-        for kind, sizes in made.items()
+        for kind, held in sizes.items()
     }
 
     def total(of: str) -> float:
         return sum(each[of] * each["of"] / each["made"] for each in kinds.values())
 
+    rest, rest_cpu = elapsed - sum(seconds.values()), worked - sum(cpu.values())
     return {
         "kinds": kinds,
         "measured_seconds": round(elapsed, 1),
-        "whole_minutes": round((total("seconds") + elapsed - sum(seconds.values())) / 60, 1),
+        "whole_minutes": round((total("seconds") + rest) / 60, 1),
+        "whole_cpu_minutes": round((total("cpu_seconds") + rest_cpu) / 60, 1),
         "whole_megabytes": round(total("megabytes"), 1),
         "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "opens_seconds": opening_seconds(index),
     }
 
 
-def _read(read: Any, name: str) -> Any:
-    """A block that was left out has no features."""
-    try:
-        return read(name)
-    except FileNotFoundError:
-        return {"features": []}
+def opening_seconds(index: Path) -> float | None:
+    """From asking for the page to the table on it, in Chromium: the best of three; None without it."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        return None
+    taken = []
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=found, args=FLAGS)
+        for _ in range(3):
+            tab = browser.new_page()
+            start = time.perf_counter()
+            tab.goto(index.resolve().as_uri())
+            tab.wait_for_selector("tbody tr", timeout=60_000)
+            taken.append(time.perf_counter() - start)
+            tab.close()
+        browser.close()
+    return round(min(taken), 2)
 
 
 def main() -> None:
@@ -133,7 +162,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="blocks of features of each side to make")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of text")
     parser.add_argument("--out", type=Path, help="keep the folder here")
-    parser.add_argument("--result", type=Path, default=RESULTS / "explorer-1024.json")
+    parser.add_argument("--result", type=Path, default=RESULTS / "explorer" / "folder-1024.json")
     given = parser.parse_args()
     panel = whole_panel(D, HIDDEN, FEATURES, given.rows)
     with tempfile.TemporaryDirectory() as temporary:

@@ -9,6 +9,7 @@ import torch
 
 from tl_bilinear import BilinearTensor
 from tl_bilinear.io import load_tensors
+from tl_bilinear.tensor import TwoInputForm
 
 MEASURED = Path(__file__).with_name("trained_spectrum.json")
 DICTIONARY = Path(__file__).parent / ".trained" / "dictionary-512.safetensors"
@@ -46,6 +47,27 @@ def directions(count: int, d_out: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(count, d_out, generator=generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def attention_head(
+    d: int, d_head: int, n: int, *, alike: bool, seed: int = 0
+) -> tuple[TwoInputForm, torch.Tensor, torch.Tensor]:
+    """A head's scores as a form of two inputs, and two dictionaries of unit directions [n, d].
+
+    Like trained ones, head and dictionaries read and write the same directions of the residual stream
+    most, with the scale of `decay`; or all are random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(2, d_head, d, generator=generator)
+    rows = torch.randn(2, n, d, generator=generator)
+    if alike:
+        fit = decay()
+        scale = (torch.arange(d) + fit["offset"]) ** -fit["power"]
+        basis = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+        weights, rows = (weights * scale) @ basis, (rows * scale) @ basis
+    rows = torch.nn.functional.normalize(rows, dim=2)
+    out = torch.full((1, d_head), d_head**-0.5)
+    return TwoInputForm(weights[0], weights[1], out), rows[0], rows[1]
 
 
 def trained_dictionary() -> tuple[BilinearTensor, torch.Tensor]:

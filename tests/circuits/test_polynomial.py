@@ -89,7 +89,7 @@ def test_the_pattern_is_a_quartic_form_with_leading_directions():
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     first, second = head.scores(x, y)
     assert_close(form(torch.cat([x, y], 1)), first * second)
-    assert_close(head.score_tensor()(torch.cat([x, y], 1)), torch.stack([first, second], 1))
+    assert_close(head.score_form()(x, y), torch.stack([first, second], 1))
     best = form.leading(1, starts=10)
     directions = torch.nn.functional.normalize(torch.randn(2000, 7, dtype=torch.float64), dim=1)
     assert float(best.values[0]) > float(form(directions).max())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ import torch
 from tests.explorer import building
 from tests.explorer.building import HOSTILE, with_documents
 from tests.explorer.conftest import LAPTOP, PHONE, visiting
-from tl_bilinear.explorer import write_folder, write_page
+from tl_bilinear.explorer import language_panel, write_folder, write_page
+from tl_bilinear.tensor import Metric
 from tl_bilinear.tensor.boundary import boundary_distance
 from tl_bilinear.tensor.quadratic import QuadraticForm
 
@@ -120,6 +123,124 @@ def test_the_correlation_of_k_eigenvectors(page, tab):
         tab.goto(at(page, f"#/plain/output/{feature}?k={k}"))
         tab.wait_for_selector("[data-correlation]")
         assert abs(value(tab, "[data-correlation]", "data-correlation") - expected) < 1e-5
+
+
+def test_the_correlation_in_the_metric_of_the_active_tokens(tmp_path, tab):
+    """Chosen on the even rows, measured on the odd ones, beside Euclidean ones on the same tokens."""
+    drawn = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 10, (18, 8), generator=drawn)
+    run = building.run("plain").features.run(tokens, progress=False)
+    path = write_page([language_panel(run, title="plain", name="plain")], tmp_path / "p.html")
+    z = run.activations()
+    held = (z > 0) & run.mask[..., None]
+    even = torch.arange(len(tokens)) % 2 == 0
+    enough = torch.minimum(held[even].sum((0, 1)), held[~even].sum((0, 1)))
+    feature = int(enough.argmax())
+    assert int(enough[feature]) >= 10
+    x, on = run.x, held[..., feature]
+    metric = Metric.of_samples(x[even][on[even]], 0.3)
+    Q = run.features.interaction(feature, basis="activations")
+    model = z[~even][..., feature][on[~even]]
+
+    def correlation(eigen):
+        terms = eigen.activations(x[~even][on[~even]]).sum(-1)
+        return float(torch.corrcoef(torch.stack([terms, model]))[0, 1])
+
+    for k in (1, 3):
+        tab.goto("about:blank")
+        tab.goto(at(path, f"#/plain/output/{feature}?k={k}&metric=active"))
+        tab.wait_for_selector("[data-correlation]")
+        found = value(tab, "[data-correlation]", "data-correlation")
+        assert abs(found - correlation(Q.eigh(k, metric=metric))) < 1e-5
+        said = tab.locator("[data-correlation]").inner_text()
+        euclidean = float(re.search(r"\((\S+) with Euclidean", said)[1].replace("\u2212", "-"))
+        assert euclidean == pytest.approx(correlation(Q.eigh(k)), abs=6e-4)
+    tab.get_by_role("button", name="Euclidean").click()
+    tab.wait_for_function("() => !location.hash.includes('metric')")
+    tab.wait_for_selector("[data-over-chance]")
+
+
+def test_a_metric_of_too_few_tokens_says_so(page, tab):
+    run = building.run("plain")
+    feature = int(((run.activations() > 0) & run.mask[..., None]).sum((0, 1)).argmin())
+    tab.goto(at(page, f"#/plain/output/{feature}?metric=active"))
+    tab.get_by_role("status").filter(has_text="too few for a metric").wait_for()
+    tab.get_by_role("button", name="Euclidean").click()
+    tab.wait_for_selector("[data-correlation]")
+
+
+def test_chance_in_the_table_and_on_the_page(page, tab):
+    run = building.run("plain")
+    found = run.features.spectrum_chance(range(30), draws=4, rate=0.5, progress=False)
+    expected = found.concentration / found.null_concentration
+    tab.goto(at(page, "#/plain/output?sort=number"))
+    settled(tab)
+    shown = [float(c.get_attribute("data-chance")) for c in tab.locator("[data-chance]").all()]
+    torch.testing.assert_close(torch.tensor(shown), expected.float(), rtol=1e-5, atol=1e-5)
+    tab.get_by_role("button", name="over chance").click()
+    settled(tab)
+    shown = [float(c.get_attribute("data-chance")) for c in tab.locator("[data-chance]").all()]
+    assert shown == sorted(shown, reverse=True)
+    tab.goto(at(page, "#/plain/input"))
+    settled(tab)
+    assert tab.locator("[data-chance]").count() == 0
+
+
+def test_exports(page, tab):
+    """A link that holds the state, a list as CSV, a figure as SVG that other programs read."""
+    run = building.run("plain")
+    feature = int(((run.activations() > 0) & run.mask[..., None]).sum((0, 1)).argmax())
+    tab.goto(at(page, f"#/plain/output/{feature}?k=3"))
+    settled(tab)
+    figures = tab.get_by_role("button", name="Figure (SVG)")
+    for i in range(figures.count()):
+        with tab.expect_download() as saved:
+            figures.nth(i).click()
+        name = saved.value.suggested_filename
+        assert name in (f"feature-{feature}.svg", f"feature-{feature}-plane.svg")
+        text = Path(saved.value.path()).read_text()
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}svg"))) == 3 - i
+        assert f"Output feature {feature}" in "".join(root.itertext())
+        assert not {"href", "src", "class", "style"} & {
+            key for e in root.iter() for key in e.attrib
+        }
+    tab.get_by_role("button", name="Copy link").click()
+    tab.get_by_role("status").filter(has_text=re.compile("Copied|Copy the address")).wait_for()
+    tab.goto(at(page, "#/plain"))
+    settled(tab)
+    with tab.expect_download() as saved:
+        tab.get_by_role("button", name="CSV").click()
+    rows = list(csv.reader(Path(saved.value.path()).read_text().splitlines()))
+    assert rows[0][:4] == ["feature", "label", "promoted", "tokens"]
+    assert "chance" in rows[0]
+    assert len(rows) == 31
+
+
+def test_a_drawn_picture_is_in_the_link(page, tab):
+    tab.goto(at(page, "#/image"))
+    tab.wait_for_selector("[data-logit]")
+    tab.get_by_role("button", name="Clear").click()
+    tab.locator("canvas.paper").focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("Space")
+    tab.wait_for_function("() => location.hash.includes('drawn=')")
+    link, logit = tab.url, value(tab, "[data-logit]", "data-logit")
+    assert logit != 0
+    tab.goto("about:blank")
+    tab.goto(link)
+    tab.wait_for_selector("[data-logit]")
+    # A byte a pixel.
+    assert value(tab, "[data-logit]", "data-logit") == pytest.approx(logit, rel=0.02, abs=1e-3)
+    tab.get_by_role("button", name="test image 1,").click()
+    tab.wait_for_function(
+        "() => location.hash.includes('image=1') && !location.hash.includes('drawn')"
+    )
+    for broken in ("drawn=%25%25", "drawn=AAAA", "image=99999"):
+        tab.goto("about:blank")
+        tab.goto(at(page, f"#/image?{broken}"))
+        tab.wait_for_selector("[data-logit]")
 
 
 def test_logits_of_a_chosen_and_of_a_drawn_image(page, tab, classifier, striped):
@@ -255,7 +376,7 @@ def test_a_token_is_chosen_by_keyboard_and_kept_in_the_link(page, tab):
 
 PLACES = [
     "#/plain", "#/plain/input", "#/plain/output/3", "#/norm/input/5", "#/plain/text/1?token=4",
-    "#/plain/about", "#/image", "#/plain/output/3?order=text",
+    "#/plain/about", "#/image", "#/plain/output/3?order=text", "#/plain/output/3?metric=active",
 ]  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def configs():
         FinetuneConfig,
         *loop,
         _count("fit_rows"),
-        _count("extra"),
+        _positive("extra"),
         _share("anneal"),
         _share("distill"),
         _word("path"),

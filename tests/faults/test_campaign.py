@@ -42,6 +42,11 @@ ELSEWHERE = {  # their refusals are in these tests: readers and commands of thei
     "register_dictionary": "features/test_dictionary.py",
     "register_gated_reader": "models/test_approximation.py",
     "register_mlp_reader": "tensor/test_bilinear.py",
+    "change_bounds": "tensor/test_regions.py",
+    "extremes": "tensor/test_regions.py",
+    "leave_out": "models/test_approximation.py",
+    "linf_sdp_bound": "tensor/test_robustness.py",
+    "why": "circuits/test_attention.py",
     "compare_finetuning": "recipes/test_finetune.py",
     "make_gallery": "paper/test_gallery.py",
     "make_tokenizer": "recipes/test_language_text.py",
@@ -65,7 +70,7 @@ def public_functions():
 def test_every_public_function_is_in_the_tables():
     """By its name; a figure is drawn of a result, and a result was checked when it was made."""
     here = Path(__file__).parent
-    tables = ("values", "surface", "settings", "files", "commands")
+    tables = ("values", "surface", "proofs", "settings", "files", "commands")
     words = set(re.findall(r"\w+", " ".join((here / f"{t}.py").read_text() for t in tables)))
     functions = public_functions()
     missing = {

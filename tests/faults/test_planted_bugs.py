@@ -29,6 +29,7 @@ from tl_bilinear import FeatureInteractions, cli
 from tl_bilinear.features import evaluate_saes
 from tl_bilinear.features.labels import name_features
 from tl_bilinear.hooks import verify
+from tl_bilinear.models.spaces import norm_weight
 from tl_bilinear.paper import class_spectra, truncate
 from tl_bilinear.paper.neurons import shared_neurons
 from tl_bilinear.recipes.images import TrainingConfig, train_classifier
@@ -195,6 +196,15 @@ def test_a_norm_after_the_mlp_stands_between_its_output_and_hook_mlp_out():
         FeatureInteractions(built, LAYER, sae(f"blocks.{LAYER}.mlp.hook_in"), sae(OUT))
     known = FeatureInteractions(built, LAYER, sae(f"blocks.{LAYER}.mlp.hook_in"), sae(at_mlp))
     assert known.run(TEXT, progress=False).attribute(3, 2).error < 1e-6
+
+
+def test_a_norms_weight_is_left_out_only_where_all_of_it_is_one():
+    """One entry of 1 among others is a weight: what is read through the norm must have it."""
+    built = model()
+    some = torch.ones(3)
+    some[1] = 2.0
+    assert norm_weight(built.cfg, SimpleNamespace(w=torch.ones(3))) is None
+    assert_close(norm_weight(built.cfg, SimpleNamespace(w=some)), some)
 
 
 def test_the_random_reference_has_the_squared_norm_of_the_matrix(features):

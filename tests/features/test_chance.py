@@ -137,6 +137,10 @@ def test_random_weights_are_no_better_than_their_null(f, tmp_path):
     assert "No spectrum is better than its null" in spectra.verdict
     own = f.layer_tensor.interaction(f.directions[[1, 2, 5]]).eigh()
     assert_close(spectra.concentration, own.values[:, 0].abs() / own.values.norm(dim=-1))
+    # The null is drawn: neurons written by chance, no spectrum like its own.
+    gap = (spectra.null_concentration - spectra.concentration).abs()
+    assert (gap > 1e-6).all()
+    assert (spectra.p < 1).any()
     spectra.save(tmp_path / "y")
     assert torch.equal(SpectrumChance.load(tmp_path / "y").p, spectra.p)
 

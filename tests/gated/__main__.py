@@ -2,7 +2,8 @@
 
     python -m tests.gated model NAME FOLDER DATA [--plant]   # of a Llama and its `tl-bilinear data`
     python -m tests.gated costs                              # seconds and bytes of one layer
-    python -m tests.gated table                              # the tables of demos/docs/swiglu.md
+    python -m tests.gated finetune FOLDER ...                # runs of `tl-bilinear finetune`
+    python -m tests.gated table                              # into demos/docs/swiglu.md
 
 Each writes its part of results.json beside this file. Layers are fitted on the first rows of training
 text, and all numbers are of the first rows of the validation text.
@@ -14,17 +15,16 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
+from tests.gated.cost import cost
 from tests.gated.planting import plant
-from tests.gated.tables import RESULTS, tables
+from tests.gated.tables import PAGE, RESULTS, written
 
 FIT, SCORE = 120, 40  # rows
 STEPS, BATCH = 200, 8  # of the repair
@@ -36,6 +36,10 @@ COSTS = (
 )
 
 
+def stored(part):
+    return json.loads(RESULTS.read_text()).get(part, {}) if RESULTS.exists() else {}
+
+
 def store(part, name, value):
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found.setdefault(part, {})[name] = value
@@ -44,7 +48,7 @@ def store(part, name, value):
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def rounded(value):
@@ -52,6 +56,7 @@ def rounded(value):
 
 
 def measure(name, folder, data, planted):
+    """Each step is stored when it is done, and a step that is there is not done again."""
     from transformers import LlamaForCausalLM
 
     from tl_bilinear.hooks import leave_out, loss_added, with_loss_added
@@ -68,6 +73,10 @@ def measure(name, folder, data, planted):
         llama = plant(llama, rows)
     n, h = llama.config.num_hidden_layers, llama.config.intermediate_size
     options = {"mask": mask, "progress": False}
+    found = stored("models").get(name, {})
+    found |= {"parameters": sum(p.numel() for p in llama.parameters()), "layers": n, "d_mlp": h}
+    found |= {"d_model": llama.config.hidden_size, "fit_rows": FIT, "score_rows": SCORE}
+    steps = found.setdefault("steps", {})
 
     def fit(**how):
         return approximate_llama(llama, rows, warn_below=-1e9, progress=False, **how)
@@ -75,79 +84,65 @@ def measure(name, folder, data, planted):
     def repaired(layers):
         return repair(llama, layers, rows, steps=STEPS, batch=BATCH, progress=False).layers
 
-    steps, found, clean = {}, {}, 0.0
-
-    def step(label, make):
-        nonlocal clean
-        start = time.perf_counter()
-        layers = found[label] = make()
-        seconds = time.perf_counter() - start
+    make = {
+        "neuron": lambda: fit(fit="neuron"),
+        "refit": fit,
+        "wider (extra = h)": lambda: fit(extra=h),
+        "wider (extra = 4 h)": lambda: fit(extra=4 * h),
+        "refit, repaired": lambda: repaired(fit()),
+        "wider (extra = h), repaired": lambda: repaired(fit(extra=h)),
+    }
+    for label, layers_of in make.items():
+        if label in steps:
+            continue
+        start = time.process_time()
+        layers = layers_of()
+        seconds = time.process_time() - start
         half = dict(list(layers.items())[: (n + 1) // 2])
         edits = {"one": Replacement({n // 2: layers[n // 2]}), "half": Replacement(half)}
         added = loss_added(llama, held_out, {**edits, "all": Replacement(layers)}, **options)
-        clean = float(added.clean.mean())
+        found["clean"] = rounded(added.clean.mean())
         steps[label] = dict(zip(added.names, map(rounded, added.difference), strict=True))
-        steps[label]["seconds"] = round(seconds, 1)
-        print(label, steps[label], flush=True)
-
-    step("neuron", lambda: fit(fit="neuron"))
-    step("refit", fit)
-    step("in order", lambda: fit(in_order=True))
-    step("wider", lambda: fit(extra=h))
-    step("three times as wide", lambda: fit(extra=2 * h))
-    step("refit, repaired", lambda: repaired(found["refit"]))
-    step("wider, repaired", lambda: repaired(found["wider"]))
-    table = fidelity_table(with_loss_added(llama, found["refit"], held_out, **options))
-    wide = fidelity_table(found["wider"])
-    left = leave_out(llama, found["wider"], held_out, at_most=n - 1, mask=mask, progress=False)
-    store(
-        "models",
-        name,
-        {
-            "parameters": sum(p.numel() for p in llama.parameters()),
-            "layers": n,
-            "d_model": llama.config.hidden_size,
-            "d_mlp": h,
-            "clean": rounded(clean),
-            "steps": steps,
-            "fidelity": [
-                {k: v if isinstance(v, (str, int)) else rounded(v) for k, v in row.items()}
+        steps[label]["cpu_seconds"] = round(seconds, 1)
+        if label == "refit":
+            table = fidelity_table(with_loss_added(llama, layers, held_out, **options))
+            found["fidelity"] = [
+                {k: v if isinstance(v, str) else rounded(v) for k, v in row.items()}
                 for row in table.to_dict(orient="records")
-            ],
-            "wider_worst": list(map(rounded, wide["worst"])),
-            "left_out": {"order": left.order, "loss": list(map(rounded, left.loss))},
-            "fit_rows": FIT,
-            "score_rows": SCORE,
-        },
-    )
-
-
-def cost(d, h, n, fit, extra, out):
-    """One layer in a process of its own, whose peak is that of the fit."""
-    from tl_bilinear.tensor import GatedLayer, approximate
-
-    torch.set_num_threads(1)
-    draw = torch.Generator().manual_seed(0)
-    sizes = ((h, d), (h, d), (d, h))
-    layer = GatedLayer(*(torch.randn(s, generator=draw) / s[1] ** 0.5 for s in sizes), F.silu)
-    x = torch.randn(n, d, generator=draw)
-    before = time.process_time()
-    approximate(layer, x, fit=fit, extra=extra, warn_below=-1e9, max_bytes=8 * 10**9)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    out.put({"seconds": round(time.process_time() - before, 1), "bytes": peak})
+            ]
+        if label == "wider (extra = h)":
+            found["wider_worst"] = list(map(rounded, fidelity_table(layers)["worst"]))
+            most = min(2, n - 1)
+            left = leave_out(llama, layers, held_out, at_most=most, mask=mask, progress=False)
+            found["left_out"] = {"order": left.order, "loss": list(map(rounded, left.loss))}
+        store("models", name, found)
+        print(label, steps[label], flush=True)
 
 
 def costs():
     context = multiprocessing.get_context("spawn")
     for d, h, n, fit, extra in COSTS:
+        name = f"{d} x {h}: {fit}, {extra} more" if extra else f"{d} x {h}: {fit}"
+        if name in stored("costs"):
+            continue
         out = context.Queue()
         process = context.Process(target=cost, args=(d, h, n, fit, extra, out))
         process.start()
         found = out.get()
         process.join()
-        name = f"{fit}, {extra} more" if extra else fit
-        store("costs", f"{d} x {h}: {name}", {**found, "inputs": n})
-        print(d, h, name, found, flush=True)
+        store("costs", name, {**found, "inputs": n})
+        print(name, found, flush=True)
+
+
+def finetuned(folder):
+    """The runs that `tl-bilinear finetune` compared, by their learning rate."""
+    compared = json.loads((folder / "comparison.json").read_text())
+    rate = json.loads((folder / "baseline" / "run.json").read_text())["config"]["learning_rate"]
+    runs = {
+        name: {k: run[k] for k in ("loss", "gap", "tokens")}
+        for name, run in compared["runs"].items()
+    }
+    store("finetune", str(rate), {"start": rounded(compared["start_loss"]), "runs": runs})
 
 
 if __name__ == "__main__":
@@ -158,5 +153,8 @@ if __name__ == "__main__":
         measure(rest[0], Path(rest[1]), Path(rest[2]), "--plant" in rest)
     elif what == "costs":
         costs()
+    elif what == "finetune":
+        for folder in rest:
+            finetuned(Path(folder))
     else:
-        print(tables(json.loads(RESULTS.read_text())))
+        PAGE.write_text(written(PAGE.read_text(), json.loads(RESULTS.read_text())))

@@ -362,3 +362,11 @@ def test_a_loaded_hosvd_is_intervened_on_but_has_no_forms(model, clean, tmp_path
     assert torch.equal(through(model, parts.ablate(1))[1], through(model, whole.ablate(1))[1])
     with pytest.raises(ValueError, match="holds no quadratic forms"):
         parts.activations(clean[0])
+
+
+def test_one_long_direction_of_writing_does_not_make_another_one_orthogonal(model):
+    known = eigen(model, 2)
+    read = directions(2)
+    long = torch.stack([1e18 * read[0], read[1]])
+    parts = EigenComponents(known.eigen, layer=LAYER, write=long)
+    assert_close(parts.writes, read / read.square().sum(-1, keepdim=True), **EXACT)

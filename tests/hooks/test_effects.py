@@ -20,6 +20,7 @@ from tl_bilinear.hooks import (
     next_token_loss,
     token_losses,
 )
+from tl_bilinear.hooks.effects import mean_interval
 from tl_bilinear.tensor import hosvd
 
 MANY = torch.randint(0, 23, (7, 9), generator=torch.Generator().manual_seed(3))
@@ -219,3 +220,15 @@ def test_what_is_refused(model, edits):
         loss_added(model, TOKENS, edits, confidence=95)
     with pytest.raises(ValueError, match="batch_size must be a number of sequences"):
         loss_added(model, TOKENS, edits, batch_size=0)
+
+
+def test_intervals_are_along_the_last_dimension_whatever_stands_before():
+    values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = mean_interval(values, 0.9)
+    assert found.shape == (2, 3, 2)
+    for i in range(2):
+        for j in range(3):
+            one = values[i, j].numpy()
+            ends = stats.t.interval(0.9, 4, loc=one.mean(), scale=stats.sem(one))
+            assert_close(found[i, j].tolist(), list(ends), **EXACT)
+            assert_close(mean_interval(values[i, j], 0.9), found[i, j])

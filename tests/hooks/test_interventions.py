@@ -36,6 +36,7 @@ from tl_bilinear.hooks import (
     ProjectInput,
     ReplaceLayer,
 )
+from tl_bilinear.hooks.points import LayerPoints, require_layer_tensor
 from tl_bilinear.tensor import cp, hosvd, tucker
 
 
@@ -449,3 +450,23 @@ def test_an_intervention_of_ones_own(model):
 def test_a_chain_is_of_interventions():
     with pytest.raises(TypeError, match=r"Chain\(first, second\), got list"):
         Chain([Add(layer=0)])
+
+
+def test_a_replacement_shows_its_tensor_or_what_it_approximates(model):
+    tensor = BilinearTensor.from_model(model, LAYER)
+    assert repr(tensor) in repr(ReplaceLayer(tensor, layer=LAYER))
+    note = "here (approximation of a SwiGLU layer, linear, R^2 0.9)"
+    near = ReplaceLayer(dataclasses.replace(tensor, output_space=note), layer=LAYER)
+    assert repr(near) == (
+        f"ReplaceLayer(layer {LAYER}: approximation of a SwiGLU layer, linear, R^2 0.9)"
+    )
+
+
+def test_a_layer_without_hook_points_still_has_a_width_and_a_space():
+    bare = HookedTransformer.from_config(config(act_fn="identity", gated_mlp=True))
+    with pytest.raises(ValueError, match="has no hook point"):
+        LayerPoints.of(bare, 0)
+    tensor = BilinearTensor.from_model(bare, 0)
+    require_layer_tensor(bare, 0, tensor)
+    with pytest.raises(ValueError, match="the tensor does not fit"):
+        require_layer_tensor(bare, 0, tensor.project(torch.eye(16)[:3]))

@@ -279,3 +279,29 @@ def test_an_edit_of_two_layers_starts_at_the_first(model):
         with edit.applied(model):
             loss = next_token_loss(model(TOKENS), TOKENS)
         assert_close(found.patched[found.names.index(name)], loss, **EXACT)
+
+
+def test_a_table_has_the_means_over_tokens_of_each_component_and_read_direction(model):
+    found = check(model, eigen(model, 2), at="output", read=directions(3, seed=8))
+    table = found.to_pandas()
+    rows = [(c, r) for c in range(len(found.scale)) for r in range(3)]
+    assert len(table) == len(rows) == 12
+    for name in ("predicted", "measured"):
+        values = getattr(found, name)
+        means = [sum(values[c, r].tolist()) / values.shape[-1] for c, r in rows]
+        assert table[name].tolist() == pytest.approx(means)
+
+
+def test_sequences_go_through_the_model_as_many_at_a_time_as_asked(model):
+    sizes = []
+    watch = ("hook_embed", lambda value, hook: sizes.append(len(value)))
+    with model.hooks(fwd_hooks=[watch]):
+        one = check(model, eigen(model, 2), at="output", batch_size=1)
+        assert set(sizes) == {1}
+        assert_close(one.measured, check(model, eigen(model, 2), at="output").measured, **EXACT)
+    assert set(sizes) == {1, len(TOKENS)}
+
+
+def test_a_loss_needs_a_second_token(model):
+    with pytest.raises(ValueError, match="pos at least 2"):
+        verify(model, TOKENS[:, :1], eigen(model, 2), FEW, progress=False)

@@ -143,7 +143,7 @@ class Runner:
         # A default, or a line of a statement that goes on, has the tests of the next line that has any.
         near = (
             lines[n]
-            for n in [*range(change.line, change.line + 12), *range(change.line, change.start, -1)]
+            for n in [*range(change.line, change.line + 90), *range(change.line, change.start, -1)]
             if lines.get(n)
         )
         names = [name for name in next(near, ()) if name in items]

@@ -60,6 +60,28 @@ def test_what_was_proved_is_accepted(tmp_path, dtype, biases, embedded):
     assert claims["proved"] > 0
 
 
+@pytest.mark.parametrize("embedded", [False, True])
+def test_inputs_that_all_but_lie_on_a_boundary_do_not_spoil_a_certificate(tmp_path, embedded):
+    """Rounding hides more of their distance than a relative slack allows."""
+    t = random_tensor(40, 30, 3, True, 0, f64)
+    embedding = (normal(2, 50, 40), normal(3, 40)) if embedded else None
+    whole = folded(t, embedding)
+    x = 3 * normal(1, 30, whole.d_in)
+    first = adversarial_distances(whole, x)
+    shares = 1 - torch.logspace(-1, -13, 30, dtype=f64)[:, None]
+    x = x + shares * (first.nearest - x)
+    found = adversarial_distances(whole, x)
+    write_certificate(
+        tmp_path / "c", t, x, found.predicted, found, embedding=embedding, radii=[0.0]
+    )
+    claims = verify_certificate(tmp_path / "c", t, x, found.predicted, embedding=embedding)
+    stored, _ = load_tensors(tmp_path / "c")
+    assert bool((stored["lower"] <= found.radius).all())
+    assert int(stored["upper"].isfinite().sum()) >= 4
+    assert claims["certified"] == [[0.0, int((stored["lower"] > 0).sum())]]
+    assert claims["certified"][0][1] >= 15
+
+
 def test_the_checker_is_one_file_that_needs_numpy_only(tmp_path):
     source = Path(checker.__file__).read_text()
     lines = [line for line in source.splitlines() if line.strip()]

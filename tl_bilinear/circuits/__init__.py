@@ -14,13 +14,7 @@ from tl_bilinear.circuits.attention import (
     PairsChance,
     SelfScores,
 )
-from tl_bilinear.circuits.attention_run import (
-    AttentionRun,
-    ScoreAttribution,
-    ScoreCheck,
-    ScoreDifference,
-    why,
-)
+from tl_bilinear.circuits.attention_run import AttentionRun, why
 from tl_bilinear.circuits.composition import composed
 from tl_bilinear.circuits.graph import FeatureCircuit, FeatureGraph
 from tl_bilinear.circuits.paths import PathCheck, Paths, check_paths, paths
@@ -39,6 +33,7 @@ from tl_bilinear.circuits.residual import (
     through_head,
     virtual_weights,
 )
+from tl_bilinear.circuits.scores import ScoreAttribution, ScoreCheck, ScoreDifference
 from tl_bilinear.features.unembedding import unembedding
 
 __all__ = [

@@ -36,6 +36,7 @@ STRONGEST, QUANTILES, EACH = 6, (0.9, 0.5, 0.1), 2
 FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width by itself
 SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
 SHORTLIST = 256
+CHANCE_DRAWS = 4
 SEARCHED = 5  # tokens of each kind that a search finds a feature by
 
 
@@ -497,6 +498,8 @@ class _Language:
             columns["norm"].append(one["norm"])
             for name in ("first", "second", "coefficient"):
                 columns[name].append(unpacked_list(one["pairs"][name])[0])
+        if side == "output" and self.tensor.d_in <= FULL_SPECTRUM:
+            columns["chance"] = self._over_chance()
         found: Document = {
             "labels": list(known.labels) if known.labels is not None else None,
             "count": packed(counts),
@@ -504,6 +507,16 @@ class _Language:
             "promoted": columns.pop("promoted"),
         }
         return found | {name: packed(torch.tensor(values)) for name, values in columns.items()}
+
+    def _over_chance(self) -> list[float]:
+        """``|lambda_1| / ||Q||_F`` of every output feature, over its mean in a few draws of the null."""
+        found = self.known.spectrum_chance(
+            range(self.known.outputs.n), draws=CHANCE_DRAWS, rate=0.5, progress=False
+        )
+        null = found.null_concentration
+        ratio = torch.where(null > 0, found.concentration / null.clamp_min(1e-12), 0.0)
+        listed: list[float] = ratio.tolist()
+        return listed
 
 
 def activations_document(run: FeatureRun, row: int) -> Document:

@@ -350,13 +350,14 @@ def require_tokens(tokens: Any, at_least: int = 1) -> None:
 
 
 def _require_mask(mask: Any, tokens: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean tensor of the shape of tokens, got {what}")
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor, got {type(mask).__name__}")
     if mask.shape != tokens.shape:
         raise ValueError(
             f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
         )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}: give mask.bool()")
 
 
 def require_confidence(confidence: float) -> None:

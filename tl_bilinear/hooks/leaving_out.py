@@ -102,7 +102,8 @@ def leave_out(
     most = len(approximations) if at_most is None else at_most
     checks.require_count("at_most", most, len(approximations), "the approximations")
     options: dict[str, Any] = {"mask": mask, "batch_size": batch_size, "progress": False}
-    remaining, order = dict(approximations), list[int]()
+    remaining = dict(approximations)
+    order: list[int] = []
     losses = [loss_added(llama, tokens, Replacement(remaining), **options).difference.item()]
     with tqdm(total=most, desc="layers left out", disable=not progress) as bar:
         while len(order) < most and (budget is None or losses[-1] > budget):

@@ -81,7 +81,7 @@ class TensorAttention(Attention):
         if self.fields.attention == "difference":
             self.bilinear_lamb = nn.Parameter(torch.tensor(0.8, dtype=cfg.dtype))
         for name in scores:
-            setattr(self, f"{name}_norm", RMSNormPre(cfg) if self.fields.norm else nn.Identity())
+            setattr(self, f"{name}_norm", RMSNormPre(cfg) if self.fields.norm else None)
         self.hook_v_mixed = HookPoint()  # [batch, pos, head, d_head]
 
     def forward(
@@ -100,8 +100,8 @@ class TensorAttention(Attention):
                 "use_past_kv_cache=False to generate"
             )
         q, k, v = self.calculate_qkv_matrices(query_input, key_input, value_input)
-        q = self.hook_rot_q(self.apply_rotary(self.q_norm(q), 0, attention_mask))
-        k = self.hook_rot_k(self.apply_rotary(self.k_norm(k), 0, attention_mask))
+        q = self.hook_rot_q(self._turned(q, self.q_norm, attention_mask))
+        k = self.hook_rot_k(self._turned(k, self.k_norm, attention_mask))
         allowed = _allowed(q.shape[1], attention_mask, q.device)
         scores = self.hook_attn_scores(self._scores(q, k, allowed))
         scores2 = None
@@ -110,8 +110,8 @@ class TensorAttention(Attention):
                 self.hook_q2(_heads(query_input, self.W_Q2)),
                 self.hook_k2(_heads(key_input, self.W_K2)),
             )
-            q2 = self.hook_rot_q2(self.apply_rotary(self.q2_norm(q2), 0, attention_mask))
-            k2 = self.hook_rot_k2(self.apply_rotary(self.k2_norm(k2), 0, attention_mask))
+            q2 = self.hook_rot_q2(self._turned(q2, self.q2_norm, attention_mask))
+            k2 = self.hook_rot_k2(self._turned(k2, self.k2_norm, attention_mask))
             scores2 = self.hook_attn_scores2(self._scores(q2, k2, allowed))
         pattern = self.hook_pattern(self._pattern(scores, scores2))
         if self.layer_id == 0:
@@ -125,6 +125,10 @@ class TensorAttention(Attention):
             return out
         result = self.hook_result((z.transpose(1, 2) @ self.W_O).transpose(1, 2))
         return result.sum(2) + self.b_O
+
+    def _turned(self, rows: Tensor, norm: Any, attention_mask: Tensor | None) -> Tensor:
+        rows = rows if norm is None else norm(rows)
+        return self.apply_rotary(rows, 0, attention_mask)
 
     def _scores(self, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
         softmax = self.fields.attention in ("softmax", "difference")

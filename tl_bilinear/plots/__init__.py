@@ -4,6 +4,12 @@ Figures of the paper's studies are in the studies' own files, :mod:`tl_bilinear.
 `style` and `mosaic_figure`.
 """
 
+from tl_bilinear.plots.attention import (
+    attention_pairs_figure,
+    offset_figure,
+    score_check_figure,
+    score_figure,
+)
 from tl_bilinear.plots.decompositions import (
     change_bounds_figure,
     cp_figure,
@@ -30,6 +36,7 @@ from tl_bilinear.plots.networks import graph_figure, paths_figure
 from tl_bilinear.plots.training_curves import finetune_figure, loss_figure
 
 __all__ = [
+    "attention_pairs_figure",
     "attribution_figure",
     "change_bounds_figure",
     "correlation_figure",
@@ -45,10 +52,13 @@ __all__ = [
     "loss_added_figure",
     "loss_figure",
     "mosaic_figure",
+    "offset_figure",
     "pairs_figure",
     "paths_figure",
     "ranked_pairs_figure",
     "scatter_figure",
+    "score_check_figure",
+    "score_figure",
     "spectrum_figure",
     "statistics_figure",
     "submatrix_figure",

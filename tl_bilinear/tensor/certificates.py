@@ -43,6 +43,10 @@ GAP = 1e-4
 
 _INSIDE, _BEYOND = 1 - 1e-6, 1 + 1e-5
 
+_NEAR = 1e-10
+"""Absolute slack of a claimed distance, relative to 1 + |x|: what rounding of the margin may hide. It
+matters for inputs that all but lie on a boundary."""
+
 Embedding = tuple[Tensor, Tensor | None]
 """Directions [d, e] and offset [e] of what comes before a layer, as `BilinearTensor.fold` takes them."""
 
@@ -172,14 +176,17 @@ def _proofs_of_distances(
     # A rival that no input reaches has no multiplier of its own; a finite one proves any distance.
     for row, j in distances.multiplier.isinf().nonzero().tolist():
         multiplier[row, j] = _finite(tensor, x[row], int(distances.predicted[row]), j, target[row])
-    reached = radius.isfinite() & (radius > 0)
+    lower = (_INSIDE * target - _NEAR * (1 + x.norm(dim=1))).clamp_min(0)
+    upper = (_BEYOND + 1e-6) * radius
+    # Nearer than rounding can tell both bounds apart, the lower one is claimed alone.
+    reached = radius.isfinite() & (radius > 0) & (upper <= lower * (1 + GAP / 2))
     change = torch.where(reached[:, None], _BEYOND * (distances.nearest - x), 0.0)
     return {
         "predicted": distances.predicted,
         "rival": distances.rival,
         "multiplier": multiplier,
-        "lower": _INSIDE * target,
-        "upper": torch.where(reached, (_BEYOND + 1e-6) * radius, torch.inf),
+        "lower": lower,
+        "upper": torch.where(reached, upper, torch.inf),
         "change": change.float(),
     }
 

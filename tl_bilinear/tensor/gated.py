@@ -224,7 +224,7 @@ def approximate(
     extra: int
         Hidden neurons to add, squares of directions along which the fit leaves most
         (`tl_bilinear.tensor.widened`), and with them d_in linear ones: a larger layer that is nearer.
-        As many as there are already halve what is left, or nearly. At most d_out d_in.
+        As many as there are already took a third of what was left. At most d_out d_in.
     warn_below: float
         A warning is given where the worst of the fidelity's scores lies below; it says which.
     max_bytes: int

@@ -141,6 +141,8 @@ def proving_metric(
     change = torch.zeros_like(start, requires_grad=True)
     optimiser = torch.optim.Adam([change], lr=rate)
     best, least = start, float("inf")
+    if checks.require_int("steps", steps) < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
     for step in tqdm(range(steps + 1), unit="step", disable=not progress):
         with torch.enable_grad():
             symmetric = (change + change.T) / 2
@@ -257,6 +259,7 @@ class MarginSpectrum(Result):
 
     def answers(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
         """The class whose logit is certainly the largest, -1 where these pairs prove none."""
+        x = checks.require_matrix("x", x, self.linear.shape[1], "d, the inputs", self.linear)
         least = torch.cat([self.bounds(rows).amin(2) for rows in x.split(ROWS)])
         best, answer = least.max(1)
         return torch.where(best > 0, answer, -1)
@@ -339,13 +342,14 @@ def proved_accuracy(
 ) -> ProvedAccuracy:
     """The accuracy that k eigenpairs prove, for several k in one metric; errors as its parts'."""
     wide = as_classifier(tensor)
-    logits = wide(inputs.to(wide.left))
+    inputs = checks.require_matrix("inputs", inputs, wide.d_in, "d, the inputs", wide.left)
+    logits = wide(inputs)
     labels = as_labels(labels, logits)
     whole = margin_spectrum(tensor, max(k), metric)
     shares, numbers = [], []
     for count in sorted(k):
         known = whole.top(count)
-        shares.append(float((known.answers(inputs.to(wide.left)) == labels).double().mean()))
+        shares.append(float((known.answers(inputs) == labels).double().mean()))
         numbers.append(known.numbers)
     return ProvedAccuracy(
         torch.tensor(sorted(k)),

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.results import Result
-from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.quartic import QuarticForm
+from tl_bilinear.tensor.two_input import TwoInputForm
 
 if TYPE_CHECKING:
     import pandas
@@ -158,23 +158,23 @@ class ProductHead(Result):
 
     # ------------------------------------------------------------------ as what the solvers take
 
-    def score_tensor(self) -> BilinearTensor:
-        """Both scores as one bilinear tensor of [x, y]: [2, d_query + d_key, d_query + d_key]."""
+    def score_form(self) -> TwoInputForm:
+        """Both scores as one form of two inputs: [2, d_query, d_key]."""
         self._require_placed()
-        size = len(self.query)
-        none = self.query.new_zeros(size, self.d_key), self.query.new_zeros(size, self.d_query)
-        left = [torch.cat([q, none[0]], 1) for q in (self.query, self.query2)]
-        right = [torch.cat([none[1], k], 1) for k in (self.key, self.key2)]
         out = torch.eye(2, dtype=self.query.dtype, device=self.query.device)
-        out = out.repeat_interleave(size, 1)
-        space = None if self.space is None else f"[query, key] of {self.space}"
-        return BilinearTensor(
-            torch.cat(left), torch.cat(right), out, input_space=space, output_space="scores"
+        query, key = (None if self.space is None else f"{n} {self.space}" for n in ("query", "key"))
+        return TwoInputForm(
+            torch.cat([self.query, self.query2]),
+            torch.cat([self.key, self.key2]),
+            out.repeat_interleave(len(self.query), 1),
+            left_space=query,
+            right_space=key,
+            output_space="scores",
         )
 
     def pattern_form(self) -> QuarticForm:
         """The pattern as a quartic form of [x, y]: ``((s1 + s2)^2 - (s1 - s2)^2) / 4``."""
-        scores = self.score_tensor()
+        scores = self.score_form().stacked()
         mix = torch.tensor([[1.0, 1], [1, -1]], dtype=scores.dtype, device=scores.device)
         signs = torch.tensor([0.25, -0.25], dtype=scores.dtype, device=scores.device)
         return QuarticForm(scores.left, scores.right, mix @ scores.out, signs, scores.input_space)
@@ -183,26 +183,25 @@ class ProductHead(Result):
         """The k strongest terms of the output along a direction, exact.
 
         A term is a pair (query, key) of each score and a coordinate of the value. Its coefficient is a
-        product, so that the k best use the k best of each: pairs are found by `InteractionMatrix.top`.
+        product, so that the k best use the k best of each: pairs are found by `PairMatrix.top`.
 
         Raises ValueError for more terms than there are, or a direction of another width.
         """
         u = checks.require_vector("direction", direction, len(self.out), "d_out", self.out)
         count = self.d_query * self.d_key
         checks.require_count("k", k, count * count * self.d_key, "the terms of the head")
-        scores = self.score_tensor().interaction()
-        pairs = [_pairs(scores[n].top(min(k, count), kind="cross"), self.d_query) for n in (0, 1)]
+        axes = torch.eye(2, dtype=self.query.dtype, device=self.query.device)
+        one, two = (self.score_form().matrix(axis).top(min(k, count)) for axis in axes)
         weights = u @ self.out @ self.value
         order = weights.abs().argsort(descending=True, stable=True)[:k]
-        lists = [pairs[0][2], pairs[1][2], weights[order]]
-        chosen, values = _best_products(lists, k)
-        one, two, three = chosen.T
+        chosen, values = _best_products([one.coefficients, two.coefficients, weights[order]], k)
+        i, j, g = chosen.T
         return ProductTerms(
-            query_first=pairs[0][0][one],
-            key_first=pairs[0][1][one],
-            query_second=pairs[1][0][two],
-            key_second=pairs[1][1][two],
-            value=order[three],
+            query_first=one.first[i],
+            key_first=one.second[i],
+            query_second=two.first[j],
+            key_second=two.second[j],
+            value=order[g],
             coefficients=values,
         )
 
@@ -250,15 +249,6 @@ class ProductTerms(Result):
 
         names = ("query_first", "key_first", "query_second", "key_second", "value", "coefficients")
         return pd.DataFrame({name: getattr(self, name).tolist() for name in names})
-
-
-def _pairs(found: object, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, coefficient) of the pairs of [x, y]: a query's coordinate comes before a key's."""
-    first, second = found.first, found.second  # type: ignore[attr-defined]
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
-    crossing = (low < n) & (high >= n)  # the others are zero
-    values: Tensor = found.values  # type: ignore[attr-defined]
-    return low[crossing], high[crossing] - n, 2 * values[crossing]
 
 
 def _best_products(lists: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

@@ -254,6 +254,8 @@ def as_inputs(wide: BilinearTensor, inputs: Tensor) -> Tensor:
 
 def as_labels(labels: Tensor, like: Tensor) -> Tensor:
     """Labels [n] of the classes that `like` [n, classes] has."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != like.shape[:1]:
         raise ValueError(f"labels must be [{len(like)}], one an input, got {checks.shape(labels)}")
     if labels.is_floating_point():

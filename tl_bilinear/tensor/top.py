@@ -30,10 +30,13 @@ from tl_bilinear.tensor.factors import BLOCK_ELEMENTS, Factors
 CORNER = 1024
 """Rows and columns of the first block, which finds a threshold for the others."""
 
+_CACHE_ELEMENTS = 2**21
+"""Entries of a block of a screen on a processor: it is met several times, best where it is near."""
+
 SCREEN_FROM = 4096
 """Directions from which screening in few terms pays for itself."""
 
-_MARGIN = 0.2
+_MARGIN = 0.1
 """What the terms left out may amount to, as a share of the threshold: more saves products and costs
 candidates, which are cheap as long as they are few."""
 
@@ -214,6 +217,8 @@ def search(pairs: DirectionEntries, k: int, kind: Kind = "all") -> tuple[Tensor,
         width = limit - first
         # Where the columns get fewer from row to row, a tall block would compute what is not needed.
         step = min(BLOCK_ELEMENTS // width, max(CORNER, width // 8))
+        if screen is not None and pairs.rows.device.type == "cpu":
+            step = min(step, max(1, _CACHE_ELEMENTS // width))
         rows, columns = slice(start, min(start + max(1, step), n)), slice(first, limit)
         if screen is None:
             block = pairs.block(rows, columns)
@@ -304,7 +309,7 @@ def _at_least(score: Tensor, needed: Tensor, most: int) -> tuple[Tensor, Tensor]
     needed = needed.clamp_min(0)
     rows = (score.amax(1) >= needed).nonzero()[:, 0]
     met = score[rows] >= needed[rows, None]
-    if int(met.sum()) > most:
+    if int(torch.count_nonzero(met)) > most:
         return None
     row, column = met.nonzero(as_tuple=True)
     return rows[row], column

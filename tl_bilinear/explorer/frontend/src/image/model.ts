@@ -64,3 +64,19 @@ export function softmax(values: ArrayLike<number>): number[] {
   const total = powers.reduce((a, b) => a + b, 0);
   return powers.map((p) => p / total);
 }
+
+/** A picture, pixels from 0 to 1, as text for a link: a byte a pixel. */
+export function packDrawn(image: Float64Array): string {
+  const text = String.fromCharCode(...Array.from(image, (v) => Math.round(255 * Math.min(1, Math.max(0, v)))));
+  return btoa(text).replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
+}
+
+/** The bytes of such a text, or null where it is no picture of this size. */
+export function unpackDrawn(text: string, pixels: number): number[] | null {
+  try {
+    const bytes = Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (c) => c.charCodeAt(0));
+    return bytes.length === pixels ? bytes : null;
+  } catch {
+    return null;
+  }
+}
