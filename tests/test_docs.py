@@ -236,7 +236,12 @@ def test_links_of_readme_lead_somewhere():
 
 
 def test_method_page_shows_the_stored_benchmarks():
-    assert table() in (SITE / "method.md").read_text()
+    page = (SITE / "method.md").read_text()
+    assert table() in page
+    attention = stored("tests/benchmarks/results/attention-768.json")["seconds"]
+    assert f"takes {attention['queries and keys']:.1f} s for the first of them" in " ".join(
+        page.split()
+    )
 
 
 def test_proofs_page_shows_the_stored_certificates():
