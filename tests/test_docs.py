@@ -250,10 +250,45 @@ def test_version_is_the_same_everywhere():
     assert f"\n## {tl_bilinear.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_gallery_makes_every_figure():
+    code = "".join(
+        re.findall(r"```\{code-cell\}\n(.*?)```", (SITE / "gallery.md").read_text(), re.S)
+    )
+    assert [name for name in tl_bilinear.plots.__all__ if f"plots.{name}(" not in code] == []
+
+
+def test_notebooks_page_lists_every_notebook_once():
+    listed = re.findall(r"\]\(notebooks/(.*?\.ipynb)\)", (SITE / "notebooks.md").read_text())
+    assert listed == sorted(path.name for path in (ROOT / "demos").glob("*.ipynb"))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "demos").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks_are_committed_without_outputs(path):
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     assert not [cell for cell in cells if cell["outputs"] or cell["execution_count"] is not None]
+
+
+def test_the_numbers_of_the_explorers_folder_are_those_measured():
+    found = stored("tests/benchmarks/results/explorer/folder-1024.json")
+    case, blocks = found["case"], found["kinds"]["output"]
+    text = prose((SITE / "explorer.md").read_text())
+    assert (
+        f"d = {case['d']:,} and h = {case['hidden']:,} between two dictionaries of "
+        f"{case['features']:,} features: {found['whole_megabytes']:.0f} MB, "
+        f"{found['whole_cpu_minutes']:.0f} minutes on one core (extrapolated from {blocks['made']} of "
+        f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
+    ) in text
+    assert found["environment"]["threads"] == 1
+
+
+def test_the_stored_quickstart_says_whether_its_model_learned():
+    found = stored("demos/quickstart.json")["images"]
+    controls = found["controls"]
+    assert controls["verdict"].startswith("This model learned: of the test images it gets ")
+    assert f"{found['accuracy']:.3f} right" in controls["verdict"]
+    assert controls["shuffled"]["test_accuracy"] < 2 * controls["chance"]
+    assert controls["model"]["effective_rank"] < controls["shuffled"]["effective_rank"]
+    assert controls["model"]["certificate"] < controls["shuffled"]["certificate"]
 
 
 def main(pages: list[str]) -> None:
@@ -278,16 +313,3 @@ def main(pages: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main(sys.argv[1:])
-
-
-def test_the_numbers_of_the_explorers_folder_are_those_measured():
-    found = stored("tests/benchmarks/results/explorer/folder-1024.json")
-    case, blocks = found["case"], found["kinds"]["output"]
-    text = prose((SITE / "explorer.md").read_text())
-    assert (
-        f"d = {case['d']:,} and h = {case['hidden']:,} between two dictionaries of "
-        f"{case['features']:,} features: {found['whole_megabytes']:.0f} MB, "
-        f"{found['whole_cpu_minutes']:.0f} minutes on one core (extrapolated from {blocks['made']} of "
-        f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
-    ) in text
-    assert found["environment"]["threads"] == 1

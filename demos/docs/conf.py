@@ -1,10 +1,17 @@
-"""The documentation site: `sphinx-build -W demos/docs site`, with the extra "docs" installed."""
+"""The documentation site: `sphinx-build -W demos/docs site`, with the extra "docs" installed.
+
+It executes the notebooks and the gallery, minutes on two cores, and keeps what they give in
+demos/docs/.executed: a page is executed again when its code has changed.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
+
+import plotly
 
 import tl_bilinear
 
@@ -19,7 +26,17 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["README.md"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # `.ci/run` executes the notebooks; the site shows them
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / ".executed")
+nb_execution_timeout = 300  # seconds a cell
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "OMP_NUM_THREADS": "1",  # matrices are small: more threads wait for each other
+    "PLOTLY_RENDERER": "notebook_connected",  # figures without plotly.js: `local_plotly` adds it
+}
 # A page's `output` blocks are words; a notebook may lack the name of its lexer.
 # Types in docstrings are sentences ("int", "[batch, pos]"), no names to link.
 suppress_warnings = ["myst-nb.lexer", "ref.python"]
@@ -27,6 +44,11 @@ suppress_warnings = ["myst-nb.lexer", "ref.python"]
 html_theme = "furo"
 html_title = f"tl_bilinear {version}"
 html_theme_options = {"navigation_with_keys": True}
+html_static_path = [
+    "site.css",
+    str(Path(plotly.__file__).parent / "package_data" / "plotly.min.js"),
+]
+html_css_files = ["site.css"]
 
 default_role = "code"  # docstrings write `name`
 autodoc_member_order = "bysource"
@@ -97,5 +119,21 @@ def prepare_docstring(app, what, name, obj, options, lines) -> None:
     lines[:] = fields(lines)
 
 
+# What plotly writes around each figure to load MathJax and itself from elsewhere.
+_LOADED = re.compile(
+    r"<script[^>]*(?:cdnjs\.cloudflare\.com|cdn\.plot\.ly)[^>]*></script>"
+    r'|<script type="module">\s*import "https://cdn\.plot\.ly[^<]*</script>'
+)
+
+
+def local_plotly(app, pagename, templatename, context, doctree) -> None:
+    """Let a page's figures use the site's own plotly.js, so that a site on a disk shows them."""
+    body = context.get("body", "")
+    if "plotly-graph-div" in body:
+        source = context["pathto"]("_static/plotly.min.js", resource=True)
+        context["body"] = f'<script src="{source}"></script>' + _LOADED.sub("", body)
+
+
 def setup(app) -> None:
+    app.connect("html-page-context", local_plotly)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=100)
