@@ -23,7 +23,7 @@ from tl_bilinear.recipes.images import config_for, load_images, train_classifier
 from tl_bilinear.recipes.language import CONFIGS, LanguageConfig, LanguageData, train_language_model
 
 RESULTS = Path(__file__).parent / "results" / "tensor_transformers"
-STEPS = 120
+STEPS = 250
 CHANGES: dict[str, dict[str, Any]] = {
     "softmax": {},
     "product": {"attention": "product"},
