@@ -236,7 +236,12 @@ def test_links_of_readme_lead_somewhere():
 
 
 def test_method_page_shows_the_stored_benchmarks():
-    assert table() in (SITE / "method.md").read_text()
+    page = (SITE / "method.md").read_text()
+    assert table() in page
+    attention = stored("tests/benchmarks/results/attention-768.json")["seconds"]
+    assert f"takes {attention['queries and keys']:.1f} s for the first of them" in " ".join(
+        page.split()
+    )
 
 
 def test_proofs_page_shows_the_stored_certificates():
@@ -271,6 +276,29 @@ def test_notebooks_are_committed_without_outputs(path):
     assert not [cell for cell in cells if cell["outputs"] or cell["execution_count"] is not None]
 
 
+def test_the_numbers_of_the_explorers_folder_are_those_measured():
+    found = stored("tests/benchmarks/results/explorer/folder-1024.json")
+    case, blocks = found["case"], found["kinds"]["output"]
+    text = prose((SITE / "explorer.md").read_text())
+    assert (
+        f"d = {case['d']:,} and h = {case['hidden']:,} between two dictionaries of "
+        f"{case['features']:,} features: {found['whole_megabytes']:.0f} MB, "
+        f"{found['whole_cpu_minutes']:.0f} minutes on one core (extrapolated from {blocks['made']} of "
+        f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
+    ) in text
+    assert found["environment"]["threads"] == 1
+
+
+def test_the_stored_quickstart_says_whether_its_model_learned():
+    found = stored("demos/quickstart.json")["images"]
+    controls = found["controls"]
+    assert controls["verdict"].startswith("This model learned: of the test images it gets ")
+    assert f"{found['accuracy']:.3f} right" in controls["verdict"]
+    assert controls["shuffled"]["test_accuracy"] < 2 * controls["chance"]
+    assert controls["model"]["effective_rank"] < controls["shuffled"]["effective_rank"]
+    assert controls["model"]["certificate"] < controls["shuffled"]["certificate"]
+
+
 def main(pages: list[str]) -> None:
     """Write into pages what their blocks print now."""
     for name in pages:
@@ -293,16 +321,3 @@ def main(pages: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main(sys.argv[1:])
-
-
-def test_the_numbers_of_the_explorers_folder_are_those_measured():
-    found = stored("tests/benchmarks/results/explorer/folder-1024.json")
-    case, blocks = found["case"], found["kinds"]["output"]
-    text = prose((SITE / "explorer.md").read_text())
-    assert (
-        f"d = {case['d']:,} and h = {case['hidden']:,} between two dictionaries of "
-        f"{case['features']:,} features: {found['whole_megabytes']:.0f} MB, "
-        f"{found['whole_cpu_minutes']:.0f} minutes on one core (extrapolated from {blocks['made']} of "
-        f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
-    ) in text
-    assert found["environment"]["threads"] == 1

@@ -1,11 +1,13 @@
 """The benchmarks measure what they say: both sides of the quick cases agree. No test asserts a time."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.benchmarks import __main__ as benchmarks
+from tests.benchmarks import tensor_transformers
 from tests.benchmarks.cases import (
     CASES,
     QUICK,
@@ -75,3 +77,9 @@ def test_stored_certificates_agree_with_the_run_that_made_them():
 def test_peak_memory_is_that_of_a_fresh_process():
     ballast = torch.ones(2**28)  # a gigabyte here must not be seen there
     assert 0 < benchmarks.memory_of(QUICK[1], "nothing") < ballast.nbytes
+
+
+def test_the_page_of_tensor_transformers_states_what_is_stored():
+    page = (Path(__file__).parents[2] / "demos/docs/tensor_transformers.md").read_text()
+    for sentence in tensor_transformers.stated():
+        assert sentence in page, sentence

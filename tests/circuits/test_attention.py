@@ -11,7 +11,7 @@ from tests.circuits.building import DIRECTION, VOCABULARY
 from tests.circuits.building import model as bilinear_model
 from tests.features.building import sae
 from tests.models.building import SIZES, randomise
-from tl_bilinear import Dictionary
+from tl_bilinear import Dictionary, plots
 from tl_bilinear.circuits import (
     AttentionInteractions,
     AttentionPairs,
@@ -481,3 +481,28 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="paths are of one sequence"):
         AttentionInteractions(built, 1, 0, embedding(built)).run(TOKENS[None].expand(2, -1))
     assert "8 tokens" in repr(run)
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def test_figures_show_the_numbers(rotary):
+    _, head = rotary
+    pairs = head.top(4, 1)
+    (trace,) = plots.attention_pairs_figure(pairs).data
+    assert list(trace.x) == pytest.approx(pairs.coefficients.tolist())
+    profile = head.profile(pairs, range(5))
+    traces = plots.offset_figure(profile).data
+    assert list(traces[2].y) == pytest.approx(profile.coefficients[2].tolist())
+    built = model(positional_embedding_type="rotary")
+    run = AttentionInteractions(built, 1, 1, *dictionaries()).run(TOKENS)
+    found = run.score(6, 2)
+    figure = plots.score_figure(found, k=99)
+    assert torch.allclose(torch.tensor(figure.data[0].z).double(), found.pairs, atol=1e-5)
+    few = torch.tensor(plots.score_figure(found, k=3).data[0].z)
+    assert few.shape == (3, 3)
+    checked = run.verify(6, 2, k=2, progress=False)
+    _, features, control = plots.score_check_figure(checked).data
+    both = [*features.y, *control.y]
+    assert sorted(both) == pytest.approx(sorted(checked.measured.tolist()))
+    assert len(control.x) == checked.kinds.count("random")

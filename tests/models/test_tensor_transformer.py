@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.models.tensor_format import TOKENS, VOCABULARY, config, forward, weights, write
+from tests.models.tensor_format import TOKENS, config, forward, weights, write
 from tl_bilinear import BilinearTensor
-from tl_bilinear.circuits import direct_path, embedding, paths, through_head
+from tl_bilinear.circuits import AttentionInteractions, direct_path, embedding, paths, through_head
+from tl_bilinear.features import Dictionary
 from tl_bilinear.models import TensorTransformer
 from tl_bilinear.models.tensor_language_model import TensorLanguageConfig, TensorLanguageModel
 
@@ -272,4 +273,6 @@ def test_analyses_that_need_a_plain_stream_refuse(model):
             ValueError, match="a tensor transformer mixes the embedding into the stream"
         ):
             analysis()
-    assert model.cfg.d_vocab == VOCABULARY
+    features = Dictionary(torch.eye(16, dtype=torch.float64), hook="blocks.1.hook_resid_pre")
+    with pytest.raises(ValueError, match=r"attention scores of tensor-transformer .* are not read"):
+        AttentionInteractions(model, 1, 0, features, features)

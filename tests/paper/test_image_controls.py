@@ -10,6 +10,7 @@ import torch
 from tests.test_cli import run  # noqa: F401
 from tl_bilinear.paper import GallerySettings, QuickstartConfig, studies
 from tl_bilinear.paper.certified import certificates, certificates_figure
+from tl_bilinear.paper.explanation import contributions_figure, explain
 from tl_bilinear.paper.gallery import settings_of
 from tl_bilinear.paper.image_controls import (
     KEPT,
@@ -28,7 +29,9 @@ from tl_bilinear.paper.similarity import (
     similarity_page,
     sizes_truncation_figure,
 )
+from tl_bilinear.plots import hosvd_figure
 from tl_bilinear.recipes.images import Runs, TrainingConfig, load_images, train_classifier
+from tl_bilinear.tensor import hosvd
 
 CONFIG = TrainingConfig(size=12, noise=0.1, epochs=6, batch=32, learning_rate=0.01)
 
@@ -220,3 +223,12 @@ def test_the_help_names_every_study(run):  # noqa: F811
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", output.out).split())
     assert ", ".join(studies()) in text
     assert QuickstartConfig().controls
+
+
+def test_axes_and_colours_are_explained(found, striped):
+    model, _ = found
+    colours = hosvd_figure(hosvd(model.tensor()), names=striped.classes)
+    (grid,) = [trace for trace in colours.data if trace.type == "heatmap"]
+    assert grid.showscale is not False
+    parts = contributions_figure(explain(model, striped.test_images[0], striped.size))
+    assert [axis.title.text for axis in parts.select_yaxes()] == ["λ (v·x)²", "logit"]

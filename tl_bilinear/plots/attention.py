@@ -54,7 +54,7 @@ def score_figure(result: ScoreAttribution, k: int = 12) -> go.Figure:
         for sizes in (pairs.abs().sum(1), pairs.abs().sum(0))
     ]
     rows, columns = (
-        [f"{i}  {short(names[i])}" for i in index.tolist()]
+        [short(names[i]) for i in index.tolist()]
         for names, index in zip((result.query_labels, result.key_labels), chosen, strict=True)
     )
     table = pairs[chosen[0]][:, chosen[1]]
