@@ -23,7 +23,7 @@ copyright = "2026, the tl_bilinear authors"
 version = release = tl_bilinear.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["README.md"]
+exclude_patterns = ["README.md", ".executed"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
