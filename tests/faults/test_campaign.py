@@ -46,6 +46,8 @@ ELSEWHERE = {  # their refusals are in these tests: readers and commands of thei
     "extremes": "tensor/test_regions.py",
     "leave_out": "models/test_approximation.py",
     "linf_sdp_bound": "tensor/test_robustness.py",
+    "product_head": "circuits/test_polynomial.py",
+    "tensor_polynomial": "circuits/test_polynomial.py",
     "why": "circuits/test_attention.py",
     "compare_finetuning": "recipes/test_finetune.py",
     "make_gallery": "paper/test_gallery.py",

@@ -199,6 +199,8 @@ def test_paper_settings():
         "n_heads": 8,
         "activation": "bilinear",
         "bias": False,
+        "attention": "softmax",
+        "norm": True,
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "beta1": 0.9,
