@@ -44,6 +44,14 @@ def test_every_statement_holds(part):
     assert ways == {"lowrank", "krylov", "; dense", "NOT"}
 
 
+def test_what_is_left_out_of_pairs_that_rounding_moved():
+    """Hidden neurons cancel: values are off by more than the squares of their norm leave."""
+    case, faults, found = run(22601)
+    assert (case.kind, case.writing, case.method) == ("geometric", "cancelling", "krylov")
+    assert not faults
+    assert not bool(found.converged.any())
+
+
 @pytest.mark.campaign
 @pytest.mark.skipif(not os.environ.get("TL_BILINEAR_CAMPAIGN"), reason="takes half an hour")
 @pytest.mark.parametrize("part", range(20))

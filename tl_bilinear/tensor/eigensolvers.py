@@ -277,9 +277,12 @@ class _Krylov:
                 # Of Ritz pairs, converged or not: ||E||_F^2 = ||Q||_F^2 - sum of their squares, which
                 # leaves rounding of the squares where they cancel.
                 whole = one.frobenius_norm().square()
+                values = solved.values.abs().to(whole.dtype)
+                hidden = rounding(one.neurons(), solved.norm).to(whole.dtype)  # in each value
                 lost = 8 * torch.finfo(whole.dtype).eps * whole
-                rest = (whole - solved.values.square().sum(-1)).clamp_min(0)
-                bound = (rest + lost).sqrt()
+                lost = lost + (2 * values + hidden[:, None]).sum(-1) * hidden
+                rest = (whole - values.square().sum(-1)).clamp_min(0)
+                bound = (rest + lost).sqrt().to(solved.bound.dtype)
                 solved = solved._replace(bound=bound, rest=bound)
             for target, source in zip(pairs, solved, strict=True):
                 target[index] = source[0]
