@@ -52,6 +52,18 @@ def test_what_is_left_out_of_pairs_that_rounding_moved():
     assert not bool(found.converged.any())
 
 
+@pytest.mark.xfail(
+    strict=False, reason="known: a tail at float32's edge, 1e-5 of the norm, is missed"
+)
+def test_a_tail_at_the_edge_of_float32():
+    """One direction of 40 misses an eigenvalue of 6.5e-5 of the norm, and says it is within 1.5e-5.
+
+    One or two directions in 480 of this case, with any width of blocks; not understood.
+    """
+    _, faults, _ = run(2851)
+    assert not faults
+
+
 @pytest.mark.campaign
 @pytest.mark.skipif(not os.environ.get("TL_BILINEAR_CAMPAIGN"), reason="takes half an hour")
 @pytest.mark.parametrize("part", range(20))

@@ -270,7 +270,7 @@ def test_an_unfinished_bound_holds_where_squares_cancel(monkeypatch):
         assert "NOT converged" in found.method
         rest = Q.to(torch.float64).dense() - found.to(torch.float64).dense()
         assert (found.bound >= torch.linalg.matrix_norm(rest, ord=2)).all()
-        assert (found.bound <= 2e-3).all()
+        assert (found.bound <= 4e-3).all()  # rounding of the squares and of the values
 
 
 def test_no_tolerance_below_rounding_is_worked_for():
