@@ -148,9 +148,14 @@ def test_rows_are_parted_into_what_is_held_and_what_is_outside(seed, rows, held,
     given_rows = normal(2, rows, 12)
     if dependent and rows > 1:
         given_rows[:, -1] = 2 * given_rows[:, 0] + (normal(2, 1, held) @ inside)[:, 0]
-    noise = torch.full((2,), 1e-10, dtype=torch.float64)
-    overlaps, ahead, coupling = basis._outside(given_rows, inside, noise, torch.Generator())
-    torch.testing.assert_close(overlaps @ inside + coupling @ ahead, given_rows)
+        given_rows[:, -1] += 1e-7 * normal(2, 12)
+    noise = torch.full((2,), 1e-5, dtype=torch.float64)
+    overlaps, ahead, coupling, lost = basis._outside(
+        given_rows, inside, noise, torch.Generator().manual_seed(seed)
+    )
+    gap = torch.linalg.matrix_norm(overlaps @ inside + coupling @ ahead - given_rows)
+    assert (gap <= lost.sqrt() * (1 + 1e-6) + 1e-12).all()
+    assert bool((lost > 0).any()) == (dependent and rows > 1)
     whole = torch.cat([inside, ahead], 1)
     identity = torch.eye(held + rows, dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(whole @ whole.mT, identity)

@@ -12,7 +12,8 @@ from tl_bilinear.tensor.eigendecomposition import Which, signed
 from tl_bilinear.tensor.factors import Factors
 from tl_bilinear.tensor.probes import Chain
 
-_NOISE = 100  # times eps: what is smaller beside Q is rounding
+_NOISE = 8  # times eps: a row with less than that outside, beside Q, is dropped as rounding
+_PASSES = 4  # of orthogonalisation at most, after the first: two do almost always
 _CACHE_BYTES = 2**20  # vectors that one core holds near
 
 
@@ -25,7 +26,8 @@ class Basis:
     """Rows V [n, m, d], their images W = V Q, and H = V Q V^T [n, m, m].
 
     The images of the rows `open` reach outside: ``W[open] - H[open] V = coupling @ ahead``, with
-    orthonormal rows `ahead` [n, a, d], the next to be taken in.
+    orthonormal rows `ahead` [n, a, d], the next to be taken in. What was dropped on the way, as small as
+    rounding, is at most `dropped` [n] as a spectral norm: all else is exact for a matrix so near to Q.
     """
 
     def __init__(self, ahead: Tensor, capacity: int) -> None:
@@ -35,6 +37,7 @@ class Basis:
         self.images = ahead.new_empty(n, capacity, width)
         self.reduced = ahead.new_zeros(n, capacity, capacity)
         self.scale = ahead.new_zeros(n)  # of Q: the longest image so far
+        self._lost = ahead.new_zeros(n)  # squared
         self.open: list[int] = []
         self.ahead = ahead
         self.coupling = ahead.new_zeros(n, 0, ahead.shape[1])
@@ -54,6 +57,10 @@ class Basis:
         return self.vectors.shape[2]
 
     @property
+    def dropped(self) -> Tensor:
+        return self._lost.sqrt().double()
+
+    @property
     def _noise(self) -> Tensor:
         return _NOISE * torch.finfo(self.scale.dtype).eps * self.scale
 
@@ -61,7 +68,7 @@ class Basis:
         """The bases of some of the directions."""
         part = Basis.__new__(Basis)
         part.size, part.open = self.size, self.open
-        for name in ("vectors", "images", "reduced", "scale", "ahead", "coupling"):
+        for name in ("vectors", "images", "reduced", "scale", "_lost", "ahead", "coupling"):
             setattr(part, name, getattr(self, name)[rows])
         part.chain = None if self.chain is None else self.chain.of(rows)
         part.aside = self.aside
@@ -82,7 +89,8 @@ class Basis:
         longest = torch.linalg.vector_norm(images, dim=-1).amax(-1)
         self.scale = torch.maximum(self.scale, longest)
         held = self.vectors[:, :stop]
-        overlaps, self.ahead, self.coupling = _outside(images, held, self._noise, generator)
+        overlaps, self.ahead, self.coupling, lost = _outside(images, held, self._noise, generator)
+        self._lost += lost
         self.reduced[:, start:stop, :stop] = overlaps
         self.reduced[:, :stop, start:stop] = overlaps.mT
         if self.chain is not None:
@@ -95,7 +103,7 @@ class Basis:
         self.aside = (self.size, self.open, self.ahead, self.coupling)
         drawn = _gaussian(len(self), rows, self.width, generator, like=self.vectors)
         none = torch.zeros_like(self.scale)
-        _, self.ahead, link = _outside(drawn, self.vectors[:, : self.size], none, generator)
+        _, self.ahead, link, _ = _outside(drawn, self.vectors[:, : self.size], none, generator)
         self.chain = Chain(rows, round)
         self.chain.begin(link)
         return self.chain
@@ -107,7 +115,8 @@ class Basis:
         reaching = torch.cat([coupling @ ahead, self.coupling @ self.ahead], 1)
         held = self.vectors[:, : self.size]
         self.open = [*opened, *self.open]
-        _, self.ahead, self.coupling = _outside(reaching, held, self._noise, generator)
+        _, self.ahead, self.coupling, lost = _outside(reaching, held, self._noise, generator)
+        self._lost += lost
         self.chain = self.aside = None
 
     # ------------------------------------------------------------------ what it holds
@@ -234,17 +243,23 @@ def _gaussian(n: int, rows: int, width: int, generator: torch.Generator, like: T
 
 def _outside(
     rows: Tensor, held: Tensor, noise: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of rows [n, r, d] outside the orthonormal rows `held`: (overlaps, ahead, coupling).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The part of rows [n, r, d] outside the orthonormal rows `held`: (overlaps, ahead, coupling, lost).
 
     ``rows = overlaps @ held + coupling @ ahead`` with orthonormal rows `ahead`, orthogonal to the held
-    ones, and `coupling` lower triangular. Where less than `noise` [n] is outside, a row ahead is random.
+    ones, and `coupling` lower triangular. Where less than `noise` [n] is outside, a row ahead is random;
+    `lost` [n] is the sum of squares of what was there.
     """
     overlaps, rest = _projected_out(rows, held)
-    ahead, first = _triangular(rest, noise, generator)
-    _, ahead = _projected_out(ahead, held)  # once more: what was small beside the rows was rounded
-    ahead, second = _triangular(ahead, torch.zeros_like(noise), generator)
-    return overlaps, ahead, first @ second
+    ahead, coupling, lost = _triangular(rest, noise, generator)
+    # Once more, since what was small beside the rows was rounded; and again where that was most of it.
+    for _ in range(_PASSES):
+        _, ahead = _projected_out(ahead, held)
+        ahead, again, _ = _triangular(ahead, torch.zeros_like(noise), generator)
+        coupling = coupling @ again
+        if bool((again.diagonal(dim1=1, dim2=2) > 0.5).all()):
+            break
+    return overlaps, ahead, coupling, lost
 
 
 def _projected_out(rows: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,10 +274,16 @@ def _projected_out(rows: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     return overlaps, rest
 
 
-def _triangular(rows: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``rows = lower @ orthonormal``; a row that adds less than `noise` gives way to a random one."""
+def _triangular(
+    rows: Tensor, noise: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rows = lower @ orthonormal``; a row that adds less than `noise` gives way to a random one.
+
+    Third: the sum of squares [n] of what such rows would have added.
+    """
     result = torch.empty_like(rows)
     lower = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1])
+    gone = torch.zeros_like(noise)
     for i in range(rows.shape[1]):
         row = rows[:, i]
         for j in range(i):
@@ -277,8 +298,9 @@ def _triangular(rows: Tensor, noise: Tensor, generator: torch.Generator) -> tupl
                 fresh = fresh - torch.linalg.vecdot(fresh, result[:, j])[:, None] * result[:, j]
             row = torch.where(lost[:, None], fresh, row)
             lower[:, i, i] = torch.where(lost, 0.0, length)
+            gone = gone + torch.where(lost, length.square(), 0.0)
             length = torch.linalg.vector_norm(row, dim=-1)
         else:
             lower[:, i, i] = length
         result[:, i] = row / length[:, None]
-    return result, lower
+    return result, lower, gone

@@ -132,13 +132,14 @@ def eigenpairs(
     if not parts:
         empty = matrix.left.new_empty
         vectors = empty(0, count, width)
-        parts = [Pairs(empty(0, count), vectors, empty(0, count), empty(0), empty(0), empty(0))]
+        one = empty(0)
+        parts = [Pairs(empty(0, count), vectors, empty(0, count), one, one, one, one)]
     found = Pairs(
         *(torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
     )
     return _scaled_back(
         found,
-        rounding(matrix.neurons(), found.norm),
+        rounding(matrix.neurons(), found.norm) + found.dropped,
         exponents,
         iterative.description() if iterative.total else method,
         tol,
@@ -158,7 +159,7 @@ def _scaled_back(
     if not bool(exponents.any()):
         bound, rest = found.bound + uncertain, found.rest + uncertain
         found = found._replace(bound=bound, rest=rest)
-        return Solution(*found, uncertain, method, tol, failure)
+        return Solution(*found[:-1], uncertain, method, tol, failure)
     dtype = found.values.dtype
     small = fits(exponents, dtype)
     factor = power_of_two(exponents, dtype) if small else exponents
@@ -246,7 +247,8 @@ def _select(dense: Tensor, values: Tensor, columns: Tensor, k: int, which: Which
     values = values.gather(-1, kept)
     gaps = torch.baddbmm(vectors * values[..., None], vectors, dense, beta=-1)
     residuals = torch.linalg.vector_norm(gaps, dim=-1)
-    return Pairs(values, vectors, residuals, bound + slack, rest + slack, norm)
+    none = torch.zeros_like(norm)
+    return Pairs(values, vectors, residuals, bound + slack, rest + slack, norm, none)
 
 
 class _Krylov:

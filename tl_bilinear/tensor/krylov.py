@@ -57,7 +57,8 @@ class Pairs(NamedTuple):
     """Eigenpairs of n directions, in the order asked for, and what bounds the others.
 
     values [n, k], vectors [n, k, d], residuals [n, k]; `bound` [n] on the norm of what the pairs leave
-    out; `rest` [n], which no eigenvalue left out passes in the order asked for; `norm` [n], of Q.
+    out; `rest` [n], which no eigenvalue left out passes in the order asked for; `norm` [n], of Q;
+    `dropped` [n], the norm of a change of Q that all of this does not see.
     """
 
     values: Tensor
@@ -66,6 +67,7 @@ class Pairs(NamedTuple):
     bound: Tensor
     rest: Tensor
     norm: Tensor
+    dropped: Tensor
 
 
 @dataclass
@@ -135,7 +137,9 @@ def block_krylov(
     """
     n, width = len(matrix), matrix.d
     zeros, none = matrix.left.new_zeros, matrix.left.new_full((n,), math.inf)
-    pairs = Pairs(zeros(n, k), zeros(n, k, width), zeros(n, k), none, none.clone(), zeros(n))
+    pairs = Pairs(
+        zeros(n, k), zeros(n, k, width), zeros(n, k), none, none.clone(), zeros(n), zeros(n)
+    )
     outcome = Outcome(pairs, torch.zeros(n, dtype=torch.bool, device=matrix.device), 0)
     settings = _Settings(k, which, tol, _most_columns(width, k), matrix.neurons(), generator)
     block = block_size(n)
@@ -161,10 +165,10 @@ def _grown(run: _Run, settings: _Settings, outcome: Outcome) -> list[_Run]:
         if first == math.inf and not last and len(run.where) > 2 * _SCOUTS:
             scouts = torch.arange(_SCOUTS, device=run.where.device)
             found = basis.ritz(k, settings.which, scouts)
-            if not bool(_settled(run.where[scouts], found, settings).any()):
+            if not bool(_settled(run.where[scouts], found, basis.dropped[scouts], settings).any()):
                 continue
         ritz = basis.ritz(k, settings.which)
-        settled = _settled(run.where, ritz, settings)
+        settled = _settled(run.where, ritz, basis.dropped, settings)
         if settled.any():
             first = min(first, basis.size)
         if not (last or basis.size >= _PATIENCE * first or bool(settled.all())):
@@ -176,11 +180,11 @@ def _grown(run: _Run, settings: _Settings, outcome: Outcome) -> list[_Run]:
         return left + (_probed(run.of(done), ritz.of(done), settings, outcome) if len(done) else [])
 
 
-def _settled(index: Tensor, ritz: Ritz, settings: _Settings) -> Tensor:
+def _settled(index: Tensor, ritz: Ritz, dropped: Tensor, settings: _Settings) -> Tensor:
     """Whether the wanted pairs are good, and there is a chance to prove that they come first."""
     slack = settings.tol * ritz.norm
     # What rounding hides counts as well; where it is all of the tolerance nothing converges.
-    hidden = rounding(settings.neurons[index], ritz.norm)
+    hidden = rounding(settings.neurons[index], ritz.norm) + dropped
     good = ritz.residuals.amax(-1) <= torch.maximum(0.9 * (slack - hidden), slack / 4)
     goal, last = _goal(ritz, settings)
     for sign in settings.ends:
@@ -259,6 +263,6 @@ def _store(
         bound = torch.maximum(ends[1], ends[-1]).clamp_min(0) + coupling
         rest = torch.stack([ends[sign] for sign in settings.ends]).amax(0)
         outcome.finished[run.where] = True
-    found = Pairs(values, vectors, residuals, bound, rest, ritz.norm)
+    found = Pairs(values, vectors, residuals, bound, rest, ritz.norm, run.basis.dropped)
     for target, source in zip(outcome.pairs, found, strict=True):
         target[run.where] = source.to(target.dtype)
