@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -119,9 +120,12 @@ def require_positive(name: str, value: Any) -> int:
 
 
 def require_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    return value
+    """An integer, of numpy and torch too: tables give those."""
+    number: Any = None if isinstance(value, bool) else value
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
 def require_number(
@@ -140,6 +144,30 @@ def require_number(
     return float(value)
 
 
+def require_position(position: Any, length: int) -> int:
+    """A token of a prompt, counted from its start; negative ones count from its end."""
+    if not -length <= require_int("position", position) < length:
+        raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
+    return int(position) % length
+
+
+def require_mask(mask: Any, shape: tuple[int, ...], what: str = "token") -> Tensor:
+    """A boolean tensor of a shape, true where a token (or an input) counts."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean tensor, got {mask!r:.80}")
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"mask must be a boolean tensor of shape {list(shape)}, one entry for each {what}, got "
+            f"{mask.dtype} {list(mask.shape)}: mask.bool() makes numbers boolean"
+        )
+    return mask
+
+
+def generator(seed: Any) -> torch.Generator:
+    """Random numbers of a seed, on the CPU: a seed means the same on every device."""
+    return torch.Generator().manual_seed(require_int("seed", seed))
+
+
 def require_option(name: str, value: Any, options: tuple[str, ...]) -> None:
     if value not in options:
         listed = [repr(option) for option in options]
@@ -148,7 +176,10 @@ def require_option(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 def require_index(name: str, value: Any, size: int, what: str, like: Tensor) -> Tensor:
     """Indices into `size` things, on `like`'s device; negative ones count from the end."""
-    index = torch.as_tensor(value, device=like.device)
+    try:
+        index = torch.as_tensor(value, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must hold integer indices, got {value!r}") from None
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer indices, got {index.dtype}")
     wrong = (index < -size) | (index >= size)
@@ -162,6 +193,7 @@ def require_index(name: str, value: Any, size: int, what: str, like: Tensor) -> 
 
 
 def require_affordable(what: str, count: int, dtype: torch.dtype, limit: int, instead: str) -> None:
+    require_int("max_bytes", limit)
     size = count * dtype.itemsize
     if size > limit:
         raise MemoryError(

@@ -55,5 +55,5 @@ def test_bad_requests():
     built = model()
     with pytest.raises(ValueError, match="the first before the second, got 1 and 1"):
         composed(built, 1, 1, DIRECTION)
-    with pytest.raises(ValueError, match="a norm's scale is positive"):
+    with pytest.raises(ValueError, match="scales are scales of norms and must be positive"):
         composed(built, 0, 1, DIRECTION, scales=(1.0, 0.0))

@@ -287,6 +287,17 @@ def of_features():
         f.unembedding,
         {"beyond": (VOCABULARY, f"{VOCABULARY}"), "below": (-1, "-1"), "a word": ("a", "a")},
     )
+    named = dataclasses.replace(f.inputs, labels=[f"name {i}" for i in range(f.inputs.n)])
+    cases += each(
+        "Dictionary.labels_of(features)",
+        named.labels_of,
+        {
+            "out of range": ([f.inputs.n], f"features\\[0\\] is {f.inputs.n}, but there are"),
+            "a fraction": ([0, 1.5], "integer indices"),
+            "a word": (["3"], "integer indices"),
+            "NaN": (torch.tensor([NAN]), "integer indices"),
+        },
+    )
     cases += each("Dictionary.preactivation(x)", f.inputs.preactivation, bad_rows(D))
     cases += each("Dictionary.scale_of(x)", f.inputs.scale_of, bad_rows(D))
     cases += each(

@@ -2,9 +2,9 @@
 
 import functools
 
-from tests.faults import commands, files, proofs, settings, surface, values
+from tests.faults import commands, files, kinds, proofs, settings, surface, values
 
-TABLES = (values, surface, proofs, settings, files, commands)
+TABLES = (kinds, values, surface, proofs, settings, files, commands)
 
 
 @functools.cache

@@ -377,9 +377,9 @@ def tokens():
     masks = {
         "another shape": (
             torch.ones(2, 5, dtype=torch.bool),
-            r"mask must be boolean and of the tokens' shape",
+            r"mask must be a boolean tensor of shape",
         ),
-        "numbers": (torch.ones(2, 6), r"mask must be boolean"),
+        "numbers": (torch.ones(2, 6), r"mask must be a boolean"),
     }
     cases += each("features.run(mask)", lambda mask: f.run(TOKENS, mask=mask, **QUIET), masks)
     cases += each(
@@ -548,7 +548,7 @@ def options():
         Case(
             "loss_added(mask)",
             lambda _: loss_added(m, TOKENS, _ablation(), mask=torch.ones(1, 6), **QUIET),
-            "mask must have the shape",
+            "mask must be a boolean tensor of shape",
         ),
         Case(
             "loss_added(confidence)",

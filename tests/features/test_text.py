@@ -421,9 +421,7 @@ def test_a_mask_of_ones_own_is_kept(f, busy, tokens, unchecked):
         rare = re.fullmatch(r"(\(\d+\) )?5 \(seen (once|twice|\d times)\)", said)
         assert said in (NEVER, NOTHING) or said.startswith("anything after ") or rare
     for wrong in (mask[:, :4], mask.long()):
-        with pytest.raises(
-            ValueError, match=r"mask must be boolean and of the tokens' shape \[7, 12\]"
-        ):
+        with pytest.raises(ValueError, match=r"mask must be a boolean tensor of shape \[7, 12\]"):
             f.run(tokens, mask=wrong)
 
 

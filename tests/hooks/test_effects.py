@@ -151,7 +151,7 @@ def test_masked_targets(model):
     added = loss_added(model, TOKENS, edit, mask=mask, batch_size=2, progress=False)
     assert_close(added.clean, found, **EXACT)
     with pytest.raises(
-        ValueError, match=r"mask must have the shape of tokens, \[3, 6\], got \[3, 5\]"
+        ValueError, match=r"mask must be a boolean tensor of shape \[3, 6\].*\[3, 5\]"
     ):
         loss_added(model, TOKENS, edit, mask=mask[:, 1:], progress=False)
 

@@ -515,7 +515,7 @@ class AttentionInteractions:
         checks.require_count("draws", draws, 10**6, "draws of the null")
         pairs = self.top(k, offset)
         M, rows, keys = self.matrix(offset), self._rows("query"), self._rows("key")
-        generator = torch.Generator().manual_seed(seed)
+        generator = checks.generator(seed)
         null = []
         for _ in tqdm(range(draws), unit="draw", disable=not progress):
             rotation = random_rotation(keys.shape[1], generator).to(keys)

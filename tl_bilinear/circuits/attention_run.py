@@ -142,7 +142,7 @@ class AttentionRun:
                 taken_out = rows[side].vectors[row]
                 both = (taken_out, None) if side == 0 else (None, taken_out)
                 trials.append((name, rows[side].labels[row], *both))
-        generator = torch.Generator().manual_seed(seed)
+        generator = checks.generator(seed)
         best = pairs.abs().flatten().topk(min(k, pairs.numel())).indices.tolist()
         for place in best:
             a, b = divmod(place, pairs.shape[1])

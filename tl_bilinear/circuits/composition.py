@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,13 +50,17 @@ def composed(
     """
     require_plain_stream(model)
     count = len(model.blocks)
+    checks.require_int("first", first)
+    checks.require_int("second", second)
     if not 0 <= first < second < count:
         raise ValueError(
             f"composed layers are two of 0 to {count - 1}, the first before the second, got {first} and "
             f"{second}"
         )
-    if not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"a norm's scale is positive, got {scales}")
+    if not isinstance(scales, (tuple, list)) or len(scales) != 2:
+        raise TypeError(f"scales must be two numbers, one for each layer's norm, got {scales!r}")
+    for scale in scales:
+        checks.require_number("scales", scale, "are scales of norms", positive=True)
     early, late = (
         _before_norm(model, layer, scale, layer_tensors.get(layer))
         for layer, scale in zip((first, second), scales, strict=True)

@@ -104,9 +104,7 @@ class Upstream:
             )
         self.layer = layer % cfg.n_layers
         length = self.tokens.shape[1]
-        if not -length <= position < length:
-            raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
-        self.position = position % length
+        self.position = checks.require_position(position, length)
         self.passage: Passage = residual_passage(model, self.layer)
         # With parallel attention the MLP does not see the attention of its own layer.
         self.attention_layers = range(self.layer + (not cfg.parallel_attn_mlp))

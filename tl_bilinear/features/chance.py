@@ -203,7 +203,7 @@ def pursue_pairs(
     ``2 n^2 d`` flops a draw and pair. Raises ValueError for fewer draws than 1 / rate.
     """
     _require_draws(draws, rate)
-    generator = torch.Generator().manual_seed(seed)
+    generator = checks.generator(seed)
     form, rows = form.double(), directions.double()
     n, d = rows.shape
     lengths = rows.square().sum(1)
@@ -291,7 +291,7 @@ def pair_scores(
         raise ValueError(f"null must be one of {', '.join(get_args(PairNull))}, got {null!r}")
     if layer.d_out != 1:
         raise ValueError(f"a null is of one output at a time, the layer has {layer.d_out}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = checks.generator(seed)
     left, right = directions @ layer.left.T, directions @ layer.right.T
     p = layer.out[0]
     n, hidden = left.shape
@@ -414,7 +414,7 @@ def spectrum_chance(
     checks.require_positive("draws", draws)
     _require_rate(rate)
     layer = features.layer_tensor
-    generator = torch.Generator().manual_seed(seed)
+    generator = checks.generator(seed)
     rows = []
     for some in tqdm(index.split(16), unit="batch", disable=not progress):
         read = layer.project(features.directions[some])

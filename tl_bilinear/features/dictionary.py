@@ -156,11 +156,19 @@ class Dictionary:
         return str(feature) if self.labels is None else f"{feature} {self.labels[feature]}"
 
     def labels_of(self, features: Tensor | Iterable[int]) -> dict[int, str] | None:
-        """Names of some features, by number; None for a dictionary without labels."""
+        """Names of some features, by number; None for a dictionary without labels.
+
+        Raises TypeError and IndexError for what is no number of a feature.
+        """
         if self.labels is None:
             return None
-        numbers = features.flatten().tolist() if isinstance(features, Tensor) else features
-        return {int(i): self.labels[int(i)] for i in numbers}
+        given = features if isinstance(features, Tensor) else list(features)
+        if not len(given):
+            return {}
+        index = checks.require_index(
+            "features", given, self.n, "features", self.decoder.new_empty(0)
+        )
+        return {i: self.labels[i] for i in index.flatten().tolist()}
 
     def __repr__(self) -> str:
         kind = "matrix" if self.sae is None else type(self.sae).__name__

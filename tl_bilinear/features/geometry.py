@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import Named
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def eigen_geometry(
 
     Raises ValueError for an extra direction that is not [d].
     """
+    checks.require_positive("clusters", clusters)
     rows = [directions]
     for name, row in extra.items():
         if row.shape != vectors.shape[-1:]:

@@ -65,7 +65,6 @@ from tl_bilinear.features.passage import (
     output_hooks,
     residual_passage,
 )
-from tl_bilinear.features.populations import require_mask
 from tl_bilinear.features.run import FeatureRun, default_mask, run_model, tokenise
 from tl_bilinear.features.statistics import InteractionStatistics, interaction_statistics
 from tl_bilinear.features.streaming import stream, stream_moments
@@ -253,7 +252,9 @@ class FeatureInteractions:
         given = None if features is None else self.numbers(features)
         tokens, lengths = tokenise(self.model, text, (self.inputs, self.outputs))
         counted = (
-            default_mask(self, tokens, lengths) if mask is None else require_mask(mask, tokens)
+            default_mask(self, tokens, lengths)
+            if mask is None
+            else checks.require_mask(mask, tokens.shape)
         )
         found = stream_moments(
             self,
@@ -292,7 +293,9 @@ class FeatureInteractions:
         checks.require_positive("max_pairs", max_pairs)
         tokens, lengths = tokenise(self.model, text, (self.inputs, self.outputs))
         counted = (
-            default_mask(self, tokens, lengths) if mask is None else require_mask(mask, tokens)
+            default_mask(self, tokens, lengths)
+            if mask is None
+            else checks.require_mask(mask, tokens.shape)
         )
         counter = PairCounter(self, self.numbers(outputs).reshape(-1), max_pairs)
         for _, part in stream(
@@ -596,7 +599,7 @@ class FeatureInteractions:
     def number(self, feature: Any, side: Side = "output") -> int:
         """The number of one feature of a side, checked as `numbers` does."""
         index = self.numbers(feature, side)
-        if index.numel() != 1:
+        if index.numel() != 1 or isinstance(feature, (list, tuple)):
             raise TypeError(f"one {side} feature is read at a time, got {feature!r:.80}")
         return int(index)
 

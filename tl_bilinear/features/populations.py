@@ -69,7 +69,7 @@ def layer_moments(
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
         mask[:, 0] = False
-    mask = require_mask(mask, tokens)
+    mask = checks.require_mask(mask, tokens.shape)
     sums = MomentSums(len(points), model.cfg.d_model, tokens.device)
     last = 1 + max((point.layer for point in points), default=0)
     with tqdm(total=len(tokens), unit="sequence", disable=not progress) as bar:
@@ -95,13 +95,3 @@ def population_names(features: FeatureInteractions, index: Int[Tensor, " m"] | N
     if index is None:
         return ["tokens"]
     return [f"tokens where output feature {number} is active" for number in index.tolist()]
-
-
-def require_mask(mask: Any, tokens: Tensor) -> Tensor:
-    """Raise ValueError for a mask that is not boolean or not of the tokens' shape."""
-    if mask.shape != tokens.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be boolean and of the tokens' shape {list(tokens.shape)}, got "
-            f"{mask.dtype} {list(mask.shape)}"
-        )
-    return mask

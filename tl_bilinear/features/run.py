@@ -55,7 +55,7 @@ from tl_bilinear.features.pairs import (
     active_interactions,
 )
 from tl_bilinear.features.passage import fires_as, refuse_attached
-from tl_bilinear.features.populations import MomentSums, population_names, require_mask
+from tl_bilinear.features.populations import MomentSums, population_names
 from tl_bilinear.features.shares import FeatureShapley, feature_shapley
 from tl_bilinear.features.terms import By, FeatureTerms, MetricName, feature_terms
 from tl_bilinear.features.verification import PairCheck, check_pairs
@@ -120,6 +120,7 @@ class FeatureRun:
         """Some of the sequences: one, a slice, or their numbers; ``run[rows, :stop]`` cuts them."""
         rows, stop = rows if isinstance(rows, tuple) else (rows, slice(None))
         if isinstance(rows, int):
+            checks.require_int("sequence", rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"sequence {rows} of a run of {len(self)}")
             rows = slice(rows, rows + 1 or None)
@@ -193,7 +194,8 @@ class FeatureRun:
 
         Raises ValueError where there is no such token.
         """
-        chosen = self.hook_activations[self.mask if mask is None else mask]
+        counted = self.mask if mask is None else checks.require_mask(mask, self.mask.shape)
+        chosen = self.hook_activations[counted]
         if len(chosen) == 0:
             raise ValueError("no token was chosen")
         return chosen.mean(0)
@@ -218,7 +220,9 @@ class FeatureRun:
     def read(self, mask: Bool[Tensor, "batch pos"] | None = None) -> Iterator[ReadTokens]:
         """The tokens that count (of `mask`) as features and rest, some sequences at a time."""
         known = self.features
-        chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
+        chosen = (
+            self.mask if mask is None else self.mask & checks.require_mask(mask, self.tokens.shape)
+        )
         for start in range(0, len(self), self.batch_size):
             part = self[start : start + self.batch_size]
             at = chosen[start : start + self.batch_size]
@@ -237,7 +241,7 @@ class FeatureRun:
     ) -> tuple[Bool[Tensor, "batch pos"], str]:
         """Which tokens "all", "active" (where an output feature is), or a mask mean, and in words."""
         if isinstance(around, Tensor):
-            return self.mask & require_mask(around, self.tokens), "chosen tokens"
+            return self.mask & checks.require_mask(around, self.tokens.shape), "chosen tokens"
         if around == "all":
             return self.mask, "all tokens"
         if around != "active":
@@ -270,7 +274,11 @@ class FeatureRun:
         if features is not None and mask is not None:
             raise ValueError("give features or a mask, not both")
         if features is None:
-            chosen = self.mask if mask is None else self.mask & require_mask(mask, self.tokens)
+            chosen = (
+                self.mask
+                if mask is None
+                else self.mask & checks.require_mask(mask, self.tokens.shape)
+            )
             name = population or ("tokens" if mask is None else "chosen tokens")
             return InputMoments.of(self.x, mask=chosen, population=name, space=space)
         given = self.features.numbers(features)
@@ -288,6 +296,7 @@ class FeatureRun:
         self, feature: int, k: int = 10, *, side: Side = "output", progress: bool = True
     ) -> Examples:
         """The sequences on which a feature is most active, with its strength on every token (App. M)."""
+        checks.require_positive("k", k)
         feature = self.features.number(feature, side)
         strengths = [
             part.activations([feature], side=side)[..., 0].masked_fill(~part.mask, 0)
@@ -353,11 +362,8 @@ class FeatureRun:
         """
         known = self.features
         index = known.number(feature)
-        one = self[sequence]
-        length = int(one.lengths[0])
-        if not -length <= position < length:
-            raise IndexError(f"position {position} does not exist: the prompt has {length} tokens")
-        position %= length
+        one = self[checks.require_int("sequence", sequence)]
+        position = checks.require_position(position, int(one.lengths[0]))
         at = (0, position)
         source = None if one.source is None else one.source[at]
         reading = known.inputs.read(one.hook_activations[at], source)
@@ -544,6 +550,7 @@ class FeatureRun:
         """
         known = self.features
         index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
+        checks.require_number("ridge", ridge, "is a share of the covariance")
         terms: Any
         if metric == "euclidean" and by == "magnitude":
             terms = known.layer_tensor.interaction(known.directions[index]).eigh(k)
@@ -633,7 +640,7 @@ def run_model(
     if mask is None:
         mask = default_mask(features, tokens, lengths)
     else:
-        require_mask(mask, tokens)
+        checks.require_mask(mask, tokens.shape)
     parts: list[dict[str, Tensor]] = []
     with tqdm(total=len(tokens), unit="sequence", desc="model", disable=not progress) as bar:
         for rows in tokens.split(batch_size):

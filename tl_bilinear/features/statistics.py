@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import Named
 from tl_bilinear.tensor import InteractionMatrix
 from tl_bilinear.tensor.eigendecomposition import participation
@@ -106,6 +107,8 @@ def interaction_statistics(
 
     Raises ValueError for fewer than 3 directions.
     """
+    checks.require_positive("bins", bins)
+    checks.require_number("sigmas", sigmas, "is a number of standard deviations", positive=True)
     n = len(directions)
     if n < 3:
         raise ValueError(

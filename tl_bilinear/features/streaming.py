@@ -39,6 +39,7 @@ def stream(
     start: int = 0,
 ) -> Iterator[tuple[int, FeatureRun]]:
     """The run of `batch_size` sequences at a time, and how many sequences are then done."""
+    checks.require_positive("batch_size", batch_size)
     refuse_attached(features.model)
     with tqdm(
         total=len(tokens), initial=start, unit="sequence", desc="text", disable=not progress

@@ -79,6 +79,7 @@ def feature_terms(
         )
     if by == "fit" and metric != "active":
         raise ValueError('by="fit" fits terms where a feature is active: give metric="active"')
+    checks.require_number("ridge", ridge, "is a share of the covariance")
     known = run.features
     layer = known.layer_tensor
     checks.require_count("k", k, layer.d_in, "the width of what the layer reads")

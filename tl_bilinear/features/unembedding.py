@@ -88,7 +88,7 @@ def promoted_tokens(model: Any, row: Float[Tensor, " d_model"], k: int) -> Promo
 def most_promoted(model: Any, rows: Float[Tensor, "n d_model"], k: int) -> Int[Tensor, "n k"]:
     """The k tokens that each of n directions of the residual stream promotes most."""
     weights, matrix = model.W_U.detach(), _last_norm(model)
-    k = min(k, weights.shape[1])
+    k = min(checks.require_positive("k", k), weights.shape[1])
     step = max(1, BLOCK_ELEMENTS // weights.shape[1])
     parts = rows.to(weights).split(step)
     return torch.cat(

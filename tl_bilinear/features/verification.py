@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.features.labels import Named
 from tl_bilinear.features.passage import fires_as
 from tl_bilinear.hooks.effects import starts_at_blocks
@@ -78,7 +79,7 @@ def check_pairs(
     pairs = list(pairs)
     z = run.activations(side="input")
     Q = features.interaction(feature, basis="activations")
-    generator = torch.Generator().manual_seed(seed)
+    generator = checks.generator(seed)
     predictions: list[Tensor] = []
     measurements: list[Tensor] = []
     controls: list[Tensor] = []

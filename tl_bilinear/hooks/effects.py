@@ -78,7 +78,7 @@ def next_token_loss(
     losses = token_losses(logits, tokens)
     if mask is None:
         return losses.mean(-1)
-    _require_mask(mask, tokens)
+    checks.require_mask(mask, tokens.shape)
     weight = mask[:, 1:].to(losses)
     return (losses * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
@@ -203,7 +203,7 @@ def loss_added(
     require_tokens(tokens, at_least=2)
     require_confidence(confidence)
     if mask is not None:
-        _require_mask(mask, tokens)
+        checks.require_mask(mask, tokens.shape)
     chosen = [None, *edits.values()]
     losses: Tensor | None = None
     for rows, number, logits in each_run(model, tokens, chosen, batch_size, progress):
@@ -349,18 +349,8 @@ def require_tokens(tokens: Any, at_least: int = 1) -> None:
         )
 
 
-def _require_mask(mask: Any, tokens: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a boolean tensor, got {type(mask).__name__}")
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"mask must have the shape of tokens, {list(tokens.shape)}, got {checks.shape(mask)}"
-        )
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}: give mask.bool()")
-
-
 def require_confidence(confidence: float) -> None:
     """Raise ValueError for a confidence outside (0, 1)."""
-    if not 0 < confidence < 1:
+    checks.require_number("confidence", confidence, "must lie between 0 and 1", positive=True)
+    if confidence >= 1:
         raise ValueError(f"confidence must lie between 0 and 1 (0.95), got {confidence}")

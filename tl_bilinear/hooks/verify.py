@@ -216,7 +216,7 @@ def verify(
     components.check(model, LayerPoints.of(model, components.layer))
     index = components.index(which).flatten()
     # Away from the small seeds from which callers draw directions of their own.
-    generator = torch.Generator().manual_seed((seed + 0x5EED_5EED) % 2**32)
+    generator = checks.generator((checks.require_int("seed", seed) + 0x5EED_5EED) % 2**32)
     groups = _groups(model, components, index, at, read, linear, positions, controls, generator)
     direction = components.direction_of(index)
     number = index - direction * (components.count // len(components.reads))

@@ -357,13 +357,13 @@ def _norm(attention: Any, name: str, every: Tensor, head: int) -> HeadNorm | Non
     bias = getattr(inner, "bias", None)
     bias = torch.zeros_like(flat) if bias is None else bias.detach().double().flatten()
     rows = [v.reshape(-1, d_head)[head if len(v) > d_head else 0] for v in (flat, bias)]
-    eps = next(
-        float(getattr(inner, field))
-        for field in ("eps", "variance_epsilon", "norm_eps")
-        if isinstance(getattr(inner, field, None), (float, int, Tensor))
-    )
+    fields = ("eps", "variance_epsilon", "norm_eps")
+    given = [getattr(inner, field, None) for field in fields]
+    numbers = [float(each) for each in given if isinstance(each, (float, int, Tensor))]
+    if not numbers:
+        raise ValueError(f"{name}, a {type(inner).__name__}, has none of {', '.join(fields)}")
     centred = "LayerNorm" in type(inner).__name__ and "RMS" not in type(inner).__name__
-    return HeadNorm(rows[0], rows[1], centred, eps, whole)
+    return HeadNorm(rows[0], rows[1], centred, numbers[0], whole)
 
 
 def _normed(norm: HeadNorm | None, every: Tensor, head: int) -> Tensor:

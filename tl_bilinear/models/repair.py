@@ -113,7 +113,7 @@ def repair(
     frozen = [p for p in llama.parameters() if p.requires_grad]
     was_training = llama.training
     optimizer, schedule = _optimizer(trained, learning_rate, steps)
-    draw = torch.Generator().manual_seed(seed)
+    draw = checks.generator(seed)
     order = torch.empty(0, dtype=torch.long)
     divergences = []
     try:

@@ -31,8 +31,9 @@ def require_layer(layer: int | None, n_layers: int) -> int:
         if n_layers != 1:
             raise ValueError(f"this model has {n_layers} layers: say which one ({valid})")
         return 0
+    number: Any = None if isinstance(layer, bool) else layer
     try:
-        index = operator.index(layer)
+        index = operator.index(number)
     except TypeError:
         raise TypeError(f"layer must be a number ({valid}), got {layer!r}") from None
     if not -n_layers <= index < n_layers:

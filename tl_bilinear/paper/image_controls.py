@@ -151,7 +151,7 @@ class Controls(Result):
 
 def shuffled_labels(data: ImageData, seed: int = 0) -> ImageData:
     """`data` with its training labels permuted: each class keeps its share, and no image its meaning."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = checks.generator(seed)
     order = torch.randperm(len(data.train_labels), generator=generator)
     name = f"{data.name}, training labels shuffled"
     return replace(data, train_labels=data.train_labels[order], name=name)

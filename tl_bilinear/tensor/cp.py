@@ -234,7 +234,7 @@ def cp(
         init = init if isinstance(init, str) else init.whiten(metric)
     factors, power = source.factors.normalised_together()
     layer = BilinearTensor(factors.left, factors.right, factors.weights)
-    generator = torch.Generator().manual_seed(checks.require_int("seed", seed))
+    generator = checks.generator(seed)
     start, norm = _first_start(layer, rank, init, generator)
     target = _Target.of(layer, norm)
     fits = []

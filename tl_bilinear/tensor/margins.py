@@ -96,7 +96,9 @@ def moment_metric(
     Raises ValueError for moments of another width or space, a power or ridge outside [0, 1].
     """
     wide = as_classifier(tensor)
-    if not 0 <= power <= 1 or not 0 <= ridge <= 1:
+    power = checks.require_number("power", power, "lies between 0 and 1")
+    ridge = checks.require_number("ridge", ridge, "lies between 0 and 1")
+    if power > 1 or ridge > 1:
         raise ValueError(f"power and ridge lie between 0 and 1, got {power} and {ridge}")
     basis = span(wide)
     second, centre = _in_span(wide, basis, moments, ridge, centred)

@@ -86,12 +86,7 @@ class InputMoments(Result):
         if x.ndim < 2:
             raise ValueError(f"x must be inputs [..., d], got shape {checks.shape(x)}")
         if mask is not None:
-            if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"mask must be boolean of shape {list(x.shape[:-1])}, one for each input, got "
-                    f"{checks.shape(mask)} {mask.dtype}"
-                )
-            x = x[mask]
+            x = x[checks.require_mask(mask, x.shape[:-1], "input")]
         rows = x.detach().reshape(-1, x.shape[-1])
         if not len(rows):
             raise ValueError("moments need at least one input, and none was given or chosen")

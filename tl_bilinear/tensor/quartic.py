@@ -288,7 +288,7 @@ class QuarticForm(Result):
         )
 
     def _starts(self, count: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = checks.generator(seed)
         drawn = torch.randn(count, self.d, generator=generator).to(self.left)
         informed = min(count // 2, self.n)
         strongest = self.coefficients.abs().topk(informed).indices

@@ -181,6 +181,7 @@ def spectrum(
             tensor.out,
         )
     checks.require_count("k", k, tensor.d_in, "d_in, the width of the interaction matrices")
+    checks.require_positive("max_bytes", max_bytes)
     norms, traces = _norms_and_traces(tensor, directions)
     index = torch.arange(len(norms), device=tensor.device)
     if screen is not None:
