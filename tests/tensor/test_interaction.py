@@ -324,6 +324,7 @@ def test_screening_in_few_rounded_terms_loses_no_pair(kind, dtype, seed, n, d, k
     directions = normal(seed + 2, n, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(top_module, "SCREEN_FROM", 1)
+        patch.setattr(top_module, "_FLAT", 2.0)  # never
         patch.setattr(top_module, "CORNER", 8)
         patch.setattr(
             top_module, "_MARGIN", 1.0
@@ -334,6 +335,28 @@ def test_screening_in_few_rounded_terms_loses_no_pair(kind, dtype, seed, n, d, k
     expected = brute_force_top(dense, k, kind)
     assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
     assert_close(dense[top.first, top.second], top.values, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["all", "cross"])
+@given(seeds, st.integers(20, 60), st.integers(2, 12), st.integers(1, 6))
+def test_a_flat_matrix_is_searched_block_by_block(kind, seed, n, d, k):
+    t = BilinearTensor(*normal(seed, 2, 8, d), normal(seed + 1, 1, 8))
+    directions = normal(seed + 2, n, d)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(top_module, "SCREEN_FROM", 1)
+        patch.setattr(top_module, "_FLAT", 0.0)
+        patch.setattr(top_module, "CORNER", 8)
+        patch.setattr(top_module.DirectionEntries, "of_matrix", None)
+        top = t.interaction()[0].top(k, kind=kind, directions=directions)
+    expected = brute_force_top(t.fold(directions).dense()[0], k, kind)
+    assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
+
+
+def test_what_counts_as_flat():
+    random = normal(0, 200, 200)
+    decaying = torch.diag(0.9 ** torch.arange(200, dtype=torch.float64))
+    assert top_module._is_flat(random + random.T)
+    assert not top_module._is_flat(decaying)
 
 
 def test_the_margin_is_what_keeps_pairs(monkeypatch):
@@ -347,6 +370,7 @@ def test_the_margin_is_what_keeps_pairs(monkeypatch):
         exact = t.interaction()[0].top(5, directions=directions)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(top_module, "SCREEN_FROM", 1)
+            patch.setattr(top_module, "_FLAT", 2.0)
             patch.setattr(top_module, "CORNER", 30)
             patch.setattr(top_module, "_MARGIN", 1.0)
             patch.setattr(top_module, "_faster_dtype", lambda weighted: torch.bfloat16)

@@ -36,6 +36,9 @@ _CACHE_ELEMENTS = 2**21
 SCREEN_FROM = 4096
 """Directions from which screening in few terms pays for itself."""
 
+_FLAT = 0.3
+"""Share of d above which Q's effective rank leaves a screen nothing to save."""
+
 _MARGIN = 0.1
 """What the terms left out may amount to, as a share of the threshold: more saves products and costs
 candidates, which are cheap as long as they are few."""
@@ -105,9 +108,9 @@ class DirectionEntries:
         )
 
     @classmethod
-    def of_matrix(cls, matrix: Factors, directions: Tensor) -> DirectionEntries:
-        """``D Q D^T`` through the eigenpairs of Q."""
-        values, vectors = torch.linalg.eigh(matrix.dense()[0])  # of normalised factors
+    def of_matrix(cls, matrix: Tensor, directions: Tensor) -> DirectionEntries:
+        """``D Q D^T`` through the eigenpairs of Q [d, d], of normalised factors."""
+        values, vectors = torch.linalg.eigh(matrix)
         leading = values.abs().argsort(descending=True)  # the leading terms come first
         values, vectors = values[leading], vectors[:, leading]
         weighted = directions @ (vectors * values.abs().sqrt())
@@ -182,8 +185,28 @@ def strongest_of_directions(
 
     A few more than k: those whose order against the k-th rounding leaves open.
     """
-    rows, columns = search(DirectionEntries.of_matrix(matrix, directions), k, kind)
+    dense = matrix.dense()[0]
+    if len(directions) >= SCREEN_FROM and _is_flat(dense):
+        return _all_entries(dense, directions, k, kind)
+    rows, columns = search(DirectionEntries.of_matrix(dense, directions), k, kind)
     return torch.minimum(rows, columns), torch.maximum(rows, columns)
+
+
+def _is_flat(matrix: Tensor) -> bool:
+    """Whether few terms say too little for a screen, by ``tr(Q^2)^2 / tr(Q^4)``, d / 2 if random."""
+    squared = matrix @ matrix
+    return float(matrix.square().sum() ** 2 / squared.square().sum()) > _FLAT * len(matrix)
+
+
+def _all_entries(matrix: Tensor, directions: Tensor, k: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """`strongest_of_directions` where nothing can be left out: every block is computed, once."""
+    best = Strongest(k, like=directions, slack=1e-3)
+    through = directions @ matrix
+    for start in range(0, len(directions), CORNER):
+        block = through[start : start + CORNER] @ directions[start:].T
+        row, column = _candidates(block, start, kind, best.threshold / 2, k)
+        best.add(row, column, block[row - start, column - start])
+    return best.first, best.second
 
 
 def search(pairs: DirectionEntries, k: int, kind: Kind = "all") -> tuple[Tensor, Tensor]:
@@ -282,7 +305,9 @@ def _candidates(
     k strongest say what is needed.
     """
     score = _score(block, kind, diagonal=0.5) if symmetric else block.abs()
-    if needed <= 0 and score.numel() > 4 * k:
+    if needed <= 0 and len(score) >= 8 * k:  # k rows have an entry of at least this
+        needed = float(score.amax(1).topk(k).values[-1])
+    elif needed <= 0 and score.numel() > 4 * k:
         needed = float(score.flatten().topk(k).values[-1])
     found = _at_least(score, score.new_full((len(score),), needed), score.numel())
     assert found is not None
