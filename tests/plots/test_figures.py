@@ -13,6 +13,7 @@ from tl_bilinear.plots.decompositions import both_ends
 from tl_bilinear.plots.style import NEGATIVE, POSITIVE, rounded
 from tl_bilinear.tensor import (
     InputRegion,
+    Metric,
     change_bounds,
     cp,
     hosvd,
@@ -71,6 +72,19 @@ def test_eigenvectors_of_several_matrices_are_one_row_each(eigen):
     captions = texts(figure)[:16]
     assert captions[4:6] == [f"{value:+.2f}" for value in eigen.values[1].topk(2).values.tolist()]
     assert texts(figure)[16:20] == ["a", "b", "c", "d"]
+
+
+def test_filters_stand_beside_their_patterns(eigen):
+    with pytest.raises(ValueError, match="filters and patterns differ in a metric"):
+        plots.filters_figure(eigen, SIZE)
+    x = torch.randn(50, eigen.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1:] += x[:, :-1]  # neighbours vary together
+    metric = Metric.of_samples(x, 0.1)
+    weighted = replace(eigen, metric=metric)
+    figure = plots.filters_figure(weighted, SIZE, k=1, names=["a", "b", "c", "d"])
+    assert texts(figure).count("filter 1") == texts(figure).count("pattern 1") == 1
+    same = plots.filters_figure(replace(eigen, metric=Metric.of_samples(x, 1.0)), SIZE, k=1)
+    assert figure.data[0].source != same.data[0].source
 
 
 def test_eigenvectors_of_other_coordinates(eigen):

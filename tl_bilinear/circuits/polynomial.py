@@ -155,7 +155,7 @@ def product_head(model: Any, layer: int, head: int) -> ProductHead:
 
 @torch.no_grad()
 def tensor_polynomial(
-    model: Any, tokens: Int[Tensor, "pos"] | Tensor | str | None = None
+    model: Any, tokens: Int[Tensor, " pos"] | Tensor | str | None = None
 ) -> TensorPolynomial:
     """A tensor transformer as a polynomial of its embeddings, ``hook_embed``, read from its weights.
 

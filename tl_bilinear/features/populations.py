@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.hooks.points import LayerPoints
 from tl_bilinear.tensor import InputMoments
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
+from tl_bilinear import checks
 from tl_bilinear.models.approximation import mlp_inputs
 from tl_bilinear.models.spaces import is_hooked
 from tl_bilinear.results import Result

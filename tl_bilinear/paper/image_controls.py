@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tl_bilinear import checks
 from tl_bilinear.paper.certified import certificates
 from tl_bilinear.paper.image_spectra import pixel_spectra
 from tl_bilinear.recipes.images import ImageClassifier, ImageData, Runs, TrainingConfig

@@ -16,10 +16,14 @@ from tl_bilinear.recipes.images import ImageClassifier, ImageData
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE
 from tl_bilinear.recipes.images.training import accuracy
 from tl_bilinear.results import Result
-from tl_bilinear.tensor import Eigendecomposition
+from tl_bilinear.tensor import Eigendecomposition, InputMoments
 
 if TYPE_CHECKING:
     import pandas
+
+
+RIDGE = 0.05
+"""Of the metric of images: as much as lets border pixels, which hardly vary, not decide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,18 @@ def pixel_spectra(model: ImageClassifier) -> Eigendecomposition:
     """The eigenpairs of every class in pixel space that can differ from zero: at most `size` of them."""
     tensor = model.tensor(PIXEL_SPACE)
     return tensor.interaction().eigh(min(tensor.d_in, tensor.d_hidden))
+
+
+def metric_spectra(
+    model: ImageClassifier, data: ImageData, k: int, ridge: float = RIDGE
+) -> Eigendecomposition:
+    """The k largest eigenpairs of every class in the metric of the training images, in pixel space.
+
+    Its vectors are filters, its `patterns` what images that excite them have in common.
+    """
+    moments = InputMoments.of(data.train_images, population="training images", space=PIXEL_SPACE)
+    form = model.tensor(PIXEL_SPACE).interaction()
+    return form.eigh(min(k, form.d), metric=moments.metric(ridge))
 
 
 def as_images(model: ImageClassifier, eigen: Eigendecomposition) -> Eigendecomposition:

@@ -16,13 +16,15 @@ from tl_bilinear.paper.image_spectra import (
     ClassSpectra,
     Truncation,
     class_spectra,
+    metric_spectra,
     truncate,
     truncation_figure,
 )
 from tl_bilinear.paper.page import SummaryTable
-from tl_bilinear.plots import eigenvectors_figure
+from tl_bilinear.plots import eigenvectors_figure, filters_figure
 from tl_bilinear.recipes.images import ImageData, TrainingConfig, TrainingResult, train_classifier
 from tl_bilinear.recipes.images.model import EMBEDDING_SPACE, PIXEL_SPACE
+from tl_bilinear.tensor import Eigendecomposition
 
 KEPT = (1, 3, 5, 10, 20)
 STORED = 10  # eigenvectors of each class
@@ -36,6 +38,7 @@ class ImageQuickstart:
 
     Attributes
     ----------
+    weighted: the largest eigenpairs in the metric of the training images, in pixel space
     truncation: test accuracy with the k largest eigenpairs of each class, in pixel space
     difference: largest absolute difference between the model's and its tensor's logits on test images
     seconds: of training and analysis
@@ -45,6 +48,7 @@ class ImageQuickstart:
     data: ImageData
     training: TrainingResult
     spectra: ClassSpectra
+    weighted: Eigendecomposition
     truncation: Truncation
     difference: float
     seconds: float
@@ -118,7 +122,7 @@ class ImageQuickstart:
         ]
 
     def figures(self) -> dict[str, Any]:
-        """The figures of the report: "truncation", and for each space one of every class."""
+        """The figures of the report: "truncation", "filters", and for each space one of every class."""
         size = self.data.size
         by_class = {
             space: [
@@ -127,7 +131,9 @@ class ImageQuickstart:
             ]
             for space in (PIXEL_SPACE, EMBEDDING_SPACE)
         }
-        return {"truncation": truncation_figure(self.truncation), **by_class}
+        names = [f"class {name}" for name in self.data.classes]
+        filters = filters_figure(self.weighted, size, names=names)
+        return {"truncation": truncation_figure(self.truncation), "filters": filters, **by_class}
 
     def save(self, folder: Path) -> None:
         """Write eigenvectors.safetensors, of both spaces, and model.safetensors into a folder."""
@@ -167,6 +173,14 @@ def image_quickstart(
     if controls:
         checked = image_controls(training.model, data, training.config, progress=progress)
     seconds = time.monotonic() - start
+    weighted = metric_spectra(training.model, data, STORED)
     return ImageQuickstart(
-        data, training, spectra, truncation, float(difference.abs().max()), seconds, checked
+        data,
+        training,
+        spectra,
+        weighted,
+        truncation,
+        float(difference.abs().max()),
+        seconds,
+        checked,
     )

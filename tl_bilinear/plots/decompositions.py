@@ -97,6 +97,53 @@ def eigenvectors_figure(
     )
 
 
+def filters_figure(
+    eigen: Eigendecomposition,
+    size: Sequence[int],
+    *,
+    k: int = 2,
+    names: Sequence[str] | None = None,
+    title: str = "",
+) -> go.Figure:
+    """The k top positive eigenvectors of matrices in a metric: each as a filter and as a pattern.
+
+    A filter is what an image is multiplied with; its pattern is what images that excite it have in
+    common (`Eigendecomposition.patterns`). To know what a term answers to, look at the pattern.
+
+    Parameters
+    ----------
+    eigen: of several matrices, one row each
+    size: (height, width) of the images that the coordinates are; names: of the matrices
+
+    Raises ValueError for eigenvectors without a metric, where the two are the same.
+    """
+    if eigen.metric is None:
+        raise ValueError(
+            "filters and patterns differ in a metric: eigh(metric=moments.metric(ridge))"
+        )
+    values = eigen.values.reshape(-1, eigen.k)
+    signs = torch.where(
+        eigen.patterns.sum(-1, keepdim=True) < 0, -1.0, 1.0
+    )  # mostly blue: arbitrary
+    pictures = [
+        (signs * each).reshape(-1, eigen.k, eigen.d).to(values)
+        for each in (eigen.vectors, eigen.patterns)
+    ]
+    tiles, captions = [], []
+    for i, row in enumerate(values):
+        ends = [both_ends(row, each[i], k) for each in pictures]
+        tiles.append(torch.stack([both[:k] for both, _ in ends], 1).flatten(0, 1))
+        captions.append([text for value in ends[0][1][:k] for text in (value, "")])
+    return mosaic_figure(
+        torch.stack(tiles),
+        size,
+        rows=[f"matrix {i}" for i in range(len(values))] if names is None else names,
+        columns=[f"{kind} {i + 1}" for i in range(k) for kind in ("filter", "pattern")],
+        captions=captions,
+        title=title,
+    )
+
+
 def both_ends(values: Tensor, images: Tensor, k: int) -> tuple[Tensor, list[str]]:
     """The k largest positive, then the k most negative: images [2 k, pixels] and their values as text.
 
