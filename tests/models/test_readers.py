@@ -440,6 +440,30 @@ class Fused(nn.Module):
         return getattr(self, self.names[1])(up * gate)
 
 
+class Bare(nn.Module):
+    def __init__(self, a=(8, 5), c=(3, 8)):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b, self.c = (
+            nn.Parameter(torch.randn(shape, generator=generator).double()) for shape in (a, a, c)
+        )
+
+    def forward(self, x):
+        return ((x @ self.a.T) * (x @ self.b.T)) @ self.c.T
+
+
+def test_bare_parameters_under_any_names():
+    module = Bare()
+    tensor = BilinearTensor.from_mlp(module, maps=("a", "b", "c"))
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(tensor(x), module(x).detach())
+    assert tensor.left.data_ptr() != module.a.data_ptr()
+    with pytest.raises(ValueError, match=r"has no linear map 'd'.*it has a, b, c"):
+        BilinearTensor.from_mlp(module, maps=("a", "b", "d"))
+    with pytest.raises(ValueError, match="forward"):
+        BilinearTensor.from_mlp(module, maps=("a", "a", "c"))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_maps_under_any_names(bias):
     module, x = Renamed(bias), torch.randn(5, 6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tl_bilinear.paper.image_spectra import class_spectra, truncate, truncation_figure
+from tl_bilinear.paper.image_spectra import class_spectra, like_nearest, truncate, truncation_figure
 from tl_bilinear.recipes.images import TrainingConfig, load_images, train_classifier
 
 
@@ -58,3 +58,9 @@ def test_full_mnist_reaches_the_papers_accuracy(shared_data):
     ).accuracy
     assert twenty > result.accuracy - 0.02
     assert one < result.accuracy - 0.1
+
+
+def test_signs_are_those_of_the_nearest_row():
+    others = torch.eye(4)[:3][None]
+    rows = torch.tensor([[[0.1, -0.9, 0.0, 0.1], [0.8, 0.0, 0.3, 0.0]]])
+    assert like_nearest(rows, others).flatten().tolist() == [-1.0, 1.0]

@@ -269,7 +269,7 @@ def read_torch_bilinear(module: Any) -> BilinearTensor | None:
 
 
 def read_named_maps(value: Any) -> BilinearTensor | None:
-    """Linear maps that the caller has named: left, right and out, or both in one and out."""
+    """Maps or matrices that the caller has named: left, right and out, or both in one and out."""
     if not isinstance(value, NamedMaps):
         return None
     module, maps = value.module, value.maps
@@ -278,10 +278,11 @@ def read_named_maps(value: Any) -> BilinearTensor | None:
             "maps are three names (left, right, out), or two where one matrix holds left and right, "
             f"got {maps!r}"
         )
-    tensor = _read_plain(module, tuple(maps), None)
+    tensor = _read_plain(module, tuple(maps), ())
     if tensor is not None:
         return tensor
     linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    linear += [n for n, one in module.named_parameters() if n.rpartition(".")[0] not in linear]
     missing = ", ".join(repr(name) for name in maps if name not in linear)
     raise ValueError(
         f"this {type(module).__name__} has no linear map {missing}; it has "
@@ -292,7 +293,7 @@ def read_named_maps(value: Any) -> BilinearTensor | None:
 def _read_plain(
     module: Any,
     map_names: tuple[str, ...],
-    bias_names: tuple[str, str, str] | None,
+    bias_names: tuple[str, ...] | None,
     *,
     copy: Any = copied,
     spaces: Spaces = (None, None),
@@ -307,7 +308,8 @@ def _read_plain(
         biases = [None if one.bias is None else copied(one.bias) for one in maps]
     elif all(isinstance(one, Tensor) for one in maps) and bias_names is not None:
         factors = [copy(one) for one in maps]
-        biases = [copied_bias(getattr(module, name, None)) for name in bias_names]
+        named = bias_names or ("",) * 3  # matrices without maps bring no biases
+        biases = [copied_bias(getattr(module, name, None)) for name in named]
     else:
         return None
     if len(factors) == 2:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tl_bilinear.paper.image_spectra import as_images
+from tl_bilinear.paper.image_spectra import as_images, like_nearest
 from tl_bilinear.paper.registry import Page, register
 from tl_bilinear.plots import eigenvectors_figure, hosvd_figure
 from tl_bilinear.recipes.images import ImageData, Runs, TrainingConfig
@@ -28,13 +28,20 @@ class HOSVDSettings:
 @register("hosvd", HOSVDSettings)
 def hosvd_page(data: ImageData, settings: HOSVDSettings, runs: Runs) -> Page:
     model, plots, held = runs.train(data, [settings.config])[0].model, [], {}
+    first = shown = None
     for space, where in _WHERE.items():
         components = hosvd(model.tensor(space))
-        assert components.interactions is not None
-        if space == PIXEL_SPACE:
+        form = components.interactions
+        assert form is not None
+        if first is None:
+            first = components
             plots.append(hosvd_figure(components, names=data.classes))
             held["share of the squared norm, first 3"] = float(components.explained[:3][-1])
-        found = as_images(model, components.interactions.eigh(min(settings.config.size, 40)))
+        # A component and its negative are the same: as in the first space, so that colours agree.
+        form = replace(form, weights=like_nearest(components.vectors, first.vectors) * form.weights)
+        found = as_images(model, form.eigh(min(settings.config.size, 40)))
+        shown = found if shown is None else shown
+        found = replace(found, vectors=like_nearest(found.vectors, shown.vectors) * found.vectors)
         names = [f"component {i + 1}" for i in range(len(components.values))]
         plots.append(eigenvectors_figure(found, data.size, names=names, title=where))
     return Page(

@@ -62,14 +62,21 @@ def class_spectra(model: ImageClassifier) -> ClassSpectra:
     embedding = model.tensor(EMBEDDING_SPACE).interaction().eigh()
     pixel = model.tensor(PIXEL_SPACE).interaction().eigh()
     mapped = as_images(model, embedding)
-    cosines = mapped.vectors @ pixel.vectors.mT
-    nearest = cosines.gather(-1, cosines.abs().argmax(-1, keepdim=True))
-    signs = torch.where(nearest < 0, -1.0, 1.0).to(nearest)
+    signs = like_nearest(mapped.vectors, pixel.vectors)
     return ClassSpectra(
         pixel,
         replace(embedding, vectors=signs * embedding.vectors),
         replace(mapped, vectors=signs * mapped.vectors),
     )
+
+
+def like_nearest(
+    rows: Float[Tensor, "*n k d"], others: Float[Tensor, "*n m d"]
+) -> Float[Tensor, "*n k 1"]:
+    """Signs that turn rows towards the other row that they are nearest to, up to its sign."""
+    cosines = rows @ others.mT
+    nearest = cosines.gather(-1, cosines.abs().argmax(-1, keepdim=True))
+    return torch.where(nearest < 0, -1.0, 1.0).to(nearest)
 
 
 def pixel_spectra(model: ImageClassifier) -> Eigendecomposition:

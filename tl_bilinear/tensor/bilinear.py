@@ -111,7 +111,8 @@ class BilinearTensor(FactoredForm):
         maps: sequence of str, optional
             The names of torch.nn.Linear submodules, where it is a class of your own: left, right and
             out, such as ``("w1", "w3", "w2")``, or two names where the first is one matrix whose output
-            is cut into halves, left then right. "mlp.w1" is w1 of a submodule mlp.
+            is cut into halves, left then right. "mlp.w1" is w1 of a submodule mlp. Bare parameters serve
+            too, without biases: left and right [d_hidden, d_in], out [d_out, d_hidden].
 
         A plain module's forward is compared with what was read, on random inputs.
 
