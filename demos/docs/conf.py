@@ -1,7 +1,8 @@
 """The documentation site: `sphinx-build -W demos/docs site`, with the extra "docs" installed.
 
 It executes the notebooks and the gallery, minutes on two cores, and keeps what they give in
-demos/docs/.executed: a page is executed again when its code has changed.
+demos/docs/.executed: a page is executed again when its code has changed. The explorer's page is written
+once, to demos/docs/.explorer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ version = release = tl_bilinear.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["README.md", ".executed"]
+html_extra_path = [".explorer"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
@@ -58,6 +60,9 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_attr_annotations = False  # shapes stand in the text
+
+EXPLORER = HERE / ".explorer" / "explore.html"
+EXPLORER.parent.mkdir(exist_ok=True)
 
 # The notebooks lie beside this folder, and Sphinx reads only what is in it.
 NOTEBOOKS = HERE / "notebooks"
@@ -134,6 +139,25 @@ def local_plotly(app, pagename, templatename, context, doctree) -> None:
         context["body"] = f'<script src="{source}"></script>' + _LOADED.sub("", body)
 
 
+def write_explorer(app) -> None:
+    """The page in which the quickstart ends: digits, and the model that ships."""
+    if EXPLORER.exists():
+        return
+    from tl_bilinear.explorer import explore, image_panel
+    from tl_bilinear.explorer.opening import demo_panel, demo_run
+    from tl_bilinear.recipes.images import TrainingConfig, load_images, train_classifier
+
+    data = load_images()
+    digits = train_classifier(data, TrainingConfig(), progress=False)
+    facts = {"accuracy": f"{digits.accuracy:.3f} on {len(data.test_labels):,} other images"}
+    panels = [
+        demo_panel(demo_run(progress=False)),
+        image_panel(digits.model, data, title=f"Images: {data.name}", facts=facts),
+    ]
+    explore(panels, EXPLORER, title="tl_bilinear: explorer", open=False, progress=False)
+
+
 def setup(app) -> None:
+    app.connect("builder-inited", write_explorer)
     app.connect("html-page-context", local_plotly)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=100)
