@@ -45,16 +45,17 @@ class Result(Storable):
         return dataclasses.replace(self, **changed)  # type: ignore[type-var]
 
     def __repr__(self) -> str:
+        # Never shortened: what comes from an approximate layer says so, and how near it is.
+        note = getattr(self, "approximation", None)
         parts = [
             f"{field.name}={_short(getattr(self, field.name))}"
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if field.repr
-            and field.name != "approximation"
+            and not (field.name == "approximation" and isinstance(note, str))
             and getattr(self, field.name) is not None
         ]
-        # Never shortened: what comes from an approximate layer says so, and how near it is.
-        note = getattr(self, "approximation", None)
-        return f"{type(self).__name__}({f'{note}: ' if note else ''}{', '.join(parts)})"
+        said = f"{note}: " if isinstance(note, str) and note else ""
+        return f"{type(self).__name__}({said}{', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         head = f"<code>{html.escape(repr(self))}</code>"

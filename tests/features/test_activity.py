@@ -90,6 +90,7 @@ def test_scatter(f, tokens, tmp_path):
     assert_close(torch.corrcoef(pair)[0, 1], correlation.everywhere[0, 1], rtol=1e-8, atol=1e-8)
     assert int(found.active.sum()) == int(correlation.counts[0])
     assert len(found.to_pandas()) == 7 * 11
+    assert "approximation=" in repr(found)  # here a field of numbers, not a layer's note
     found.save(tmp_path / "x")
     assert torch.equal(ActivationScatter.load(tmp_path / "x").active, found.active)
 

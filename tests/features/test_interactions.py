@@ -10,6 +10,7 @@ from tests.features.building import N_IN, N_OUT, TOKENS, D, model, sae
 from tests.models.building import config
 from tl_bilinear import BilinearTensor, Dictionary, FeatureInteractions
 from tl_bilinear.circuits import unembedding
+from tl_bilinear.explorer import language_panel
 from tl_bilinear.features import (
     EigenGeometry,
     FeatureSweep,
@@ -318,6 +319,8 @@ def test_a_gated_layer_that_is_not_bilinear_is_read_through_its_approximation():
     run = f.run(tokens[:1])
     errors = [run.attribute(3, position).error for position in range(2, 6)]
     assert max(errors) > 1e-9  # an approximation, and it says so
+    shown = language_panel(run, title="layer 1").manifest["facts"]
+    assert shown["not the model's own layer"].startswith("approximation of a silu layer")
     measured = f.outputs.preactivation(cache["blocks.1.hook_mlp_out"][0, 4])[3]
     assert run.attribute(3, 4).measured == pytest.approx(float(measured))
     plain = HookedTransformer.from_config(fields, bilinear=False)  # its MLP has no hook_in

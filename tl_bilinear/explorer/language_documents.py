@@ -27,7 +27,7 @@ from tl_bilinear.features.labels import pieces
 from tl_bilinear.features.passage import residual_passage
 from tl_bilinear.features.unembedding import token_names, unembedding
 from tl_bilinear.io import digest_of
-from tl_bilinear.tensor import Eigendecomposition, InteractionMatrix
+from tl_bilinear.tensor import Eigendecomposition, InteractionMatrix, approximation_note
 
 BLOCK = 64  # features in a document
 PAIRS, TOKENS, NEIGHBOURS, FEEDS = 20, 10, 8, 12
@@ -59,7 +59,9 @@ def language_panel(
             f"{run.features.inputs!r} has directions but no activations, so no token can be taken "
             f"apart: give an SAE, or Dictionary(..., encode=)"
         )
-    return _Language(run, title, dict(facts or {}), name).panel()
+    note = approximation_note(run.features.layer_tensor)
+    said = {} if note is None else {"not the model's own layer": note}
+    return _Language(run, title, {**said, **(facts or {})}, name).panel()
 
 
 @dataclass(frozen=True, eq=False)
