@@ -85,9 +85,24 @@ export interface FeatureData {
   eigenvalues?: Float32Array;
   eigenvectors?: Matrix;
   null_eigenvalues?: Float32Array;
+  /** What if, computed beforehand for some of the examples. */
+  effects?: { row: number; position: number; effects: Effect[] }[];
   /** Of input features: output features with d Q d^T; [output, other input, coefficient]. */
   own?: [number, number][];
   crossed?: [number, number, number][];
+}
+
+/** What a change of the layer's output at a token does to the next token. */
+export interface Effect {
+  kind: "eigen" | "feature" | "pair";
+  factor: number;
+  k?: number;
+  first?: number;
+  second?: number;
+  /** Token, probability before and after. */
+  tokens: [string, number, number][];
+  divergence: number;
+  controls: number[];
 }
 
 export interface Columns {
