@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import webbrowser
 
 import pytest
+import torch
 
 from tests.explorer import building
 from tests.explorer.conftest import visiting
-from tl_bilinear import cli, explore
+from tl_bilinear import cli, explore, spectrum
 from tl_bilinear.explorer import opening
 
 
@@ -34,7 +36,7 @@ def test_a_run_is_explored_and_opened(tmp_path, opened):
 def test_in_a_notebook_the_page_shows_in_a_frame(tmp_path, browser):
     view = explore(building.panel("plain"), tmp_path / "page.html", open=False, progress=False)
     notebook = tmp_path / "notebook.html"
-    notebook.write_text(f"<!doctype html><body>{view._repr_html_()}</body>")
+    notebook.write_text(f"<!doctype html><body>{view.frame()}</body>")
     with visiting(browser, allowed=("file:", "data:", "blob:", "about:")) as tab:
         tab.goto(notebook.as_uri())
         frame = tab.frame_locator("iframe")
@@ -72,3 +74,25 @@ def few_features(run, **words):
         known.model, known.layer, few(known.inputs.sae), few(known.outputs.sae)
     )
     return language_panel(replace(run, features=cut), **words)
+
+
+def test_features_are_explored_on_a_text(tmp_path):
+    features = building.run("plain").features
+    view = explore(features, tmp_path / "p.html", text=building.TOKENS, open=False, progress=False)
+    assert view.run.features.layer == features.layer
+    assert torch.equal(view.run.tokens, building.TOKENS)
+
+
+def test_what_holds_no_layer_is_refused_in_a_sentence(tmp_path):
+    run = building.run("plain")
+    unchecked = inspect.unwrap(explore)  # the tests check types before it
+    with pytest.raises(ValueError, match=r"explore\(features, text=\.\.\.\) or explore\(run\)"):
+        unchecked(run.features, tmp_path / "p.html", open=False)
+    with pytest.raises(ValueError, match=r"text= goes with FeatureInteractions"):
+        unchecked(run, tmp_path / "p.html", text=building.TOKENS, open=False)
+    found = spectrum(run.features.hook_tensor, run.features.directions, k=2, progress=False)
+    with pytest.raises(TypeError, match="got Spectrum, which has eigenvalues but no layer"):
+        unchecked(found, tmp_path / "p.html", open=False)
+    with pytest.raises(TypeError, match="or panels, got list"):
+        unchecked([1], tmp_path / "p.html", open=False)
+    assert list(tmp_path.iterdir()) == []

@@ -377,6 +377,7 @@ def test_a_token_is_chosen_by_keyboard_and_kept_in_the_link(page, tab):
 PLACES = [
     "#/plain", "#/plain/input", "#/plain/output/3", "#/norm/input/5", "#/plain/text/1?token=4",
     "#/plain/about", "#/image", "#/plain/output/3?order=text", "#/plain/output/3?metric=active",
+    "#/plain/output/3?with=5", "#/plain/input/2?with=4",
 ]  # fmt: skip
 
 
@@ -537,3 +538,36 @@ def test_what_does_not_exist_is_said(page, tab):
     tab.locator("[role=alert]").filter(
         has_text="There is no output feature 999: they are numbered from 0 to 29."
     ).first.wait_for()
+
+
+def test_two_features_side_by_side(page, tab):
+    run = building.run("plain")
+    features = run.features
+    held = (run.activations() != 0) & run.mask[..., None]
+    first = int(held.sum((0, 1)).argmax())
+    tab.goto(at(page, f"#/plain/output/{first}"))
+    tab.get_by_role("link", name="side by side").click()
+    tab.wait_for_selector("[data-forms]")
+    second = int(tab.get_by_label("Compare it with").input_value())
+    rows = features.outputs.decoder
+    assert second == int(torch.cosine_similarity(rows, rows[first, None]).argmin())
+    pair = features.directions[[first, second]]
+    cosine = float(torch.cosine_similarity(*pair, dim=0))
+    assert value(tab, "[data-cosine]", "data-cosine") == pytest.approx(cosine, abs=1e-5)
+    forms = features.hook_tensor.interaction(pair).dense()
+    alike = float(torch.cosine_similarity(*forms.flatten(1), dim=0))
+    assert value(tab, "[data-forms]", "data-forms") == pytest.approx(alike, abs=1e-5)
+    both = held[..., first] & held[..., second]
+    assert value(tab, "[data-both]", "data-both") == int(both.sum())
+    strongest = features.top(first, 8)
+    directions = features.input_directions
+    for b, c in zip(strongest.first.tolist(), strongest.second.tolist(), strict=True):
+        for a, Q in zip((first, second), forms, strict=True):
+            shown = value(tab, f'[data-pair="{b}.{c}"][data-of="{a}"]', "data-value")
+            expected = float(directions[b] @ Q @ directions[c]) * (1 if b == c else 2)
+            assert shown == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    tab.get_by_label("Compare it with").fill(str(first))
+    tab.get_by_label("Compare it with").press("Enter")
+    tab.wait_for_function("() => document.querySelector('[data-cosine]')?.dataset.cosine > 0.9999")
+    tab.get_by_role("link", name=f"Back to feature {first}").click()
+    tab.get_by_role("heading", name="Why, at one token").wait_for()

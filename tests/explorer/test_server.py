@@ -93,7 +93,7 @@ def test_an_effect_is_that_of_the_hooks(address, demo):
     assert found["divergence"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert len(found["controls"]) == 8
     largest = int((after.exp() - before.exp()).abs().argmax())
-    assert found["tokens"][0]["after"] == pytest.approx(float(after[largest].exp()), rel=1e-4)
+    assert found["tokens"][0][2] == pytest.approx(float(after[largest].exp()), rel=1e-3)
     nothing = post(address, "/api/effect", {**asked, "factor": 1.0})[1]
     assert abs(nothing["divergence"]) < 1e-6
 
@@ -111,7 +111,30 @@ def test_own_text_is_the_model_s(address, demo):
     [
         ("/api/text", {}, "type some text first"),
         ("/api/text", {"text": "word " * 600}, "the page takes 256"),
-        ("/api/effect", {"row": "x"}, "row, position, feature, k and factor are numbers"),
+        ("/api/effect", {"row": "x"}, "row, position and feature are numbers"),
+        (
+            "/api/effect",
+            {"feature": 1, "row": 0, "position": 3, "factor": 0},
+            "k, factor: give numbers",
+        ),
+        (
+            "/api/effect",
+            {"feature": 1, "row": 0, "position": 3, "factor": 0, "kind": "bias"},
+            "kind must be 'eigen', 'feature' or 'pair', got 'bias'",
+        ),
+        (
+            "/api/effect",
+            {
+                "feature": 1,
+                "row": 0,
+                "position": 3,
+                "factor": 0,
+                "kind": "pair",
+                "first": 1,
+                "second": 99,
+            },
+            "input features are 0 to 47",
+        ),
         (
             "/api/effect",
             {"feature": 999, "k": 1, "factor": 0, "row": 0, "position": 3},

@@ -218,6 +218,25 @@ def write_folder(
     return out / PAGE
 
 
+def told(page: Path, behind: str) -> bytes:
+    """A page, told what stands behind it: "server" or "notebook"."""
+    mark = b'<div id="explorer">'
+    return page.read_bytes().replace(
+        mark, f'<div id="explorer" data-served="{behind}">'.encode(), 1
+    )
+
+
+def read_part(page: Path, name: str) -> Document:
+    """A document of a folder, by the folder's page.
+
+    Raises ValueError for a name that is none of the folder's.
+    """
+    store = _Store(page.parent / DATA)
+    if not (_NAME.fullmatch(name) and store.path(name).is_file()):
+        raise ValueError(f"there is no part {name!r} beside {page}")
+    return store.read(name)
+
+
 def _manifest(panels: list[Panel], title: str) -> Document:
     return {
         "format": FORMAT,

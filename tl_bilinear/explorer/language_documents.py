@@ -20,12 +20,14 @@ from torch import Tensor
 
 from tl_bilinear import checks
 from tl_bilinear.explorer.documents import Document, Panel, Read, packed, unpacked
+from tl_bilinear.explorer.whatif import Change, WhatIf, writes_itself
 from tl_bilinear.features import Dictionary, FeatureRun
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.geometry import unit
 from tl_bilinear.features.labels import pieces
 from tl_bilinear.features.passage import residual_passage
 from tl_bilinear.features.unembedding import token_names, unembedding
+from tl_bilinear.hooks.effects import starts_at_blocks
 from tl_bilinear.io import digest_of
 from tl_bilinear.tensor import Eigendecomposition, InteractionMatrix, approximation_note
 
@@ -37,6 +39,7 @@ FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width b
 SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
 SHORTLIST = 256
 CHANCE_DRAWS = 4
+EFFECTS, EFFECT_TOKENS, EFFECT_CONTROLS = 2, 5, 4  # what if: of how many examples, beforehand
 SEARCHED = 5  # tokens of each kind that a search finds a feature by
 
 
@@ -346,12 +349,40 @@ class _Language:
                     "norm": float(self._norms[feature]),
                     "eigenvalues": packed(eigen.values[i]),
                 }
+                if self._what is not None:
+                    one["effects"] = self._effects(feature, examples)
                 if not full:
                     one["eigenvectors"] = packed(eigen.vectors[i])
                 found.append(one)
             return {"features": self._with_directions("output", part, found)}
 
         return make
+
+    @cached_property
+    def _what(self) -> WhatIf | None:
+        """None where it would take long: many features, or a model that cannot start at a block."""
+        if self.known.outputs.n > SEARCHED_WHOLE or not starts_at_blocks(self.known.model):
+            return None
+        return WhatIf(self.run, controls=EFFECT_CONTROLS, changed=EFFECT_TOKENS)
+
+    def _effects(self, feature: int, examples: list[list[Any]]) -> list[Document]:
+        """Changes at the strongest examples: eigenvectors, the feature, its strongest pair there."""
+        assert self._what is not None
+        found = []
+        for row, position, _, quantile in examples[:EFFECTS]:
+            if quantile != 1:
+                continue
+            changes = [Change("eigen", 0.0, k=2), Change("eigen", 2.0, k=2)]
+            if writes_itself(self.run):
+                changes.append(Change("feature", 0.0))
+            pairs = self.run.attribute(feature, position, row).to_pandas(1)
+            changes += [
+                Change("pair", 0.0, first=int(pair["first"]), second=int(pair["second"]))
+                for pair in pairs.to_dict("records")
+            ]
+            effects = self._what.effects(feature, row, position, changes)
+            found.append({"row": row, "position": position, "effects": effects})
+        return found
 
     def _pairs(
         self, part: range, Q: InteractionMatrix, eigen: Eigendecomposition

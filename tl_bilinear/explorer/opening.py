@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import webbrowser
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,34 @@ from tl_bilinear.demo import (
     load_demo_saes,
     load_demo_tokens,
 )
+from tl_bilinear.explorer import notebook
 from tl_bilinear.explorer.config import ExploreConfig
 from tl_bilinear.explorer.documents import Panel, write_folder, write_page
 from tl_bilinear.explorer.image_documents import image_panel
 from tl_bilinear.explorer.language_documents import language_panel
 from tl_bilinear.features import FeatureInteractions, FeatureRun
+from tl_bilinear.features.examples import Side
 from tl_bilinear.io import is_ours, mark, refuse_foreign
 from tl_bilinear.paper.quickstart import KIND, Quickstart
+from tl_bilinear.tensor import Spectrum
 
 
 @dataclass(frozen=True)
 class PageView:
     """A page that was written. In a notebook it shows itself.
 
+    With anywidget (the extra ``notebook``) it shows as a widget: `selected` is the feature that the page
+    shows, and text of one's own and interventions are answered by the model. Without, as a plain frame.
+
     Attributes
     ----------
     path: the HTML file; height: of the frame in a notebook, in pixels
+    run: what the model's answers come from; None for a page of panels
     """
 
     path: Path
     height: int = 800
+    run: FeatureRun | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         return f"PageView({self.path}, {self.path.stat().st_size / 1e6:.1f} MB)"
@@ -43,8 +52,30 @@ class PageView:
         """Open the page in a browser."""
         webbrowser.open(self.path.resolve().as_uri())
 
-    def _repr_html_(self) -> str:
-        """A frame with the page in it: notebooks may not show files from disk, so it is held whole."""
+    @cached_property
+    def widget(self) -> Any:
+        """The page as an ``anywidget.AnyWidget``; its trait `place` is the page's address.
+
+        Raises ImportError without anywidget.
+        """
+        return notebook.page_widget(self.path, self.run, self.height)
+
+    @property
+    def selected(self) -> tuple[Side, int] | None:
+        """The feature that the page shows in a notebook, ("output", 12); None for another place."""
+        return notebook.selected(self.widget.place)
+
+    def select(self, side: Side, feature: int) -> None:
+        """Show a feature in the page in a notebook, of the panel that `explore` names "language"."""
+        self.widget.place = f"#/language/{side}/{feature}"
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        if notebook.available():
+            return self.widget._repr_mimebundle_(**options)
+        return {"text/plain": repr(self), "text/html": self.frame()}
+
+    def frame(self) -> str:
+        """HTML of a frame that holds the page whole: a notebook may not show files from disk."""
         page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
         return (
             f'<iframe srcdoc="{page}" title="explorer" '
@@ -53,9 +84,10 @@ class PageView:
 
 
 def explore(
-    what: FeatureRun | Panel | list[Panel],
+    what: FeatureRun | FeatureInteractions | Panel | list[Panel],
     out: str | Path = "explorer.html",
     *,
+    text: Any = None,
     title: str | None = None,
     folder: bool = False,
     open: bool = True,
@@ -65,9 +97,11 @@ def explore(
 
     Parameters
     ----------
-    what: FeatureRun, Panel or several
+    what: FeatureRun, FeatureInteractions, Panel or several panels
         Features of a run that have no labels get them from its text.
     out: the HTML file, or with `folder` the folder, to write; what an earlier call wrote is replaced
+    text: with FeatureInteractions only: the text that examples come from, as `FeatureInteractions.run`
+        takes it
     title: str, optional
         By default the layer.
     folder: bool
@@ -75,14 +109,39 @@ def explore(
         Interrupted and called again, it goes on.
     open: bool
         Open the page in a browser.
+
+    Raises ValueError for FeatureInteractions without a text, or a text with anything else; TypeError
+    for what holds no layer, such as a Spectrum.
     """
+    if isinstance(what, FeatureInteractions):
+        if text is None:
+            raise ValueError(
+                "a page shows features on a text: explore(features, text=...) or explore(run)"
+            )
+        what = what.run(text, progress=progress)
+    elif text is not None:
+        raise ValueError("text= goes with FeatureInteractions; a run has its own")
+    run = None
     if isinstance(what, FeatureRun):
         run = what.labelled(progress=progress)
         panels = [language_panel(run, title=title or f"Layer {run.features.layer}")]
+    elif isinstance(what, Panel):
+        panels = [what]
+    elif isinstance(what, list | tuple) and all(isinstance(each, Panel) for each in what):
+        panels = list(what)
     else:
-        panels = [what] if isinstance(what, Panel) else list(what)
+        raise TypeError(
+            f"a page shows a FeatureRun, FeatureInteractions with text=, or panels, "
+            f"got {type(what).__name__}"
+            + (
+                ", which has eigenvalues but no layer: give the features that it is of"
+                if isinstance(what, Spectrum)
+                else ""
+            )
+        )
     write = write_folder if folder else write_page
-    view = PageView(write(panels, out, title=title or "tl_bilinear", progress=progress))
+    path = write(panels, out, title=title or "tl_bilinear", progress=progress)
+    view = PageView(path, run=run)
     if open:
         view.open()
     return view
@@ -144,7 +203,7 @@ def explore_demo(
         demo_panel(run), config.out, title="tl_bilinear: explorer", folder=config.folder,
         open=False, progress=progress,
     )  # fmt: skip
-    return view, run
+    return replace(view, run=run), run
 
 
 def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = True) -> PageView:

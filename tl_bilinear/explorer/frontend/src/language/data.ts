@@ -3,6 +3,7 @@
 import {
   around,
   attribute,
+  cosine,
   dot,
   eigen,
   form,
@@ -85,9 +86,24 @@ export interface FeatureData {
   eigenvalues?: Float32Array;
   eigenvectors?: Matrix;
   null_eigenvalues?: Float32Array;
+  /** What if, computed beforehand for some of the examples. */
+  effects?: { row: number; position: number; effects: Effect[] }[];
   /** Of input features: output features with d Q d^T; [output, other input, coefficient]. */
   own?: [number, number][];
   crossed?: [number, number, number][];
+}
+
+/** What a change of the layer's output at a token does to the next token. */
+export interface Effect {
+  kind: "eigen" | "feature" | "pair";
+  factor: number;
+  k?: number;
+  first?: number;
+  second?: number;
+  /** Token, probability before and after. */
+  tokens: [string, number, number][];
+  divergence: number;
+  controls: number[];
 }
 
 export interface Columns {
@@ -110,6 +126,16 @@ export interface TokenSum {
   measured: number | null;
   activation: number;
   word: string;
+}
+
+export interface Comparison {
+  /** Of the directions; of the interaction matrices, where the page forms them. */
+  cosine: number;
+  forms: number | null;
+  /** On how many tokens each is active, both are, and would be if they were independent. */
+  tokens: { first: number; second: number; both: number; expected: number };
+  /** The strongest pairs of both, with each one's coefficient. */
+  pairs: { first: number; second: number; coefficients: [number, number] }[];
 }
 
 export type Order = "weights" | "text" | "active";
@@ -483,6 +509,43 @@ export class Language {
       }
       return pairs.sort((a, b) => Math.abs(b.mean!) - Math.abs(a.mean!)).slice(0, count);
     });
+  }
+
+  /** Two features of a side, side by side. */
+  async compare(side: Side, first: number, second: number, count = 8): Promise<Comparison> {
+    const [e, f, one, other] = await Promise.all([
+      this.direction(side, first),
+      this.direction(side, second),
+      this.activeTokens(side, first),
+      this.activeTokens(side, second),
+    ]);
+    const places = new Set(one.map((each) => `${each.row}.${each.position}`));
+    const both = other.filter((each) => places.has(`${each.row}.${each.position}`)).length;
+    const expected = (one.length * other.length) / Math.max(1, this.manifest.counted);
+    const found: Comparison = {
+      cosine: cosine(e, f),
+      forms: null,
+      tokens: { first: one.length, second: other.length, both, expected },
+      pairs: [],
+    };
+    if (side === "input") return found;
+    if (this.small) {
+      const [P, Q] = await Promise.all([this.form(first), this.form(second)]);
+      found.forms = cosine(P.Q, Q.Q);
+    }
+    const strongest = await Promise.all([first, second].map((a) => this.pairs(a, "weights")));
+    const pairs = new Map(
+      strongest.flatMap((each) => each!.slice(0, count)).map((p) => [`${p.first}.${p.second}`, p]),
+    );
+    const members = [...new Set([...pairs.values()].flatMap((p) => [p.first, p.second]))];
+    const place = new Map(members.map((b, i) => [b, i]));
+    const entries = await Promise.all([first, second].map((a) => this.submatrix(a, members)));
+    found.pairs = [...pairs.values()].map((p) => {
+      const at = place.get(p.first)! * members.length + place.get(p.second)!;
+      const factor = p.first === p.second ? 1 : 2;
+      return { first: p.first, second: p.second, coefficients: [factor * entries[0][at], factor * entries[1][at]] };
+    });
+    return found;
   }
 
   /** Sums of gain z_b z_c / s^2 over the tokens that count (on which an output feature is active). */

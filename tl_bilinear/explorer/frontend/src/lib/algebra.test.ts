@@ -4,6 +4,7 @@ import {
   around,
   attribute,
   correlation,
+  cosine,
   dot,
   eigen,
   evaluate,
@@ -162,4 +163,15 @@ it("the semicircle has the norm that it was given", () => {
 
 it("a matrix is applied row by row", () => {
   expect([...apply({ rows: 2, columns: 3, data: Float64Array.from([1, 2, 3, 4, 5, 6]) }, Float64Array.from([1, 0, -1]))]).toEqual([-2, -2]);
+});
+
+describe("cosine", () => {
+  it("is that of the angle, whatever the lengths, and 0 beside a zero vector", () => {
+    for (const angle of [0, 0.3, 2, Math.PI]) {
+      const a = [3, 0];
+      const b = [0.5 * Math.cos(angle), 0.5 * Math.sin(angle)];
+      expect(cosine(Float64Array.from(a), Float64Array.from(b))).toBeCloseTo(Math.cos(angle), 12);
+    }
+    expect(cosine(Float64Array.from([1, 2]), Float64Array.from([0, 0]))).toBe(0);
+  });
 });

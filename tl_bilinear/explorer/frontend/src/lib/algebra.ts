@@ -70,6 +70,12 @@ export interface Form {
   constant: number;
 }
 
+/** Cosine of two vectors; 0 where one is zero. */
+export function cosine(a: Vector, b: Vector): number {
+  const size = Math.sqrt(dot(a, a) * dot(b, b));
+  return size > 0 ? dot(a, b) / size : 0;
+}
+
 /** Q, l and c along hidden weights p. */
 export function form(layer: Layer, p: Vector): Form {
   const d = layer.left.columns;

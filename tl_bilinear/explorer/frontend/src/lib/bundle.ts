@@ -1,5 +1,10 @@
 // Reads a bundle: the manifest and the documents of the page or of the folder beside it.
 
+import { BundleError } from "./errors";
+import { ask, hasModel, inNotebook } from "./model";
+
+export { BundleError };
+
 export const FORMAT = "tl_bilinear.explorer";
 export const VERSION = 1;
 
@@ -58,9 +63,6 @@ export interface Manifest {
   title: string;
   panels: PanelManifest[];
 }
-
-/** What is wrong with a bundle, in one sentence that the page shows. */
-export class BundleError extends Error {}
 
 const BYTES: Record<string, number> = { float32: 4, float16: 2, int32: 4, int16: 2, uint8: 1 };
 
@@ -153,6 +155,8 @@ async function fetchDocument(name: string): Promise<Json> {
       throw new BundleError(`This page is damaged: its part "${name}" is not whole. Write it again.`);
     }
   }
+  // A notebook may not load files from disk: Python reads them.
+  if (inNotebook()) return ask<Json>("part", { name });
   return new Promise((resolve, reject) => {
     const script = document.createElement("script");
     script.src = `data/${name}.js`;
@@ -186,13 +190,8 @@ export function readManifest(): Manifest {
     throw new BundleError("This page is damaged: its manifest cannot be read. Write it again.");
   }
   const manifest = checkManifest(found);
-  if (served()) for (const panel of manifest.panels) if (panel.kind === "language") panel.served = true;
+  if (hasModel()) for (const panel of manifest.panels) if (panel.kind === "language") panel.served = true;
   return manifest;
-}
-
-/** Whether a server with the model stands behind this page. */
-function served(): boolean {
-  return document.getElementById("explorer")?.dataset.served !== undefined;
 }
 
 export function checkManifest(found: Manifest): Manifest {

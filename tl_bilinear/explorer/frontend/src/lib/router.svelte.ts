@@ -1,3 +1,4 @@
+import { inNotebook } from "./model";
 import { href, parse, type Route } from "./route";
 
 export const router: { route: Route } = $state({ route: parse(location.hash) });
@@ -9,12 +10,25 @@ window.addEventListener("hashchange", () => {
   router.route = parse(location.hash);
 });
 
+// In a notebook's widget Python knows the place, and may change it.
+if (inNotebook()) {
+  addEventListener("message", ({ source, data }) => {
+    if (source === parent && data?.tlBilinear === "place") router.route = parse(data.place);
+  });
+  parent.postMessage({ tlBilinear: "ready" }, "*");
+}
+
+function move(link: string): void {
+  router.route = parse(link);
+  if (inNotebook()) parent.postMessage({ tlBilinear: "place", place: link }, "*");
+}
+
 if (framed) {
   document.addEventListener("click", (event) => {
     const link = (event.target as Element).closest?.("a")?.getAttribute("href");
     if (!link?.startsWith("#/") || event.defaultPrevented) return;
     event.preventDefault();
-    router.route = parse(link);
+    move(link);
     scrollTo(0, 0);
   });
 }
@@ -24,11 +38,11 @@ export function refine(changes: Record<string, string | number>): void {
   const { path, query } = router.route;
   const link = href(path, { ...query, ...changes });
   if (!framed) history.replaceState(null, "", link);
-  router.route = parse(link);
+  move(link);
 }
 
 /** Go to a place, as a link would. */
 export function go(path: (string | number)[], query: Record<string, string | number> = {}): void {
-  if (framed) router.route = parse(href(path, query));
+  if (framed) move(href(path, query));
   else location.hash = href(path, query);
 }
