@@ -1,6 +1,7 @@
 """How far gated models can be read as bilinear ones, measured: ``python -m tests.gated``.
 
     python -m tests.gated model NAME FOLDER DATA [--plant]   # of a Llama and its `tl-bilinear data`
+    python -m tests.gated pieces NAME FOLDER DATA            # several forms by region, and wider ones
     python -m tests.gated costs                              # seconds and bytes of one layer
     python -m tests.gated finetune FOLDER ...                # runs of `tl-bilinear finetune`
     python -m tests.gated table                              # into demos/docs/swiglu.md
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 from tests.gated.cost import cost
+from tests.gated.pieces import PiecewiseReplacement, pieces
 from tests.gated.planting import plant
 from tests.gated.tables import PAGE, RESULTS, written
 
@@ -119,6 +121,30 @@ def measure(name, folder, data, planted):
         print(label, steps[label], flush=True)
 
 
+def compare_pieces(name, folder, data):
+    from transformers import LlamaForCausalLM
+
+    from tl_bilinear.hooks import loss_added
+    from tl_bilinear.models.approximation import mlp_inputs
+    from tl_bilinear.recipes.language import LanguageData
+
+    llama = LlamaForCausalLM.from_pretrained(folder).eval()
+    text = LanguageData.load(data)
+    rows = torch.tensor(text.train[:FIT]["input_ids"]).long()
+    held_out = torch.tensor(text.validation[:SCORE]["input_ids"]).long()
+    inputs = mlp_inputs(llama, rows, progress=False)
+    middle, found = llama.config.num_hidden_layers // 2, {}
+    for label, neurons, modules in pieces(llama, inputs, llama.config.intermediate_size):
+        one = {middle: modules[middle]}
+        edits = {"one": PiecewiseReplacement(one), "all": PiecewiseReplacement(modules)}
+        mask = held_out != text.tokenizer.bos_token_id
+        added = loss_added(llama, held_out, edits, mask=mask, progress=False)
+        found[label] = dict(zip(added.names, map(rounded, added.difference), strict=True))
+        found[label]["neurons"] = neurons
+        print(label, found[label], flush=True)
+    store("pieces", name, found)
+
+
 def costs():
     context = multiprocessing.get_context("spawn")
     for d, h, n, fit, extra in COSTS:
@@ -138,11 +164,14 @@ def finetuned(folder):
     """The runs that `tl-bilinear finetune` compared, by their learning rate."""
     compared = json.loads((folder / "comparison.json").read_text())
     rate = json.loads((folder / "baseline" / "run.json").read_text())["config"]["learning_rate"]
-    runs = {
-        name: {k: run[k] for k in ("loss", "gap", "tokens")}
-        for name, run in compared["runs"].items()
-    }
-    store("finetune", str(rate), {"start": rounded(compared["start_loss"]), "runs": runs})
+    found = stored("finetune").get(
+        str(rate), {"start": rounded(compared["start_loss"]), "runs": {}}
+    )
+    for name, run in compared["runs"].items():
+        extra = json.loads((folder / name / "run.json").read_text())["config"].get("extra", 0)
+        label = f"{name}, extra = {extra}" if extra and name == "closed" else name
+        found["runs"][label] = {k: run[k] for k in ("loss", "gap", "tokens")}
+    store("finetune", str(rate), found)
 
 
 if __name__ == "__main__":
@@ -151,6 +180,8 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "model":
         measure(rest[0], Path(rest[1]), Path(rest[2]), "--plant" in rest)
+    elif what == "pieces":
+        compare_pieces(rest[0], Path(rest[1]), Path(rest[2]))
     elif what == "costs":
         costs()
     elif what == "finetune":

@@ -8,7 +8,7 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def tables(results):
-    """Markdown tables by the marker of their place: finetuning, loss added, fidelity, costs."""
+    """Markdown tables by the marker of their place: pieces, finetuning, loss added, fidelity, costs."""
     steps = [
         "| model | what replaces its MLPs | one layer | half | all |",
         "| --- | --- | --- | --- | --- |",
@@ -46,7 +46,16 @@ def tables(results):
             runs.append(
                 f"| {rate} | {name} | {run['tokens']:,} | {run['loss']:.3f} | {run['gap']:.3f} |"
             )
-    made = {"finetune": runs, "steps": steps, "fidelity": layers, "costs": costs}
+    regions = [
+        "| model | what replaces its MLPs | hidden neurons | one layer | all |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, one in results["pieces"].items():
+        for label, step in one.items():
+            regions.append(
+                f"| {name} | {label} | {step['neurons']} h | {step['one']:.3f} | {step['all']:.3f} |"
+            )
+    made = {"pieces": regions, "finetune": runs, "steps": steps, "fidelity": layers, "costs": costs}
     return {name: "\n".join(lines) for name, lines in made.items()}
 
 
