@@ -6,11 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import tqdm.auto
+import tqdm.std
 
 from tests.faults import files
 from tests.faults.building import images, layer
@@ -41,6 +44,9 @@ def forked(work):
     """A child process that does `work`, killed at the end of the block if it is still there."""
     child = os.fork()
     if child == 0:
+        # tqdm's own lock is shared with the parent: killed while it holds it, a child would hang both.
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+            bar.set_lock(threading.RLock())
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1), os.dup2(sink, 2)
         try:
