@@ -233,8 +233,8 @@ def tucker(
     spaces = tensor.input_space, tensor.output_space
     if metric is not None:
         tensor = tensor.whiten(metric)
-    checks.require_count("k_out", k_out, tensor.d_out, "d_out")
-    checks.require_count("k_in", k_in, tensor.d_in, "d_in")
+    checks.require_count("k_out", k_out, tensor.d_out, "the output directions")
+    checks.require_count("k_in", k_in, tensor.d_in, "the input directions")
     output = hosvd(tensor, k_out)
     directions = hosvd(tensor, k_in, mode="input").vectors
     core = tensor.parts().interaction.project(output.vectors).fold(directions)
