@@ -307,7 +307,7 @@ def test_float32_agrees():
         ),
         (
             lambda x: InputMoments.of(x, mask=torch.ones(3, dtype=torch.bool)),
-            r"boolean of shape \[9\]",
+            r"boolean tensor of shape \[9\]",
         ),
         (lambda x: InputMoments.of(x * torch.nan), "NaN or infinite"),
         (lambda x: InputMoments.of(x).metric(1.5), "between 0 and 1"),
