@@ -97,7 +97,7 @@ def test_without_anywidget_it_is_a_frame_and_says_what_is_missing(view, monkeypa
     plain = PageView(view.path)
     assert plain._repr_mimebundle_()["text/html"].startswith('<iframe srcdoc="&lt;!doctype')
     with pytest.raises(ImportError, match=r"pip install 'tl-bilinear\[notebook\]'"):
-        plain.selected  # noqa: B018
+        plain.selected  # noqa: B018  reading it is what raises
 
 
 def test_it_shows_itself_as_a_widget(view):

@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from tests.faults.building import LAYER, circuit, features, layer, run
+from tests.faults.building import LAYER, features, layer, run
 from tests.faults.campaign import Case
 from tests.faults.values import INF, NAN, QUIET
 from tests.features.building import TOKENS, D, model
@@ -54,7 +54,6 @@ TAKEN = {"Sequence": "a list", "Tensor": "NaN", "Along": "a word"}
 
 
 SAYS = {
-    "feature": "feature",
     "features": "feature",
     "outputs": "feature",
     "around": "population|mask",
@@ -107,9 +106,6 @@ def calls():
     yield "loss_added", loss_added, {"model": m, "tokens": TOKENS, "edits": {}, **QUIET}
     parts = f.components([0], 2)
     yield "verify", verify, {"model": m, "tokens": TOKENS, "components": parts, **QUIET}
-    for name in ("add", "edges", "features", "subgraph"):
-        if hasattr(circuit(), name):
-            yield f"FeatureCircuit.{name}", getattr(circuit(), name), {}
 
 
 GOOD = {

@@ -32,18 +32,18 @@ def everywhere(rows):
 
 def signs(mlp, x, count):
     """Regions by the signs of the gates of the neurons that write most: 2^bits of them."""
-    bits = {1: 0, 2: 1, 4: 2}[count]
+    bits = {2: 1, 4: 2}[count]
     with torch.no_grad():
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
         written = (mlp.act_fn(gate) * up).square().mean(0) * mlp.down_proj.weight.square().sum(0)
         # A neuron whose gate has one sign only splits nothing.
         split = (gate > 0).float().mean(0)
         written = written * (split * (1 - split) > 0.05)
-    chosen = written.topk(max(bits, 1)).indices[:bits]
+    chosen = written.topk(bits).indices
 
     def region(rows):
         on = (rows @ mlp.gate_proj.weight[chosen].T > 0).long()
-        return (on * 2 ** torch.arange(bits)).sum(-1) if bits else rows.new_zeros(len(rows)).long()
+        return (on * 2 ** torch.arange(bits)).sum(-1)
 
     return region
 
@@ -51,12 +51,10 @@ def signs(mlp, x, count):
 class Pieces(nn.Module):
     def __init__(self, mlp, x, region, count, extra=0):
         super().__init__()
-        self.region, self.used = region, []
+        self.region, self.forms = region, []
         where = region(x)
-        self.forms = []
         for i in range(count):
             rows = x[where == i]
-            self.used.append(len(rows) / len(x))
             self.forms.append(
                 approximate(mlp, rows, extra=extra, warn_below=-1e9).tensor if len(rows) else None
             )
