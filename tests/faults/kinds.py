@@ -96,9 +96,10 @@ def calls():
     for name in words(
         "preactivations activations mean_input inputs_of moments examples labels attribute "
         "centred effects shapley ranked_pairs active_interactions terms low_rank_correlation "
-        "scatter verify_pairs"
+        "nearest_inputs scatter verify_pairs"
     ):
         yield f"FeatureRun.{name}", getattr(r, name), {}
+    yield "FeatureRun.term_names", r.term_names, {"terms": r.terms(1, [0], **QUIET)}
     yield "paths", paths, {"model": m, "tokens": TOKENS[0], "layer": LAYER, "direction": direction}
     yield "virtual_weights", virtual_weights, {"model": m, "layer": LAYER, "direction": direction}
     yield "source_pairs", source_pairs, {"model": m, "layer": LAYER, "direction": direction}

@@ -1,12 +1,14 @@
 """Moments of populations of tokens, and the terms chosen by them, each against a slow obvious way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.features.building import N_OUT, model, sae
 from tl_bilinear import BilinearTensor, FeatureInteractions
-from tl_bilinear.features import FeatureTerms, streaming
+from tl_bilinear.features import FeatureTerms, TermNames, streaming
 from tl_bilinear.features.fitted import fitted_terms
 from tl_bilinear.tensor import InputMoments
 
@@ -167,6 +169,73 @@ def test_choices_that_are_refused(run, unchecked):
         run.terms(1, [0], metric="mine")
     with pytest.raises(ValueError, match="by must be one of"):
         run.terms(1, [0], by="size")
+
+
+def test_terms_are_named_by_what_they_read_and_what_that_looks_like(f, run, seen, tmp_path):
+    x, on = seen
+    busy = on.sum(0).topk(2).indices.tolist()
+    labelled = run.labelled(progress=False)
+    terms = labelled.terms(3, busy, metric="active", progress=False)
+    found = labelled.term_names(terms, 4, progress=False)
+    # Slowly: the layer reads (r @ matrix) / s, so features reach it along d @ matrix, over s.
+    z = (run.activations(side="input") / run.scale)[run.mask]
+    rows = f.passage.map(f.input_directions)
+    for row, feature in enumerate(busy):
+        for term in range(3):
+            w = terms.vectors[row, term]
+            reading = x @ w
+            sign = float(torch.sign(reading[on[:, feature]].mean()))
+            cosines = sign * torch.cosine_similarity(rows, w[None], dim=1)
+            by_token = torch.stack(
+                [torch.corrcoef(torch.stack([reading, one]))[0, 1] for one in z.T]
+            )
+            by_token = sign * by_token.nan_to_num()
+            for index, values, expected in (
+                (found.filters, found.cosines, cosines),
+                (found.patterns, found.correlations, by_token),
+            ):
+                assert_close(values[row, term].abs(), expected.abs().topk(4).values)
+                assert_close(values[row, term], expected[index[row, term]])
+    assert found.tokens == int(run.mask.sum())
+    read, alike = found.words(0, 0)
+    best = int(found.filters[0, 0, 0])
+    assert read.startswith(
+        f"“{labelled.features.inputs.labels[best]}” {found.cosines[0, 0, 0]:+.2f}, "
+    )
+    assert found.to_pandas()["looks_like"].iloc[0] == alike
+    found.save(tmp_path / "names")
+    assert TermNames.load(tmp_path / "names").to_pandas().equals(found.to_pandas())
+
+
+def test_the_nearest_input_feature_is_the_one_that_is_active_alike(run, seen):
+    busy = seen[1].sum(0).topk(3).indices.tolist()
+    found = run.nearest_inputs(busy, progress=False)
+    z = (run.activations(side="input") / run.scale)[run.mask]
+    y = run.activations(busy)[run.mask]
+    for row in range(3):
+        pairs = [torch.corrcoef(torch.stack([y[:, row], one]))[0, 1] for one in z.T]
+        expected = torch.stack(pairs).nan_to_num().max(0)
+        assert int(found.nearest[row]) == int(expected.indices)
+        assert_close(found.correlations[row], expected.values)
+    assert found.tokens == len(z)
+    assert list(found.to_pandas()["feature"]) == busy
+    assert list(run.nearest_inputs(progress=False).features) == list(range(N_OUT))
+
+
+def test_a_term_of_too_few_tokens_has_no_name(run, seen):
+    never = int(seen[1].sum(0).argmin())
+    assert int(seen[1][:, never].sum()) < 2
+    terms = run.terms(1, [never], metric="active", progress=False)
+    assert run.term_names(terms, progress=False).words(0, 0) == ("active on too few tokens",) * 2
+
+
+def test_names_that_are_refused(run, unchecked):
+    terms = run.terms(1, [0], progress=False)
+    with pytest.raises(ValueError, match="n must"):
+        run.term_names(terms, 0)
+    narrow = replace(terms, vectors=terms.vectors[..., :3])
+    with pytest.raises(ValueError, match=r"read 3 coordinates, .* has 16"):
+        run.term_names(narrow)
 
 
 @pytest.fixture(scope="module")

@@ -110,9 +110,18 @@ def test_the_features_follow_the_rule(result, model, tokens):
         row, place = divmod(int(z[..., feature].argmax()), z.shape[1])
         return int(tokens[row, place]) not in special
 
+    features = result.features
+    read = features.inputs.read(cache[features.passage.hook]).coefficients
+    if features.passage.needs_scale:
+        read = read / cache[f"blocks.{LAYER}.ln2.hook_scale"]
+    both = torch.cat([z[:, 1:].flatten(0, 1), read[:, 1:].flatten(0, 1)], dim=1)
+    alike = torch.corrcoef(both.double().T)[:40, 40:].nan_to_num().max(1)
+    assert_close(result.nearest.correlations.double(), alike.values, rtol=1e-4, atol=1e-4)
+
     chosen = []
     for feature in choice.active[:, 1].argsort(descending=True).tolist():
-        if choice.counts[feature] >= 100 and len(chosen) < 3 and allowed(feature, chosen):
+        made = choice.counts[feature] >= 100 and alike.values[feature] < language.NEAR
+        if made and len(chosen) < 3 and allowed(feature, chosen):
             chosen.append(feature)
     assert [one.feature for one in result.found] == chosen
     assert torch.equal((z != 0).sum((0, 1)), choice.counts)
@@ -284,7 +293,7 @@ def test_too_little_text_is_refused(model, saes, tokens):
 def test_too_few_features_that_differ_are_refused(result, tokens):
     run = result.features.run(tokens[:30])
     with pytest.raises(ValueError, match=r"output features, not 41, .*differ in what they promote"):
-        choose_features(result.choice, run, 41)
+        choose_features(result.choice, result.nearest, run, 41)
 
 
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--quiet"]

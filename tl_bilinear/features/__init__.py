@@ -20,12 +20,14 @@ from tl_bilinear.features.examples import Examples
 from tl_bilinear.features.feature_sweep import FeatureSweep
 from tl_bilinear.features.geometry import EigenGeometry, Submatrix
 from tl_bilinear.features.interactions import FeatureInteractions
+from tl_bilinear.features.nearest import NearestInputs
 from tl_bilinear.features.pair_counts import PairCounts, RankedPairs
 from tl_bilinear.features.pairs import ActiveInteractions, FeaturePairs
 from tl_bilinear.features.passage import Passage
 from tl_bilinear.features.run import FeatureRun
 from tl_bilinear.features.shares import FeatureShapley
 from tl_bilinear.features.statistics import InteractionStatistics
+from tl_bilinear.features.term_names import TermNames
 from tl_bilinear.features.terms import FeatureTerms
 from tl_bilinear.features.unembedding import PromotedTokens
 from tl_bilinear.features.verification import PairCheck
@@ -57,6 +59,7 @@ __all__ = [
     "FeatureTerms",
     "InteractionStatistics",
     "LowRankCorrelation",
+    "NearestInputs",
     "PairChance",
     "PairCheck",
     "PairCounts",
@@ -69,6 +72,7 @@ __all__ = [
     "SignedTopKSAEConfig",
     "SpectrumChance",
     "Submatrix",
+    "TermNames",
     "TopSequences",
     "discoveries",
     "evaluate_saes",

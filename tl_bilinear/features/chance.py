@@ -108,8 +108,9 @@ class PairChance(Named):
                 f"No pair is better than its null ({self.null}): of {self.tested:,} pairs none is a "
                 f"discovery at a false-discovery rate of {self.rate:g}."
             )
+        are = "is a discovery" if self.discoveries == 1 else "are discoveries"
         return (
-            f"{self.discoveries:,} of {self.tested:,} pairs are discoveries at a false-discovery rate "
+            f"{self.discoveries:,} of {self.tested:,} pairs {are} at a false-discovery rate "
             f"of {self.rate:g} (null: {self.null})."
         )
 

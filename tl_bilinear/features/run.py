@@ -42,6 +42,7 @@ from tl_bilinear.features.effects import (
 )
 from tl_bilinear.features.examples import Examples, Side
 from tl_bilinear.features.labels import NEVER, name_features, plain, special_tokens
+from tl_bilinear.features.nearest import NearestInputs, nearest_inputs
 from tl_bilinear.features.pair_counts import (
     PairCounter,
     PairOrder,
@@ -57,6 +58,7 @@ from tl_bilinear.features.pairs import (
 from tl_bilinear.features.passage import fires_as, refuse_attached
 from tl_bilinear.features.populations import MomentSums, population_names
 from tl_bilinear.features.shares import FeatureShapley, feature_shapley
+from tl_bilinear.features.term_names import TermNames, term_names
 from tl_bilinear.features.terms import By, FeatureTerms, MetricName, feature_terms
 from tl_bilinear.features.verification import PairCheck, check_pairs
 from tl_bilinear.tensor import InputMoments, Metric
@@ -348,6 +350,22 @@ class FeatureRun:
         found = {side: self.labels(side, k=k, progress=progress) for side in missing}
         return replace(self, features=known.with_labels(**found))
 
+    def nearest_inputs(
+        self,
+        features: Int[Tensor, " m"] | Sequence[int] | None = None,
+        *,
+        progress: bool = True,
+    ) -> NearestInputs:
+        """The input feature that each output feature (all) is most like, by correlation over tokens.
+
+        Near 1, the layer passes on what it is given; where no input feature comes near, it makes
+        something. One pass over the tokens that count. Raises ValueError for input features that have
+        no activations.
+        """
+        known = self.features
+        index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
+        return nearest_inputs(self, index, progress=progress)
+
     # ------------------------------------------------------------------ what made a feature
 
     @torch.no_grad()
@@ -527,6 +545,16 @@ class FeatureRun:
         known = self.features
         index = known.numbers(range(known.outputs.n) if features is None else features).reshape(-1)
         return feature_terms(self, index, k, metric, by, ridge=ridge, progress=progress)
+
+    def term_names(self, terms: FeatureTerms, n: int = 3, *, progress: bool = True) -> TermNames:
+        """Names of `terms`: n input features that each reads along, and n that look like what it reads.
+
+        Two questions (`tl_bilinear.features.term_names`): with the first an intervention would move
+        ``w . x``, the second is what one sees in this text where ``w . x`` is large. One pass over the
+        tokens that count. Raises ValueError for input features that have no activations and for terms
+        of another width.
+        """
+        return term_names(self, terms, n, progress=progress)
 
     def low_rank_correlation(
         self,

@@ -27,11 +27,13 @@ from tl_bilinear.features import (
     FeatureRun,
     InteractionStatistics,
     LowRankCorrelation,
+    NearestInputs,
     PairChance,
     PairCheck,
     PromotedTokens,
     RankedPairs,
     Submatrix,
+    TermNames,
 )
 from tl_bilinear.hooks import LossAdded, Verification, loss_added, verify
 from tl_bilinear.paper.page import SummaryTable
@@ -40,6 +42,7 @@ POINT = "mlp_in"
 LEAST_ACTIVE = 100  # tokens of the first half: with few, a correlation is high by chance
 RANKS = (1, 2, 4, 8)
 COMPONENTS = 2
+NEAR = 0.5  # an input feature whose activation correlates as much with one's own is the same thing
 SHARED_TOKENS = 3  # of ten promoted ones: two features that share as many count as one
 ROWS = 64  # of text that are looked at, at most
 _SEQUENCES, _FEWER = 8, 3  # rows on which interventions are run: on fewer where every token counts
@@ -96,6 +99,8 @@ class LanguageQuickstart:
     correlation: those of the features shown with up to 8, on the second half
     fitted: those of one direction each, fitted where the feature is active in the first half, on the
         second
+    nearest: the input feature that each output feature is most like, on the first half
+    directions: what those read along, and what excites them looks like in the second half
     found: the features shown
     tokens: how many the two halves have
     sample: a story; facts: what else is known of the model, by name
@@ -106,6 +111,8 @@ class LanguageQuickstart:
     choice: LowRankCorrelation
     correlation: LowRankCorrelation
     fitted: LowRankCorrelation
+    nearest: NearestInputs
+    directions: TermNames
     found: list[OutputFeature]
     tokens: tuple[int, int]
     sample: str
@@ -168,6 +175,25 @@ class LanguageQuickstart:
             )
         ]
 
+    def told(self, index: int) -> list[str]:
+        """What is known of a feature shown, in sentences that claim no more than was measured."""
+        one = self.found[index]
+        made, chance, cause = told(one)
+        near = int(self.nearest.nearest[one.feature])
+        made.insert(
+            1,
+            f"The layer makes it: no input feature is the same. The nearest, “{self.labels[near]}”, "
+            f"correlates with it by {float(self.nearest.correlations[one.feature]):.2f}.",
+        )
+        read, alike = self.directions.words(index, 0)
+        direction = (
+            f"One direction of the layer's input, fitted to where it fires in the first half of the "
+            f"text, predicts how strongly it fires in the second with a correlation of "
+            f"{float(self.fitted.active[index, 0]):.2f}. It reads along {read} (cosines); in this text, "
+            f"what it responds to looks like {alike} (correlations)."
+        )
+        return [*made, direction, *chance, cause]
+
     def _summary_of(self, index: int) -> dict[str, object]:
         one, labels = self.found[index], self.labels
         shown = len(one.promoted.promoted)
@@ -196,7 +222,7 @@ class LanguageQuickstart:
                 "of": one.chance.tested,
                 "false_discovery_rate": one.chance.rate,
             },
-            "told": told(one),
+            "told": self.told(index),
             "eigenvalues": one.statistics.eigenvalues[[0, -1]].tolist(),
             "effective_rank": one.statistics.effective_rank,
             "strongest_pairs": [
@@ -263,10 +289,14 @@ def language_quickstart(
         first, second = text[: len(text) // 2], text[len(text) // 2 :]
         bar.update()
         choice = first.low_rank_correlation(COMPONENTS, progress=False)
-        chosen = choose_features(choice, first, count)
+        nearest = first.nearest_inputs(progress=False)
+        chosen = choose_features(choice, nearest, first, count)
         correlation = second.low_rank_correlation(RANKS[-1], chosen, progress=False)
         fitted = second.low_rank_correlation(
             1, chosen, metric="active", by="fit", fit=first, progress=False
+        )
+        directions = second.term_names(
+            first.terms(1, chosen, metric="active", by="fit", progress=False), progress=False
         )
         bar.update()
         found = []
@@ -278,6 +308,8 @@ def language_quickstart(
         choice=choice,
         correlation=correlation,
         fitted=fitted,
+        nearest=nearest,
+        directions=directions,
         found=found,
         tokens=(first.tokens.numel(), second.tokens.numel()),
         sample=sample,
@@ -328,8 +360,8 @@ def _facts(card: Mapping[str, Any], layer: int) -> dict[str, str]:
     return found
 
 
-def told(one: OutputFeature) -> list[str]:
-    """What is known of a feature, in sentences that claim no more than was measured."""
+def told(one: OutputFeature) -> tuple[list[str], list[str], str]:
+    """What makes a feature, whether it is more than chance, and whether it is a cause, in sentences."""
     effects, ranked = one.effects, one.ranked
     labels = effects.input_labels or {}
 
@@ -359,11 +391,6 @@ def told(one: OutputFeature) -> list[str]:
             f"Where it fires, no single input feature decides how strongly: all main effects together "
             f"make {share:.0%} of what varies, the largest of them less than 2 %."
         )
-    if any(labels.get(b) == own for b in helping):
-        sentences.append(
-            "An input feature of that name is among them: for that much, the layer passes on what it is "
-            "given, and combines nothing."
-        )
     sentences.append(
         f"What input features do together, beyond that, makes {together:.0%}; what is no feature, "
         f"{effects.rest:.0%}. Negative shares work against the others."
@@ -378,29 +405,58 @@ def told(one: OutputFeature) -> list[str]:
         f"pre-activation of {effects.mean:+.2f}; by its coefficient alone it is number "
         f"{int(pair.ranks[0, 0]):,} among the pairs met."
     )
-    sentences.append(one.chance.verdict)
+    chance = [one.chance.verdict]
     if not one.alone.discoveries:
-        sentences.append(
+        chance.append(
             "Beside the stricter null, hidden neurons whose factors are paired at random, none is: that "
             "many neurons read these input features would make pairs as strong."
         )
     else:
-        sentences.append(one.alone.verdict)
-    return sentences
+        chance.append(one.alone.verdict)
+    return sentences, chance, _cause(one)
 
 
-def choose_features(choice: LowRankCorrelation, text: FeatureRun, count: int) -> list[int]:
-    """The features that two eigenvectors predict best, told apart by what they promote.
+def _cause(one: OutputFeature) -> str:
+    """What the tokens that a feature raises lose without its first eigenvector."""
+    found = one.downstream.to_pandas().iloc[0]
+    change, low, high = (float(found[name]) for name in ("effect", "low", "high"))
+    numbers = (
+        f"{change:+.2f} (95 % interval {low:+.2f} to {high:+.2f}; as much removed along a random "
+        f"direction: {float(found['control_effect']):+.2f})"
+    )
+    without = "Without its first eigenvector in what the layer writes, where it fires, the"
+    if high < 0:
+        return (
+            f"{without} ten tokens that it raises become less likely: the logarithm of their "
+            f"probability changes by {numbers}. So it is a cause of them, in this text."
+        )
+    if low > 0:
+        return (
+            f"{without} ten tokens that it raises become likelier: the logarithm of their probability "
+            f"changes by {numbers}. So it is no cause of them, in this text."
+        )
+    return (
+        f"{without} logarithm of the probability of the ten tokens that it raises changes by {numbers}. "
+        f"The interval holds zero: that it is a cause of them is not shown."
+    )
 
-    Of those active on at least `LEAST_ACTIVE` tokens, by falling active-only correlation. Left out are
-    features that are most active on a special token, where a story begins or ends, and those that
+
+def choose_features(
+    choice: LowRankCorrelation, nearest: NearestInputs, text: FeatureRun, count: int
+) -> list[int]:
+    """Features made by the layer that two eigenvectors predict best, told apart by what they promote.
+
+    Of those active on at least `LEAST_ACTIVE` tokens and correlated with no input feature by `NEAR` or
+    more, by falling active-only correlation. `choice` and `nearest` are of all output features. Left out
+    are features that are most active on a special token, where a story begins or ends, and those that
     share `SHARED_TOKENS` of ten promoted tokens with one already chosen.
 
     Raises ValueError where there are fewer than `count`.
     """
     features = text.features
     special = set(features.model.tokenizer.all_special_ids)
-    kept = choice.enough(LEAST_ACTIVE).nonzero()[:, 0]
+    made = nearest.correlations < NEAR
+    kept = (choice.enough(LEAST_ACTIVE) & made).nonzero()[:, 0]
     order = choice.active[kept, COMPONENTS - 1].argsort(descending=True, stable=True)
     chosen: dict[int, set[int]] = {}
     for feature in choice.features[kept[order]].tolist():
@@ -415,7 +471,8 @@ def choose_features(choice: LowRankCorrelation, text: FeatureRun, count: int) ->
             return list(chosen)
     raise ValueError(
         f"{len(chosen)} output features, not {count}, are active on at least {LEAST_ACTIVE} of "
-        f"{choice.tokens} tokens and differ in what they promote: give more text"
+        f"{choice.tokens} tokens, resemble no input feature (a correlation below {NEAR:g}) and differ "
+        f"in what they promote: give more text"
     )
 
 

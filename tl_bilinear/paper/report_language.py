@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from tl_bilinear.features.labels import pieces
 from tl_bilinear.paper.page import templates
-from tl_bilinear.paper.quickstart_language import LEAST_ACTIVE, RANKS, SHARED_TOKENS, told
+from tl_bilinear.paper.quickstart_language import LEAST_ACTIVE, NEAR, RANKS, SHARED_TOKENS
 from tl_bilinear.plots import (
     correlation_figure,
     effects_figure,
@@ -51,6 +51,10 @@ def language_sections(result: LanguageQuickstart) -> dict[str, Any]:
         },
         "least_active": LEAST_ACTIVE,
         "shared_tokens": SHARED_TOKENS,
+        "near": f"{NEAR:g}",
+        "made": int(
+            (result.choice.enough(LEAST_ACTIVE) & (result.nearest.correlations < NEAR)).sum()
+        ),
         "ranks": RANKS,
         "counted": int(result.choice.enough(LEAST_ACTIVE).sum()),
         "mean_active": result.choice.mean_active(LEAST_ACTIVE).tolist(),
@@ -70,10 +74,9 @@ def _feature(result: LanguageQuickstart, index: int) -> dict[str, Any]:
         "lowers": words[shown:],
         "examples": _examples(result, one),
         **_pairs(result, one),
-        "told": told(one),
+        "told": result.told(index),
         "effects_figure": effects_figure(one.effects, 10),
         "ranked_figure": ranked_pairs_figure(one.ranked, 10),
-        "fitted": f"{float(result.fitted.active[index, 0]):.2f}",
         "statistics_figure": statistics_figure(one.statistics),
         "correlations": [f"{float(correlation.active[index, rank - 1]):.3f}" for rank in RANKS],
         **_attribution(result, one),
