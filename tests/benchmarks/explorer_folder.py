@@ -3,7 +3,8 @@
 A layer of d = 1024 and h = 4096 between two dictionaries of 8,192 features, with a spectrum like a
 trained layer's (`layers`). With `--blocks N` the first N of 128 blocks of each side are made and the
 rest is extrapolated, in proportion; everything else is made whole (the table from the blocks that are
-there, again and again). Then the page is opened. Results: results/explorer/folder-1024.json.
+there, again and again). Then the page is opened. `--null` measures what the nulls of spectra add to
+the building. Results: results/explorer/folder-1024.json and null.json.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from tests.explorer.conftest import BROWSERS, FLAGS
 from tl_bilinear import FeatureInteractions
 from tl_bilinear.explorer import Panel, language_panel, write_folder
 from tl_bilinear.explorer.documents import Document, Read
+from tl_bilinear.explorer.language_documents import BLOCK, LEADING
+from tl_bilinear.features.chance import paired_at_random
+from tl_bilinear.tensor.grams import congruence
 
 D, HIDDEN, FEATURES, VOCABULARY, CONTEXT, ROWS = 1024, 4096, 8192, 2048, 128, 16
 
@@ -157,13 +161,41 @@ def opening_seconds(index: Path) -> float | None:
     return round(min(taken), 2)
 
 
+def null_seconds(d: int, hidden: int, count: int = BLOCK) -> dict[str, Any]:
+    """CPU seconds that a feature's null takes, and the Gram of all of them, once."""
+    layer, rows = layer_like_trained(d, hidden, d), directions(count, d)
+
+    def cpu(of: Any) -> float:
+        start = time.process_time()
+        of()
+        return time.process_time() - start
+
+    null = paired_at_random(layer, torch.Generator().manual_seed(0))
+    each = min(cpu(lambda: null.interaction(rows).eigh(LEADING)) for _ in range(3)) / count
+    gram = cpu(lambda: congruence(null.out, null.left, null.right))
+    return {
+        "d": d,
+        "hidden": hidden,
+        "measured_features": count,
+        "cpu_seconds_a_thousand_features": round(1000 * each, 1),
+        "cpu_seconds_once": round(gram, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, help="blocks of features of each side to make")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of text")
     parser.add_argument("--out", type=Path, help="keep the folder here")
     parser.add_argument("--result", type=Path, default=RESULTS / "explorer" / "folder-1024.json")
+    parser.add_argument("--null", action="store_true", help="what nulls of spectra cost, only")
     given = parser.parse_args()
+    if given.null:
+        found = {"cases": [null_seconds(512, 2048), null_seconds(1024, 4096)]}
+        text = json.dumps({**found, "environment": environment()}, indent=1)
+        (RESULTS / "explorer" / "null.json").write_text(text + "\n")
+        print(text)
+        return
     panel = whole_panel(D, HIDDEN, FEATURES, given.rows)
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(panel, given.blocks, given.out or Path(temporary) / "folder")

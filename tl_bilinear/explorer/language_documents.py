@@ -8,6 +8,7 @@ tokens promoted, nearest directions, and which tokens are examples.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tl_bilinear import checks
 from tl_bilinear.explorer.documents import Document, Panel, Read, packed, unpacked
 from tl_bilinear.explorer.whatif import Change, WhatIf, writes_itself
 from tl_bilinear.features import Dictionary, FeatureRun
+from tl_bilinear.features.chance import PAIRED_AT_RANDOM, paired_at_random
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.geometry import unit
 from tl_bilinear.features.labels import pieces
@@ -29,7 +31,13 @@ from tl_bilinear.features.passage import residual_passage
 from tl_bilinear.features.unembedding import token_names, unembedding
 from tl_bilinear.hooks.effects import starts_at_blocks
 from tl_bilinear.io import digest_of
-from tl_bilinear.tensor import Eigendecomposition, InteractionMatrix, approximation_note
+from tl_bilinear.tensor import (
+    BilinearTensor,
+    Eigendecomposition,
+    InteractionMatrix,
+    approximation_note,
+)
+from tl_bilinear.tensor.grams import congruence
 
 BLOCK = 64  # features in a document
 PAIRS, TOKENS, NEIGHBOURS, FEEDS = 20, 10, 8, 12
@@ -38,7 +46,7 @@ STRONGEST, QUANTILES, EACH = 6, (0.9, 0.5, 0.1), 2
 FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width by itself
 SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
 SHORTLIST = 256
-CHANCE_DRAWS = 4
+CHANCE_DRAWS, CHANCE_DRAWS_WIDE = 4, 1  # of the null of each feature; in layers wider than that
 EFFECTS, EFFECT_TOKENS, EFFECT_CONTROLS = 2, 5, 4  # what if: of how many examples, beforehand
 SEARCHED = 5  # tokens of each kind that a search finds a feature by
 
@@ -112,7 +120,7 @@ class _Active:
         part = slice(int(starts[0]), int(starts[-1]))
         return {
             "starts": packed(starts - starts[0]),
-            "features": packed(_narrow(self.features[part])),
+            "features": packed(_smallest_integers(self.features[part])),
             "values": packed(self.values[part]),
         }
 
@@ -161,7 +169,7 @@ class _Language:
             "x": run.hook_activations, "mask": run.mask,
         }  # fmt: skip
         labels = [list(side.labels or ()) for side in self.sides.values()]
-        return digest_of(weights, {"labels": labels, "name": self.name, "facts": self.facts})
+        return digest_of(weights, {"labels": labels, "manifest": self._manifest()})
 
     def _manifest(self) -> Document:
         known, tensor = self.known, self.tensor
@@ -185,7 +193,16 @@ class _Language:
             "counted": int(self.run.mask.sum()),
             "block": BLOCK,
             "window": [BEFORE, AFTER],
+            "null": {
+                "what": PAIRED_AT_RANDOM,
+                "draws": CHANCE_DRAWS if self._narrow else CHANCE_DRAWS_WIDE,
+            },
         }
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether the page decomposes the layer by itself."""
+        return self.tensor.d_in <= FULL_SPECTRUM
 
     # ------------------------------------------------------------------ weights
 
@@ -334,8 +351,8 @@ class _Language:
         def make(read: Read) -> Document:
             known = self.known
             Q = known.interaction(list(part), basis="activations")
-            full = self.tensor.d_in <= FULL_SPECTRUM
-            eigen = Q.eigh(None if full else min(LEADING, self.tensor.d_in))
+            eigen = Q.eigh(None if self._narrow else min(LEADING, self.tensor.d_in))
+            null = None if self._narrow else self._null_spectra(part)
             pairs = self._pairs(part, Q, eigen)
             model = self.run.preactivations(list(part)).flatten(0, 1).cpu()
             found = []
@@ -351,12 +368,31 @@ class _Language:
                 }
                 if self._what is not None:
                     one["effects"] = self._effects(feature, examples)
-                if not full:
+                if null is not None:
                     one["eigenvectors"] = packed(eigen.vectors[i])
+                    one["null_eigenvalues"] = packed(null.values[i])
+                    one["chance"] = _ratio(
+                        eigen.values[i, 0].abs() / self._norms[feature],
+                        null.values[i, 0].abs() / self._null_norms[feature],
+                    )
                 found.append(one)
             return {"features": self._with_directions("output", part, found)}
 
         return make
+
+    @cached_property
+    def _null(self) -> BilinearTensor:
+        """One draw of the null, the same for all features; each reads it along its own direction.
+
+        A feature's own null, and not one for all: where few neurons write a feature, any pairing leaves
+        it concentrated (in the model that ships, the null of a feature holds 0.19 to 0.41 of its form).
+        """
+        return paired_at_random(self.tensor, torch.Generator().manual_seed(0))
+
+    def _null_spectra(self, part: range) -> Eigendecomposition:
+        """Leading eigenvalues of output features by chance, in a layer too wide for all of them."""
+        directions = self.known.directions[part.start : part.stop]
+        return self._null.interaction(directions).eigh(min(LEADING, self.tensor.d_in))
 
     @cached_property
     def _what(self) -> WhatIf | None:
@@ -389,7 +425,7 @@ class _Language:
     ) -> list[Document]:
         """The strongest pairs of a block's features: of all, or in a large dictionary of a shortlist."""
         known, n = self.known, self.known.inputs.n
-        if n <= SEARCHED_WHOLE and self.tensor.d_in <= FULL_SPECTRUM:
+        if n <= SEARCHED_WHOLE and self._narrow:
             pairs = known.top(list(part), min(PAIRS, n * (n + 1) // 2))
             return [
                 {
@@ -403,8 +439,12 @@ class _Language:
 
     @cached_property
     def _norms(self) -> Tensor:
-        """``||Q||_F`` of every output feature: their Gram is the costly part, and the same for all."""
-        return self.known.interaction(basis="activations").frobenius_norm()
+        """``||Q||_F`` of every output feature: the Gram is the costly part, and the same for all."""
+        return _norms_along(self.known.directions, self.tensor)
+
+    @cached_property
+    def _null_norms(self) -> Tensor:
+        return _norms_along(self.known.directions, self._null)
 
     @cached_property
     def _through(self) -> tuple[Tensor, Tensor] | None:
@@ -529,9 +569,11 @@ class _Language:
             columns["lowest"].append(min(values))
             columns["share"].append(sum(squares[:2]) / one["norm"] ** 2 if one["norm"] else 0.0)
             columns["norm"].append(one["norm"])
+            if "chance" in one:
+                columns["chance"].append(one["chance"])
             for name in ("first", "second", "coefficient"):
                 columns[name].append(unpacked_list(one["pairs"][name])[0])
-        if side == "output" and self.tensor.d_in <= FULL_SPECTRUM:
+        if side == "output" and self._narrow:
             columns["chance"] = self._over_chance()
         found: Document = {
             "labels": list(known.labels) if known.labels is not None else None,
@@ -546,10 +588,8 @@ class _Language:
         found = self.known.spectrum_chance(
             range(self.known.outputs.n), draws=CHANCE_DRAWS, rate=0.5, progress=False
         )
-        null = found.null_concentration
-        ratio = torch.where(null > 0, found.concentration / null.clamp_min(1e-12), 0.0)
-        listed: list[float] = ratio.tolist()
-        return listed
+        pairs = zip(found.concentration, found.null_concentration, strict=True)
+        return [_ratio(own, null) for own, null in pairs]
 
 
 def activations_document(run: FeatureRun, row: int) -> Document:
@@ -591,7 +631,22 @@ def unpacked_list(array: Document) -> list[Any]:
     return found
 
 
-def _narrow(numbers: Tensor) -> Tensor:
+def _norms_along(
+    directions: Float[Tensor, "n d_out"], layer: BilinearTensor
+) -> Float[Tensor, " n"]:
+    """``||Q_u||_F``, from the Gram of the layer's outputs: ``||Q_u||^2 = u^T G u``, in float64."""
+    gram = congruence(layer.out, layer.left, layer.right)
+    squares = [((rows.to(gram) @ gram) * rows).sum(1) for rows in directions.split(1024)]
+    return torch.cat(squares).clamp_min(0).sqrt()
+
+
+def _ratio(own: Tensor, null: Tensor) -> float:
+    """What own is of null; 0 where there is none."""
+    ratio = float(own) / float(null) if float(null) > 0 else 0.0
+    return ratio if math.isfinite(ratio) else 0.0
+
+
+def _smallest_integers(numbers: Tensor) -> Tensor:
     """Feature numbers as 16 bits where they fit: a text is full of them."""
     fit = not numbers.numel() or int(numbers.max()) < 2**15
     return numbers.to(torch.int16 if fit else torch.int32)

@@ -42,6 +42,7 @@ export interface LanguageManifest {
   counted: number;
   block: number;
   window: [number, number];
+  null?: { what: string; draws: number };
   served?: boolean;
 }
 
