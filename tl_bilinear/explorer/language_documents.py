@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear import checks
 from tl_bilinear.explorer.documents import Document, Panel, Read, packed, unpacked
 from tl_bilinear.explorer.whatif import Change, WhatIf, writes_itself
 from tl_bilinear.features import Dictionary, FeatureRun
@@ -37,7 +36,7 @@ from tl_bilinear.tensor import (
     InteractionMatrix,
     approximation_note,
 )
-from tl_bilinear.tensor.grams import congruence
+from tl_bilinear.tensor.grams import pair_gram_tiles
 
 BLOCK = 64  # features in a document
 PAIRS, TOKENS, NEIGHBOURS, FEEDS = 20, 10, 8, 12
@@ -46,8 +45,12 @@ STRONGEST, QUANTILES, EACH = 6, (0.9, 0.5, 0.1), 2
 FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width by itself
 SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
 SHORTLIST = 256
+NEURONS = 512  # that shortlisted input features go through at a time
+GRAM = 1024  # neurons whose Gram is held at a time
+ACTIVATIONS = 2**20  # of a side that are looked at together
 CHANCE_DRAWS, CHANCE_DRAWS_WIDE = 4, 1  # of the null of each feature; in layers wider than that
-EFFECTS, EFFECT_TOKENS, EFFECT_CONTROLS = 2, 5, 4  # what if: of how many examples, beforehand
+# What if, beforehand: of how many examples, by how many eigenvectors, tokens shown, random changes.
+EFFECTS, EFFECT_VECTORS, EFFECT_TOKENS, EFFECT_CONTROLS = 2, 2, 5, 4
 SEARCHED = 5  # tokens of each kind that a search finds a feature by
 
 
@@ -242,9 +245,10 @@ class _Language:
         count = self.rows * self.length
 
         def of(side: Side) -> _Active:
+            step = max(1, ACTIVATIONS // (self.length * self.sides[side].n))
             parts = (
                 part.activations(side=side).flatten(0, 1)
-                for part in (self.run[i : i + 4] for i in range(0, self.rows, 4))
+                for part in (self.run[i : i + step] for i in range(0, self.rows, step))
             )
             return _Active.of(parts, count)
 
@@ -331,10 +335,16 @@ class _Language:
             for i in range(len(part))
         ]
 
+    @cached_property
+    def _lengths(self) -> dict[Side, Tensor]:
+        """Of every direction of the decoders; 1 for one that is zero, as `unit` takes it."""
+        lengths = {side: it.decoder.norm(dim=1) for side, it in self.sides.items()}
+        return {side: torch.where(each > 0, each, 1.0) for side, each in lengths.items()}
+
     def _neighbours(self, side: Side, part: range) -> list[Document]:
         """Nearest and most opposed directions of the decoder."""
-        rows = unit(self.sides[side].decoder)
-        cosines = rows[part.start : part.stop] @ rows.T
+        rows = self.sides[side].decoder
+        cosines = (unit(rows[part.start : part.stop]) @ rows.T) / self._lengths[side]
         own = torch.arange(len(part))
         cosines[own, own + part.start] = 0.0
         k = min(NEIGHBOURS, cosines.shape[1])
@@ -355,6 +365,12 @@ class _Language:
             null = None if self._narrow else self._null_spectra(part)
             pairs = self._pairs(part, Q, eigen)
             model = self.run.preactivations(list(part)).flatten(0, 1).cpu()
+            if self._what is not None:
+                own = eigen
+                if known.layer_tensor is not self.tensor:
+                    directions = known.directions[part.start : part.stop]
+                    own = known.layer_tensor.interaction(directions).eigh(EFFECT_VECTORS)
+                self._what.prepare(list(part), own, EFFECT_VECTORS)
             found = []
             for i, feature in enumerate(part):
                 examples = self._examples("output", feature)
@@ -408,14 +424,12 @@ class _Language:
         for row, position, _, quantile in examples[:EFFECTS]:
             if quantile != 1:
                 continue
-            changes = [Change("eigen", 0.0, k=2), Change("eigen", 2.0, k=2)]
+            changes = [Change("eigen", factor, k=EFFECT_VECTORS) for factor in (0.0, 2.0)]
             if writes_itself(self.run):
                 changes.append(Change("feature", 0.0))
-            pairs = self.run.attribute(feature, position, row).to_pandas(1)
-            changes += [
-                Change("pair", 0.0, first=int(pair["first"]), second=int(pair["second"]))
-                for pair in pairs.to_dict("records")
-            ]
+            pair = self._what.strongest_pair(feature, row, position)
+            if pair is not None:
+                changes.append(Change("pair", 0.0, first=pair[0], second=pair[1]))
             effects = self._what.effects(feature, row, position, changes)
             found.append({"row": row, "position": position, "effects": effects})
         return found
@@ -435,55 +449,67 @@ class _Language:
                 }
                 for i in range(len(part))
             ]
-        return [self._shortlisted(Q[i], eigen, i) for i in range(len(part))]
+        return self._shortlisted(Q, eigen)
 
     @cached_property
     def _norms(self) -> Tensor:
         """``||Q||_F`` of every output feature: the Gram is the costly part, and the same for all."""
-        return _norms_along(self.known.directions, self.tensor)
+        return norms_along(self.known.directions, self.tensor)
 
     @cached_property
     def _null_norms(self) -> Tensor:
-        return _norms_along(self.known.directions, self._null)
+        return norms_along(self.known.directions, self._null)
 
-    @cached_property
-    def _through(self) -> tuple[Tensor, Tensor] | None:
-        """Input features through the layer's two factors, [n_in, h] each, where memory allows it."""
-        rows = self.known.input_directions
-        if 2 * rows.shape[0] * self.tensor.d_hidden * rows.element_size() > checks.MAX_DENSE_BYTES:
-            return None
-        return rows @ self.tensor.left.T, rows @ self.tensor.right.T
-
-    def _shortlisted(self, Q: InteractionMatrix, eigen: Eigendecomposition, i: int) -> Document:
-        """The strongest pairs among the `SHORTLIST` input features with the largest reach.
+    def _shortlisted(self, Q: InteractionMatrix, eigen: Eigendecomposition) -> list[Document]:
+        """For each matrix, the strongest pairs among the `SHORTLIST` input features of largest reach.
 
         With ``reach_b^2 = sum |lambda| (v . d_b)^2 + bound |rest of d_b|^2``, no pair is larger than
         ``reach_b reach_c``. Where this shuts out every pair beyond the shortlist, the result is that of
         a search over all; `searched` then says so.
         """
         rows = self.known.input_directions
-        along = (rows @ eigen.vectors[i].T).square()
-        rest = (rows.square().sum(1) - along.sum(1)).clamp_min(0)
-        reach = (along @ eigen.values[i].abs() + eigen.bound[i] * rest).sqrt()
-        order = reach.argsort(descending=True)
-        chosen = order[:SHORTLIST].sort().values
-        if self._through is None:
-            left, right = rows[chosen] @ self.tensor.left.T, rows[chosen] @ self.tensor.right.T
-        else:
-            left, right = self._through[0][chosen], self._through[1][chosen]
-        S = (left * Q.weights) @ right.T
-        first, second = torch.triu_indices(len(chosen), len(chosen))
-        values = torch.where(first == second, 0.5, 1.0) * (S + S.T)[first, second]
-        best = values.abs().topk(min(PAIRS, len(values))).indices
-        left_out = reach[order[SHORTLIST:]]
-        beyond = 2 * float(reach[order[0]] * left_out[0]) if len(left_out) else 0.0
-        all_of_them = beyond <= float(values[best[-1]].abs())
-        return {
-            "first": packed(chosen[first[best]]),
-            "second": packed(chosen[second[best]]),
-            "coefficient": packed(values[best]),
-            "searched": len(rows) if all_of_them else len(chosen),
-        }
+        lengths = rows.square().sum(1)
+        lists, beyond = [], []
+        for vectors, values, bound in zip(eigen.vectors, eigen.values, eigen.bound, strict=True):
+            along = (rows @ vectors.T).square()
+            rest = (lengths - along.sum(1)).clamp_min(0)
+            reach = (along @ values.abs() + bound * rest).sqrt()
+            order = reach.argsort(descending=True)
+            lists.append(order[:SHORTLIST].sort().values)
+            left_out = order[SHORTLIST:][:1]
+            beyond.append(2 * float(reach[order[0]] * reach[left_out]) if len(left_out) else 0.0)
+        chosen = torch.stack(lists)
+        first, second = torch.triu_indices(chosen.shape[1], chosen.shape[1])
+        found = []
+        for members, half, shut_out in zip(chosen, self._among(chosen, Q), beyond, strict=True):
+            values = torch.where(first == second, 0.5, 1.0) * (half + half.T)[first, second]
+            best = values.abs().topk(min(PAIRS, len(values))).indices
+            all_of_them = shut_out <= float(values[best[-1]].abs())
+            found.append(
+                {
+                    "first": packed(members[first[best]]),
+                    "second": packed(members[second[best]]),
+                    "coefficient": packed(values[best]),
+                    "searched": len(rows) if all_of_them else len(members),
+                }
+            )
+        return found
+
+    def _among(self, chosen: Int[Tensor, "n m"], Q: InteractionMatrix) -> Float[Tensor, "n m m"]:
+        """``(left d_b * p) . (right d_c)`` of each matrix's chosen features, some neurons at a time.
+
+        Directions go through the factors once for all matrices, and are not kept: in a large layer they
+        would take more memory than its weights.
+        """
+        members, places = chosen.unique(return_inverse=True)
+        rows = self.known.input_directions[members]
+        found = rows.new_zeros(*chosen.shape, chosen.shape[1])
+        for neurons in torch.arange(self.tensor.d_hidden).split(NEURONS):
+            part = slice(int(neurons[0]), int(neurons[-1]) + 1)
+            left, right = rows @ self.tensor.left[part].T, rows @ self.tensor.right[part].T
+            for into, at, weights in zip(found, places, Q.weights[:, part], strict=True):
+                into.addmm_(left[at] * weights, right[at].T)
+        return found
 
     def _measured(self, model: Tensor, examples: list[list[Any]]) -> Tensor:
         """The model's own pre-activations on the tokens of examples [examples, window]; NaN outside."""
@@ -631,12 +657,21 @@ def unpacked_list(array: Document) -> list[Any]:
     return found
 
 
-def _norms_along(
-    directions: Float[Tensor, "n d_out"], layer: BilinearTensor
-) -> Float[Tensor, " n"]:
-    """``||Q_u||_F``, from the Gram of the layer's outputs: ``||Q_u||^2 = u^T G u``, in float64."""
-    gram = congruence(layer.out, layer.left, layer.right)
-    squares = [((rows.to(gram) @ gram) * rows).sum(1) for rows in directions.split(1024)]
+def norms_along(directions: Float[Tensor, "n d_out"], layer: BilinearTensor) -> Float[Tensor, " n"]:
+    """``||Q_u||_F`` of many u, in float64: ``||Q_u||^2 = u^T G u``, G the Gram of the layer's outputs.
+
+    The Gram of hidden neurons that G is made of is met in squares, so that memory holds little of it.
+    """
+    left, right, out = (each.split(GRAM, dim) for each, dim in (
+        (layer.left, 0), (layer.right, 0), (layer.out, 1),
+    ))  # fmt: skip
+    gram: Tensor = torch.zeros(layer.d_out, layer.d_out, dtype=torch.double)
+    for i in range(len(out)):
+        for j in range(i, len(out)):
+            for rows, tile in pair_gram_tiles(left[i], right[i], left[j], right[j]):
+                half = out[i][:, rows].double() @ tile.double() @ out[j].double().T
+                gram += half if i == j else 2 * half  # as a form: half stands for its transpose
+    squares = [((u.double() @ gram) * u).sum(1) for u in directions.split(GRAM)]
     return torch.cat(squares).clamp_min(0).sqrt()
 
 
