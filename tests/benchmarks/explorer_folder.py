@@ -3,8 +3,9 @@
 A layer of d = 1024 and h = 4096 between two dictionaries of 8,192 features, with a spectrum like a
 trained layer's (`layers`). With `--blocks N` the first N of 128 blocks of each side are made and the
 rest is extrapolated from those after the first, which holds what is computed once for all; everything
-else is made whole (the table from the blocks that are there, again and again). Then the page is opened. `--null` measures what the nulls of spectra add to
-the building. Results: results/explorer/folder-1024.json and null.json.
+else is made whole (the table from the blocks that are there, again and again). Then the page is opened.
+`--null` measures what the nulls of spectra add to the building. Results: folder-1024.json and null.json
+in results/explorer.
 """
 
 from __future__ import annotations
