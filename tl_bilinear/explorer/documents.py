@@ -149,9 +149,20 @@ def _pieces(document: Document) -> Iterator[str]:
     mark = "{"
     for name, value in document.items():
         yield f"{mark}{_script_json(name)}:"
-        yield _script_json(value)
+        yield from _array(value) if _is_array(value) else [_script_json(value)]
         mark = ","
     yield "}" if document else "{}"
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"dtype", "shape", "base64"}
+
+
+def _array(array: Document) -> Iterator[str]:
+    """The JSON of an array, whose digits need no escape and so no copy."""
+    yield f'{{"dtype":"{array["dtype"]}","shape":{json.dumps(array["shape"])},"base64":"'
+    yield array["base64"]
+    yield '"}'
 
 
 def _script_json(value: Any) -> str:

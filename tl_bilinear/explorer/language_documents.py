@@ -46,7 +46,7 @@ FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width b
 SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
 SHORTLIST = 256
 NEURONS = 512  # that shortlisted input features go through at a time
-GRAM = 1024  # neurons whose Gram is held at a time
+GRAM = 512  # neurons whose Gram is held at a time
 ACTIVATIONS = 2**20  # of a side that are looked at together
 CHANCE_DRAWS, CHANCE_DRAWS_WIDE = 4, 1  # of the null of each feature; in layers wider than that
 # What if, beforehand: of how many examples, by how many eigenvectors, tokens shown, random changes.
