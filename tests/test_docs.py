@@ -284,10 +284,20 @@ def test_the_numbers_of_the_explorers_folder_are_those_measured():
     assert (
         f"d = {case['d']:,} and h = {case['hidden']:,} between two dictionaries of "
         f"{case['features']:,} features: {found['whole_megabytes']:.0f} MB, "
-        f"{found['whole_cpu_minutes']:.0f} minutes on one core (extrapolated from {blocks['made']} of "
-        f"{blocks['of']} blocks), and it opens in {found['opens_seconds']:.1f} s."
+        f"{found['whole_cpu_minutes']:.0f} minutes of one core (extrapolated from {blocks['made']} of "
+        f"{blocks['of']} blocks), nulls of the spectra included. The process holds "
+        f"{found['peak_gigabytes']:.1f} GB at most, {found['imported_gigabytes']:.1f} GB of it for what "
+        "is imported (Torch, TransformerLens, SAELens), and the page opens in "
+        f"{found['opens_seconds']:.1f} s"
     ) in text
     assert found["environment"]["threads"] == 1
+    nulls = stored("tests/benchmarks/results/explorer/null.json")
+    one, other = ([case["d"], case["cpu_seconds_a_thousand_features"]] for case in nulls["cases"])
+    assert (
+        f"Nulls add {one[1]:.0f} s to the building of 1,000 features at d = {one[0]:,} and "
+        f"{other[1]:.0f} s at d = {other[0]:,} (one core"
+    ) in text
+    assert nulls["environment"]["threads"] == 1
 
 
 def test_the_stored_quickstart_says_whether_its_model_learned():

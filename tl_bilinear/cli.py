@@ -176,10 +176,17 @@ def explore(
     """Write a page in which a layer of the model that ships is read, and open it.
 
     Every output and input feature between two SAEs: where it is active, which pairs make it, and for
-    each token the exact sum. The page opens from disk, without a server.
+    each token the exact sum. With --images image models instead, and a switch between them. The page
+    opens from disk, without a server.
     """
-    from tl_bilinear.explorer import explore_demo, serving
+    from tl_bilinear.explorer import explore_demo, explore_images, serving
 
+    if config.images:
+        view = explore_images(config, progress=not quiet)
+        print(view)
+        if config.open:
+            view.open()
+        return
     view, run = explore_demo(config, progress=not quiet)
     print(view)
     if config.serve:

@@ -2,8 +2,10 @@
 
 A layer of d = 1024 and h = 4096 between two dictionaries of 8,192 features, with a spectrum like a
 trained layer's (`layers`). With `--blocks N` the first N of 128 blocks of each side are made and the
-rest is extrapolated, in proportion; everything else is made whole (the table from the blocks that are
-there, again and again). Then the page is opened. Results: results/explorer/folder-1024.json.
+rest is extrapolated from those after the first, which holds what is computed once for all; everything
+else is made whole (the table from the blocks that are there, again and again). Then the page is opened.
+`--null` measures what the nulls of spectra add to the building. Results: folder-1024.json and null.json
+in results/explorer.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from playwright.sync_api import sync_playwright
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
@@ -29,10 +30,11 @@ from transformer_lens import HookedTransformer
 import tl_bilinear  # noqa: F401  gives HookedTransformer.from_config
 from tests.benchmarks.__main__ import RESULTS, environment
 from tests.benchmarks.layers import directions, layer_like_trained
-from tests.explorer.conftest import BROWSERS, FLAGS
 from tl_bilinear import FeatureInteractions
 from tl_bilinear.explorer import Panel, language_panel, write_folder
 from tl_bilinear.explorer.documents import Document, Read
+from tl_bilinear.explorer.language_documents import BLOCK, LEADING, norms_along
+from tl_bilinear.features.chance import paired_at_random
 
 D, HIDDEN, FEATURES, VOCABULARY, CONTEXT, ROWS = 1024, 4096, 8192, 2048, 128, 16
 
@@ -72,13 +74,16 @@ def whole_panel(d: int, hidden: int, n: int, rows: int) -> Panel:
     return language_panel(run, title="a layer of 1,024", name="language")
 
 
-def measure(panel: Panel, blocks: int | None, folder: Path) -> dict[str, Any]:
-    """Seconds and bytes of each kind of document, measured and for the whole."""
+def measure(panel: Panel, blocks: int | None, folder: Path, imported: float) -> dict[str, Any]:
+    """Seconds and bytes of each kind of document, measured and for the whole; memory of the process.
+
+    imported: gigabytes that were held when everything had been imported
+    """
     name_of = f"{panel.manifest['name']}-"
     whole: dict[str, int] = defaultdict(int)
     kept = {}
-    seconds: dict[str, float] = defaultdict(float)
-    cpu: dict[str, float] = defaultdict(float)
+    seconds: dict[str, list[float]] = defaultdict(list)  # of each document
+    cpu: dict[str, list[float]] = defaultdict(list)
 
     def kind_of(name: str) -> tuple[str, int]:
         kind, _, number = name.removeprefix(name_of).rpartition("-")
@@ -99,10 +104,10 @@ def measure(panel: Panel, blocks: int | None, folder: Path) -> dict[str, Any]:
         def timed(read: Read, make: Any = make, kind: str = kind) -> Document:
             start, busy = time.perf_counter(), time.process_time()
             document = make(partial(made_before, read))
-            seconds[kind] += time.perf_counter() - start
-            cpu[kind] += time.process_time() - busy
+            seconds[kind].append(time.perf_counter() - start)
+            cpu[kind].append(time.process_time() - busy)
             if kind in ("output", "input"):
-                print(f"{kind} {seconds[kind]:.1f} s", flush=True)
+                print(f"{kind} {seconds[kind][-1]:.1f} s", flush=True)
             return document
 
         kept[name] = timed
@@ -116,30 +121,47 @@ def measure(panel: Panel, blocks: int | None, folder: Path) -> dict[str, Any]:
         kind: {
             "made": len(held),
             "of": whole[kind],
-            "seconds": round(seconds[kind], 2),
-            "cpu_seconds": round(cpu[kind], 2),
+            "seconds": round(sum(seconds[kind]), 2),
+            "cpu_seconds": round(sum(cpu[kind]), 2),
+            "cpu_seconds_first": round(cpu[kind][0], 2),
             "megabytes": round(sum(held) / 1e6, 2),
         }
         for kind, held in sizes.items()
     }
 
-    def total(of: str) -> float:
-        return sum(each[of] * each["of"] / each["made"] for each in kinds.values())
+    def whole_time(taken: dict[str, list[float]]) -> float:
+        return sum(
+            sum(each) + (whole[kind] - len(each)) * sum(each[1:]) / max(1, len(each) - 1)
+            for kind, each in taken.items()
+        )
 
-    rest, rest_cpu = elapsed - sum(seconds.values()), worked - sum(cpu.values())
+    made = (sum(map(sum, taken.values())) for taken in (seconds, cpu))
+    rest, rest_cpu = (all_ - each for all_, each in zip((elapsed, worked), made, strict=True))
+    megabytes = sum(each["megabytes"] * each["of"] / each["made"] for each in kinds.values())
     return {
         "kinds": kinds,
         "measured_seconds": round(elapsed, 1),
-        "whole_minutes": round((total("seconds") + rest) / 60, 1),
-        "whole_cpu_minutes": round((total("cpu_seconds") + rest_cpu) / 60, 1),
-        "whole_megabytes": round(total("megabytes"), 1),
-        "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "whole_minutes": round((whole_time(seconds) + rest) / 60, 1),
+        "whole_cpu_minutes": round((whole_time(cpu) + rest_cpu) / 60, 1),
+        "whole_megabytes": round(megabytes, 1),
+        "imported_gigabytes": imported,
+        "peak_gigabytes": peak_gigabytes(),
         "opens_seconds": opening_seconds(index),
     }
 
 
+def peak_gigabytes() -> float:
+    """Most memory that this process has held so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
+
+
 def opening_seconds(index: Path) -> float | None:
     """From asking for the page to the table on it, in Chromium: the best of three; None without it."""
+    # Not before: what only opens the page is not to count in the memory of the building.
+    from playwright.sync_api import sync_playwright
+
+    from tests.explorer.conftest import BROWSERS, FLAGS
+
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         return None
@@ -157,16 +179,47 @@ def opening_seconds(index: Path) -> float | None:
     return round(min(taken), 2)
 
 
+def null_seconds(d: int, hidden: int, count: int = BLOCK) -> dict[str, Any]:
+    """CPU seconds that a feature's null takes, and the norms of all nulls."""
+    layer, rows = layer_like_trained(d, hidden, d), directions(count, d)
+
+    def cpu(of: Any) -> float:
+        start = time.process_time()
+        of()
+        return time.process_time() - start
+
+    null = paired_at_random(layer, torch.Generator().manual_seed(0))
+    each = min(cpu(lambda: null.interaction(rows).eigh(LEADING)) for _ in range(3)) / count
+    norms = cpu(lambda: norms_along(rows, null))
+    return {
+        "d": d,
+        "hidden": hidden,
+        "measured_features": count,
+        "cpu_seconds_a_thousand_features": round(1000 * each, 1),
+        "cpu_seconds_once": round(norms, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, help="blocks of features of each side to make")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of text")
     parser.add_argument("--out", type=Path, help="keep the folder here")
     parser.add_argument("--result", type=Path, default=RESULTS / "explorer" / "folder-1024.json")
+    parser.add_argument("--null", action="store_true", help="what nulls of spectra cost, only")
     given = parser.parse_args()
+    if given.blocks == 1:
+        parser.error("--blocks 1 leaves nothing to extrapolate from; take 2 or more")
+    if given.null:
+        found = {"cases": [null_seconds(512, 2048), null_seconds(1024, 4096)]}
+        text = json.dumps({**found, "environment": environment()}, indent=1)
+        (RESULTS / "explorer" / "null.json").write_text(text + "\n")
+        print(text)
+        return
+    imported = peak_gigabytes()
     panel = whole_panel(D, HIDDEN, FEATURES, given.rows)
     with tempfile.TemporaryDirectory() as temporary:
-        found = measure(panel, given.blocks, given.out or Path(temporary) / "folder")
+        found = measure(panel, given.blocks, given.out or Path(temporary) / "folder", imported)
     sizes = {"d": D, "hidden": HIDDEN, "features": FEATURES, "tokens": given.rows * CONTEXT}
     result = {"case": sizes, "blocks": given.blocks, **found, "environment": environment()}
     given.result.write_text(json.dumps(result, indent=1) + "\n")

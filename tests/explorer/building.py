@@ -17,6 +17,7 @@ OUTPUT = f"{LAYER}.hook_mlp_out"
 TOKENS = torch.tensor(
     [[3, 1, 4, 1, 5, 9, 2, 6], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2]]
 )
+WIDE = 400
 HOSTILE = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
 
@@ -55,6 +56,16 @@ def run(case):
         output=[f"{HOSTILE} out {i}" for i in range(features.outputs.n)],
     )
     return features.run(TOKENS, progress=False)
+
+
+@functools.cache
+def wide_run(rows=18):
+    """A run of a layer wider than the page decomposes."""
+    built = model(d_model=WIDE, d_mlp=WIDE, d_head=WIDE // 2, dtype=torch.float32)
+    one = sae(INTO, d=WIDE)
+    other = sae(OUTPUT, n=12, seed=1, d=WIDE)
+    tokens = torch.randint(1, 10, (rows, 8), generator=torch.Generator().manual_seed(0))
+    return FeatureInteractions(built, 1, one, other).run(tokens, progress=False)
 
 
 def panel(case):

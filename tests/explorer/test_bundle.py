@@ -196,6 +196,21 @@ def counting(panel, stop_at=None):
     return Panel(panel.manifest, wrapped, panel.identity), made
 
 
+def test_documents_are_written_piece_by_piece_and_read_back_whole(tmp_path):
+    made = {
+        "empty": {},
+        "mixed": {
+            building.HOSTILE: [1, None, '\u2028 "</script>'],
+            "array": packed(torch.randn(3, 2)),
+            "none": packed(torch.zeros(0, 3)),
+            "within": {"array": packed(torch.arange(4))},
+        },
+    }
+    makers = {name: lambda read, name=name: made[name] for name in made}
+    path = write_page([Panel({"name": "p"}, makers, "x")], tmp_path / "p.html", progress=False)
+    assert documents_of(path) == made
+
+
 def test_an_interrupted_folder_goes_on_and_another_identity_starts_anew(tmp_path):
     panel = building.panel("plain")
     out = tmp_path / "bundle"

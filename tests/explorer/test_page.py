@@ -427,12 +427,16 @@ def test_hostile_tokens_are_text(tmp_path, tab):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_axe_finds_nothing(place, page, browser):
+    check_axe(browser, at(page, place))
+
+
+def check_axe(browser, address):
     if not AXE.is_file():
         pytest.skip("needs axe-core: npm ci in tl_bilinear/explorer/frontend")
     # The page's own policy lets no other script in, so the policy is set aside.
     context = browser.new_context(bypass_csp=True, viewport=LAPTOP)
     tab = context.new_page()
-    tab.goto(at(page, place))
+    tab.goto(address)
     settled(tab)
     tab.add_script_tag(path=AXE)
     found = tab.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa']})")

@@ -25,7 +25,7 @@ def test_a_pair_is_its_term_of_the_exact_sum_along_every_feature(case):
     run = building.run(case)
     b, c = active_pair(run)
     for first, second in ((b, c), (c, b), (b, b)):
-        part = Change("pair", first=first, second=second).part(run, FEATURE, ROW, POSITION)
+        part = WhatIf(run).part(Change("pair", first=first, second=second), FEATURE, ROW, POSITION)
         for a in (0, FEATURE, 11):
             table = run.attribute(a, POSITION, ROW).to_pandas(400)
             here = {frozenset((int(r["first"]), int(r["second"]))): r["contribution"]
@@ -38,16 +38,46 @@ def test_a_feature_is_what_its_dictionary_writes():
     run = building.run("mean")
     out = run.output[ROW, POSITION]
     reading = run.features.outputs.read(out[None])
-    every = [Change("feature").part(run, a, ROW, POSITION) for a in range(run.features.outputs.n)]
+    what = WhatIf(run)
+    every = [what.part(Change("feature"), a, ROW, POSITION) for a in range(run.features.outputs.n)]
     assert_close(sum(every) + sum(v[0] for v in reading.rest.values()), out)
     assert float(sum(every).norm()) > 0
+
+
+@pytest.mark.parametrize("case", building.CASES)
+def test_the_strongest_pair_is_the_first_of_the_exact_sum(case):
+    run = building.run(case)
+    what = WhatIf(run)
+    for feature in range(0, run.features.outputs.n, 3):
+        for row, position in ((ROW, POSITION), (0, 2)):
+            first = run.attribute(feature, position, row).to_pandas(1).iloc[0]
+            found = what.strongest_pair(feature, row, position)
+            assert found == (first["first"], first["second"])
+
+
+def test_eigenvectors_found_together_change_nothing():
+    run = building.run("norm")
+    one, other = WhatIf(run), WhatIf(run)
+    directions = run.features.directions[[2, FEATURE]]
+    other.prepare([2, FEATURE], run.features.layer_tensor.interaction(directions).eigh(5), 2)
+    for feature, k in ((FEATURE, 2), (2, 2), (FEATURE, 1), (7, 2)):
+        change = Change("eigen", k=k)
+        parts = [each.part(change, feature, ROW, POSITION) for each in (one, other)]
+        assert_close(parts[0], parts[1])
+        assert float(parts[0].norm()) > 0
+
+
+def test_where_no_input_feature_is_active_there_is_no_strongest_pair(monkeypatch):
+    what = WhatIf(building.run("plain"))
+    monkeypatch.setattr(WhatIf, "_coefficients", lambda *at: torch.zeros(40, dtype=torch.double))
+    assert what.strongest_pair(FEATURE, ROW, POSITION) is None
 
 
 def test_an_output_dictionary_that_reads_elsewhere_says_so():
     run = building.run("skip")
     assert not whatif.writes_itself(run)
     with pytest.raises(ValueError, match="what a feature writes there is not known"):
-        Change("feature").part(run, FEATURE, ROW, POSITION)
+        WhatIf(run).part(Change("feature"), FEATURE, ROW, POSITION)
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -144,4 +174,4 @@ def test_a_request_s_numbers_are_needed():
         with pytest.raises(ValueError, match="k, factor: give numbers"):
             Change.of(asked)
     assert Change.of({"kind": "feature", "factor": "2"}) == Change("feature", 2.0)
-    assert torch.is_tensor(Change("eigen", k=1).part(building.run("plain"), 0, 0, 1))
+    assert torch.is_tensor(WhatIf(building.run("plain")).part(Change("eigen", k=1), 0, 0, 1))

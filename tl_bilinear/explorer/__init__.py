@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from tl_bilinear.explorer.documents import Panel, write_folder, write_page
     from tl_bilinear.explorer.image_documents import image_panel
     from tl_bilinear.explorer.language_documents import language_panel
-    from tl_bilinear.explorer.opening import PageView, explore, explore_demo, quickstart_page
+    from tl_bilinear.explorer.opening import (
+        PageView,
+        explore,
+        explore_demo,
+        explore_images,
+        quickstart_page,
+    )
     from tl_bilinear.explorer.server import serving
 
 # The command line reads `explorer.config` for its help, which must not load torch.
@@ -27,7 +33,7 @@ _HOMES = {
     "documents": ("Panel", "write_folder", "write_page"),
     "image_documents": ("image_panel",),
     "language_documents": ("language_panel",),
-    "opening": ("PageView", "explore", "explore_demo", "quickstart_page"),
+    "opening": ("PageView", "explore", "explore_demo", "explore_images", "quickstart_page"),
     "server": ("serving",),
 }
 
@@ -36,6 +42,7 @@ __all__ = [
     "Panel",
     "explore",
     "explore_demo",
+    "explore_images",
     "image_panel",
     "language_panel",
     "quickstart_page",

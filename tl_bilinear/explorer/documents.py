@@ -122,9 +122,13 @@ class _Store:
         return self.folder / f"{name}.js"
 
     def write(self, name: str, document: Document) -> None:
-        text = _script_json(document)
-        with whole_file(self.path(name)) as temporary:
-            temporary.write_text(f"{_opening(name)}{text})\n", encoding="utf-8")
+        with (
+            whole_file(self.path(name)) as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+        ):
+            file.write(_opening(name))
+            file.writelines(_pieces(document))
+            file.write(")\n")
 
     def json(self, name: str) -> str:
         """A document's JSON, as it may stand inside a script element."""
@@ -138,6 +142,27 @@ class _Store:
 
 def _opening(name: str) -> str:
     return f'tlBilinear.add("{name}",'
+
+
+def _pieces(document: Document) -> Iterator[str]:
+    """The JSON of a document, an entry at a time: a large one is not held a second time."""
+    mark = "{"
+    for name, value in document.items():
+        yield f"{mark}{_script_json(name)}:"
+        yield from _array(value) if _is_array(value) else [_script_json(value)]
+        mark = ","
+    yield "}" if document else "{}"
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"dtype", "shape", "base64"}
+
+
+def _array(array: Document) -> Iterator[str]:
+    """The JSON of an array, whose digits need no escape and so no copy."""
+    yield f'{{"dtype":"{array["dtype"]}","shape":{json.dumps(array["shape"])},"base64":"'
+    yield array["base64"]
+    yield '"}'
 
 
 def _script_json(value: Any) -> str:

@@ -28,10 +28,16 @@ def image_panel(
     title: str,
     facts: Mapping[str, str] | None = None,
     name: str = "image",
+    choice: Mapping[str, str] | None = None,
 ) -> Panel:
     """A panel of an image classifier, with the first test images of every class to choose from.
 
-    facts: what else is to be said of the model, by name; name: of the panel
+    Parameters
+    ----------
+    facts: what else is to be said of the model, by name
+    name: of the panel, the beginning of its documents' names
+    choice: which of several models this is: ``{"trained on": "MNIST", "regulariser": "noise 0"}``
+        Panels of one title that have one are shown in one place, with a select for each setting.
     """
 
     @torch.no_grad()
@@ -66,9 +72,9 @@ def image_panel(
         "classes": list(data.classes),
         "hidden": model.layer.left.out_features,
     }
-    identity = digest_of(
-        model.state_dict(), {"data": data.fingerprint, "name": name, "title": title}
-    )
+    if choice:
+        manifest["choice"] = dict(choice)
+    identity = digest_of(model.state_dict(), {"data": data.fingerprint, "manifest": manifest})
     made = {f"{name}-layer": layer, f"{name}-eigen": eigen, f"{name}-images": images}
     return Panel(manifest, made, identity)
 

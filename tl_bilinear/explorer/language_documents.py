@@ -8,6 +8,7 @@ tokens promoted, nearest directions, and which tokens are examples.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_bilinear import checks
 from tl_bilinear.explorer.documents import Document, Panel, Read, packed, unpacked
 from tl_bilinear.explorer.whatif import Change, WhatIf, writes_itself
 from tl_bilinear.features import Dictionary, FeatureRun
+from tl_bilinear.features.chance import PAIRED_AT_RANDOM, paired_at_random
 from tl_bilinear.features.examples import Side
 from tl_bilinear.features.geometry import unit
 from tl_bilinear.features.labels import pieces
@@ -29,7 +30,13 @@ from tl_bilinear.features.passage import residual_passage
 from tl_bilinear.features.unembedding import token_names, unembedding
 from tl_bilinear.hooks.effects import starts_at_blocks
 from tl_bilinear.io import digest_of
-from tl_bilinear.tensor import Eigendecomposition, InteractionMatrix, approximation_note
+from tl_bilinear.tensor import (
+    BilinearTensor,
+    Eigendecomposition,
+    InteractionMatrix,
+    approximation_note,
+)
+from tl_bilinear.tensor.grams import pair_gram_tiles
 
 BLOCK = 64  # features in a document
 PAIRS, TOKENS, NEIGHBOURS, FEEDS = 20, 10, 8, 12
@@ -38,8 +45,12 @@ STRONGEST, QUANTILES, EACH = 6, (0.9, 0.5, 0.1), 2
 FULL_SPECTRUM, LEADING = 384, 8  # the page decomposes layers up to this width by itself
 SEARCHED_WHOLE = 2048  # input features up to this number are all searched for pairs
 SHORTLIST = 256
-CHANCE_DRAWS = 4
-EFFECTS, EFFECT_TOKENS, EFFECT_CONTROLS = 2, 5, 4  # what if: of how many examples, beforehand
+NEURONS = 512  # that shortlisted input features go through at a time
+GRAM = 512  # neurons whose Gram is held at a time
+ACTIVATIONS = 2**20  # of a side that are looked at together
+CHANCE_DRAWS, CHANCE_DRAWS_WIDE = 4, 1  # of the null of each feature; in layers wider than that
+# What if, beforehand: of how many examples, by how many eigenvectors, tokens shown, random changes.
+EFFECTS, EFFECT_VECTORS, EFFECT_TOKENS, EFFECT_CONTROLS = 2, 2, 5, 4
 SEARCHED = 5  # tokens of each kind that a search finds a feature by
 
 
@@ -112,7 +123,7 @@ class _Active:
         part = slice(int(starts[0]), int(starts[-1]))
         return {
             "starts": packed(starts - starts[0]),
-            "features": packed(_narrow(self.features[part])),
+            "features": packed(_smallest_integers(self.features[part])),
             "values": packed(self.values[part]),
         }
 
@@ -161,7 +172,7 @@ class _Language:
             "x": run.hook_activations, "mask": run.mask,
         }  # fmt: skip
         labels = [list(side.labels or ()) for side in self.sides.values()]
-        return digest_of(weights, {"labels": labels, "name": self.name, "facts": self.facts})
+        return digest_of(weights, {"labels": labels, "manifest": self._manifest()})
 
     def _manifest(self) -> Document:
         known, tensor = self.known, self.tensor
@@ -185,7 +196,16 @@ class _Language:
             "counted": int(self.run.mask.sum()),
             "block": BLOCK,
             "window": [BEFORE, AFTER],
+            "null": {
+                "what": PAIRED_AT_RANDOM,
+                "draws": CHANCE_DRAWS if self._narrow else CHANCE_DRAWS_WIDE,
+            },
         }
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether the page decomposes the layer by itself."""
+        return self.tensor.d_in <= FULL_SPECTRUM
 
     # ------------------------------------------------------------------ weights
 
@@ -225,9 +245,10 @@ class _Language:
         count = self.rows * self.length
 
         def of(side: Side) -> _Active:
+            step = max(1, ACTIVATIONS // (self.length * self.sides[side].n))
             parts = (
                 part.activations(side=side).flatten(0, 1)
-                for part in (self.run[i : i + 4] for i in range(0, self.rows, 4))
+                for part in (self.run[i : i + step] for i in range(0, self.rows, step))
             )
             return _Active.of(parts, count)
 
@@ -314,10 +335,16 @@ class _Language:
             for i in range(len(part))
         ]
 
+    @cached_property
+    def _lengths(self) -> dict[Side, Tensor]:
+        """Of every direction of the decoders; 1 for one that is zero, as `unit` takes it."""
+        lengths = {side: it.decoder.norm(dim=1) for side, it in self.sides.items()}
+        return {side: torch.where(each > 0, each, 1.0) for side, each in lengths.items()}
+
     def _neighbours(self, side: Side, part: range) -> list[Document]:
         """Nearest and most opposed directions of the decoder."""
-        rows = unit(self.sides[side].decoder)
-        cosines = rows[part.start : part.stop] @ rows.T
+        rows = self.sides[side].decoder
+        cosines = (unit(rows[part.start : part.stop]) @ rows.T) / self._lengths[side]
         own = torch.arange(len(part))
         cosines[own, own + part.start] = 0.0
         k = min(NEIGHBOURS, cosines.shape[1])
@@ -334,10 +361,16 @@ class _Language:
         def make(read: Read) -> Document:
             known = self.known
             Q = known.interaction(list(part), basis="activations")
-            full = self.tensor.d_in <= FULL_SPECTRUM
-            eigen = Q.eigh(None if full else min(LEADING, self.tensor.d_in))
+            eigen = Q.eigh(None if self._narrow else min(LEADING, self.tensor.d_in))
+            null = None if self._narrow else self._null_spectra(part)
             pairs = self._pairs(part, Q, eigen)
             model = self.run.preactivations(list(part)).flatten(0, 1).cpu()
+            if self._what is not None:
+                own = eigen
+                if known.layer_tensor is not self.tensor:
+                    directions = known.directions[part.start : part.stop]
+                    own = known.layer_tensor.interaction(directions).eigh(EFFECT_VECTORS)
+                self._what.prepare(list(part), own, EFFECT_VECTORS)
             found = []
             for i, feature in enumerate(part):
                 examples = self._examples("output", feature)
@@ -351,12 +384,31 @@ class _Language:
                 }
                 if self._what is not None:
                     one["effects"] = self._effects(feature, examples)
-                if not full:
+                if null is not None:
                     one["eigenvectors"] = packed(eigen.vectors[i])
+                    one["null_eigenvalues"] = packed(null.values[i])
+                    one["chance"] = _ratio(
+                        eigen.values[i, 0].abs() / self._norms[feature],
+                        null.values[i, 0].abs() / self._null_norms[feature],
+                    )
                 found.append(one)
             return {"features": self._with_directions("output", part, found)}
 
         return make
+
+    @cached_property
+    def _null(self) -> BilinearTensor:
+        """One draw of the null, the same for all features; each reads it along its own direction.
+
+        A feature's own null, and not one for all: where few neurons write a feature, any pairing leaves
+        it concentrated (in the model that ships, the null of a feature holds 0.19 to 0.41 of its form).
+        """
+        return paired_at_random(self.tensor, torch.Generator().manual_seed(0))
+
+    def _null_spectra(self, part: range) -> Eigendecomposition:
+        """Leading eigenvalues of output features by chance, in a layer too wide for all of them."""
+        directions = self.known.directions[part.start : part.stop]
+        return self._null.interaction(directions).eigh(min(LEADING, self.tensor.d_in))
 
     @cached_property
     def _what(self) -> WhatIf | None:
@@ -372,14 +424,12 @@ class _Language:
         for row, position, _, quantile in examples[:EFFECTS]:
             if quantile != 1:
                 continue
-            changes = [Change("eigen", 0.0, k=2), Change("eigen", 2.0, k=2)]
+            changes = [Change("eigen", factor, k=EFFECT_VECTORS) for factor in (0.0, 2.0)]
             if writes_itself(self.run):
                 changes.append(Change("feature", 0.0))
-            pairs = self.run.attribute(feature, position, row).to_pandas(1)
-            changes += [
-                Change("pair", 0.0, first=int(pair["first"]), second=int(pair["second"]))
-                for pair in pairs.to_dict("records")
-            ]
+            pair = self._what.strongest_pair(feature, row, position)
+            if pair is not None:
+                changes.append(Change("pair", 0.0, first=pair[0], second=pair[1]))
             effects = self._what.effects(feature, row, position, changes)
             found.append({"row": row, "position": position, "effects": effects})
         return found
@@ -389,7 +439,7 @@ class _Language:
     ) -> list[Document]:
         """The strongest pairs of a block's features: of all, or in a large dictionary of a shortlist."""
         known, n = self.known, self.known.inputs.n
-        if n <= SEARCHED_WHOLE and self.tensor.d_in <= FULL_SPECTRUM:
+        if n <= SEARCHED_WHOLE and self._narrow:
             pairs = known.top(list(part), min(PAIRS, n * (n + 1) // 2))
             return [
                 {
@@ -399,51 +449,67 @@ class _Language:
                 }
                 for i in range(len(part))
             ]
-        return [self._shortlisted(Q[i], eigen, i) for i in range(len(part))]
+        return self._shortlisted(Q, eigen)
 
     @cached_property
     def _norms(self) -> Tensor:
-        """``||Q||_F`` of every output feature: their Gram is the costly part, and the same for all."""
-        return self.known.interaction(basis="activations").frobenius_norm()
+        """``||Q||_F`` of every output feature: the Gram is the costly part, and the same for all."""
+        return norms_along(self.known.directions, self.tensor)
 
     @cached_property
-    def _through(self) -> tuple[Tensor, Tensor] | None:
-        """Input features through the layer's two factors, [n_in, h] each, where memory allows it."""
-        rows = self.known.input_directions
-        if 2 * rows.shape[0] * self.tensor.d_hidden * rows.element_size() > checks.MAX_DENSE_BYTES:
-            return None
-        return rows @ self.tensor.left.T, rows @ self.tensor.right.T
+    def _null_norms(self) -> Tensor:
+        return norms_along(self.known.directions, self._null)
 
-    def _shortlisted(self, Q: InteractionMatrix, eigen: Eigendecomposition, i: int) -> Document:
-        """The strongest pairs among the `SHORTLIST` input features with the largest reach.
+    def _shortlisted(self, Q: InteractionMatrix, eigen: Eigendecomposition) -> list[Document]:
+        """For each matrix, the strongest pairs among the `SHORTLIST` input features of largest reach.
 
         With ``reach_b^2 = sum |lambda| (v . d_b)^2 + bound |rest of d_b|^2``, no pair is larger than
         ``reach_b reach_c``. Where this shuts out every pair beyond the shortlist, the result is that of
         a search over all; `searched` then says so.
         """
         rows = self.known.input_directions
-        along = (rows @ eigen.vectors[i].T).square()
-        rest = (rows.square().sum(1) - along.sum(1)).clamp_min(0)
-        reach = (along @ eigen.values[i].abs() + eigen.bound[i] * rest).sqrt()
-        order = reach.argsort(descending=True)
-        chosen = order[:SHORTLIST].sort().values
-        if self._through is None:
-            left, right = rows[chosen] @ self.tensor.left.T, rows[chosen] @ self.tensor.right.T
-        else:
-            left, right = self._through[0][chosen], self._through[1][chosen]
-        S = (left * Q.weights) @ right.T
-        first, second = torch.triu_indices(len(chosen), len(chosen))
-        values = torch.where(first == second, 0.5, 1.0) * (S + S.T)[first, second]
-        best = values.abs().topk(min(PAIRS, len(values))).indices
-        left_out = reach[order[SHORTLIST:]]
-        beyond = 2 * float(reach[order[0]] * left_out[0]) if len(left_out) else 0.0
-        all_of_them = beyond <= float(values[best[-1]].abs())
-        return {
-            "first": packed(chosen[first[best]]),
-            "second": packed(chosen[second[best]]),
-            "coefficient": packed(values[best]),
-            "searched": len(rows) if all_of_them else len(chosen),
-        }
+        lengths = rows.square().sum(1)
+        lists, beyond = [], []
+        for vectors, values, bound in zip(eigen.vectors, eigen.values, eigen.bound, strict=True):
+            along = (rows @ vectors.T).square()
+            rest = (lengths - along.sum(1)).clamp_min(0)
+            reach = (along @ values.abs() + bound * rest).sqrt()
+            order = reach.argsort(descending=True)
+            lists.append(order[:SHORTLIST].sort().values)
+            left_out = order[SHORTLIST:][:1]
+            beyond.append(2 * float(reach[order[0]] * reach[left_out]) if len(left_out) else 0.0)
+        chosen = torch.stack(lists)
+        first, second = torch.triu_indices(chosen.shape[1], chosen.shape[1])
+        found = []
+        for members, half, shut_out in zip(chosen, self._among(chosen, Q), beyond, strict=True):
+            values = torch.where(first == second, 0.5, 1.0) * (half + half.T)[first, second]
+            best = values.abs().topk(min(PAIRS, len(values))).indices
+            all_of_them = shut_out <= float(values[best[-1]].abs())
+            found.append(
+                {
+                    "first": packed(members[first[best]]),
+                    "second": packed(members[second[best]]),
+                    "coefficient": packed(values[best]),
+                    "searched": len(rows) if all_of_them else len(members),
+                }
+            )
+        return found
+
+    def _among(self, chosen: Int[Tensor, "n m"], Q: InteractionMatrix) -> Float[Tensor, "n m m"]:
+        """``(left d_b * p) . (right d_c)`` of each matrix's chosen features, some neurons at a time.
+
+        Directions go through the factors once for all matrices, and are not kept: in a large layer they
+        would take more memory than its weights.
+        """
+        members, places = chosen.unique(return_inverse=True)
+        rows = self.known.input_directions[members]
+        found = rows.new_zeros(*chosen.shape, chosen.shape[1])
+        for neurons in torch.arange(self.tensor.d_hidden).split(NEURONS):
+            part = slice(int(neurons[0]), int(neurons[-1]) + 1)
+            left, right = rows @ self.tensor.left[part].T, rows @ self.tensor.right[part].T
+            for into, at, weights in zip(found, places, Q.weights[:, part], strict=True):
+                into.addmm_(left[at] * weights, right[at].T)
+        return found
 
     def _measured(self, model: Tensor, examples: list[list[Any]]) -> Tensor:
         """The model's own pre-activations on the tokens of examples [examples, window]; NaN outside."""
@@ -529,9 +595,11 @@ class _Language:
             columns["lowest"].append(min(values))
             columns["share"].append(sum(squares[:2]) / one["norm"] ** 2 if one["norm"] else 0.0)
             columns["norm"].append(one["norm"])
+            if "chance" in one:
+                columns["chance"].append(one["chance"])
             for name in ("first", "second", "coefficient"):
                 columns[name].append(unpacked_list(one["pairs"][name])[0])
-        if side == "output" and self.tensor.d_in <= FULL_SPECTRUM:
+        if side == "output" and self._narrow:
             columns["chance"] = self._over_chance()
         found: Document = {
             "labels": list(known.labels) if known.labels is not None else None,
@@ -546,10 +614,8 @@ class _Language:
         found = self.known.spectrum_chance(
             range(self.known.outputs.n), draws=CHANCE_DRAWS, rate=0.5, progress=False
         )
-        null = found.null_concentration
-        ratio = torch.where(null > 0, found.concentration / null.clamp_min(1e-12), 0.0)
-        listed: list[float] = ratio.tolist()
-        return listed
+        pairs = zip(found.concentration, found.null_concentration, strict=True)
+        return [_ratio(own, null) for own, null in pairs]
 
 
 def activations_document(run: FeatureRun, row: int) -> Document:
@@ -591,7 +657,31 @@ def unpacked_list(array: Document) -> list[Any]:
     return found
 
 
-def _narrow(numbers: Tensor) -> Tensor:
+def norms_along(directions: Float[Tensor, "n d_out"], layer: BilinearTensor) -> Float[Tensor, " n"]:
+    """``||Q_u||_F`` of many u, in float64: ``||Q_u||^2 = u^T G u``, G the Gram of the layer's outputs.
+
+    The Gram of hidden neurons that G is made of is met in squares, so that memory holds little of it.
+    """
+    left, right, out = (each.split(GRAM, dim) for each, dim in (
+        (layer.left, 0), (layer.right, 0), (layer.out, 1),
+    ))  # fmt: skip
+    gram: Tensor = torch.zeros(layer.d_out, layer.d_out, dtype=torch.double)
+    for i in range(len(out)):
+        for j in range(i, len(out)):
+            for rows, tile in pair_gram_tiles(left[i], right[i], left[j], right[j]):
+                half = out[i][:, rows].double() @ tile.double() @ out[j].double().T
+                gram += half if i == j else 2 * half  # as a form: half stands for its transpose
+    squares = [((u.double() @ gram) * u).sum(1) for u in directions.split(GRAM)]
+    return torch.cat(squares).clamp_min(0).sqrt()
+
+
+def _ratio(own: Tensor, null: Tensor) -> float:
+    """What own is of null; 0 where there is none."""
+    ratio = float(own) / float(null) if float(null) > 0 else 0.0
+    return ratio if math.isfinite(ratio) else 0.0
+
+
+def _smallest_integers(numbers: Tensor) -> Tensor:
     """Feature numbers as 16 bits where they fit: a text is full of them."""
     fit = not numbers.numel() or int(numbers.max()) < 2**15
     return numbers.to(torch.int16 if fit else torch.int32)

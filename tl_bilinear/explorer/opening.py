@@ -24,7 +24,10 @@ from tl_bilinear.explorer.language_documents import language_panel
 from tl_bilinear.features import FeatureInteractions, FeatureRun
 from tl_bilinear.features.examples import Side
 from tl_bilinear.io import is_ours, mark, refuse_foreign
+from tl_bilinear.paper.config import runs_beside
 from tl_bilinear.paper.quickstart import KIND, Quickstart
+from tl_bilinear.paper.regularisation import regularisers
+from tl_bilinear.recipes.images import ImageData, Runs, TrainingConfig, config_for, load_images
 from tl_bilinear.tensor import Spectrum
 
 
@@ -192,12 +195,7 @@ def explore_demo(
     config: ExploreConfig = ExploreConfig(), *, progress: bool = True
 ) -> tuple[PageView, FeatureRun]:
     """Write the page of the model that ships; the run is what a server answers from."""
-    if config.folder:
-        refuse_foreign(config.out, "explorer")
-    elif config.out.is_dir():
-        raise IsADirectoryError(f"{config.out} is a folder: name an HTML file, or give --folder")
-    elif not config.out.expanduser().resolve().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {config.out} does not exist")
+    _require_place(config)
     run = demo_run(config, progress=progress)
     view = explore(
         demo_panel(run), config.out, title="tl_bilinear: explorer", folder=config.folder,
@@ -206,13 +204,62 @@ def explore_demo(
     return replace(view, run=run), run
 
 
+def explore_images(config: ExploreConfig, *, progress: bool = True) -> PageView:
+    """Write a page that switches between image models: `config.images` by `config.regularisers`.
+
+    Models that `config.runs` holds are not trained again. Raises ValueError for a regulariser that
+    appendix B's sweep does not have.
+    """
+    _require_place(config)
+    known = regularisers(TrainingConfig())
+    if unknown := [each for each in config.regularisers if each not in known]:
+        raise ValueError(f"no regulariser {unknown[0]!r}; there are {', '.join(known)}")
+    runs = Runs(runs_beside(config.out, config.runs), progress=progress)
+    names = list(dict.fromkeys(config.regularisers))
+    sets = [load_images(source) for source in dict.fromkeys(config.images)]
+    panels: list[Panel] = []
+    for number, data in enumerate(sets):
+        alike = [each.name for each in sets].count(data.name) > 1
+        label = f"{data.name} ({number + 1})" if alike else data.name
+        settings = regularisers(config_for(data, size=config.size))
+        trained = runs.train(data, [settings[name] for name in names])
+        for name, result in zip(names, trained, strict=True):
+            facts = image_facts(data, result.accuracy) | {"regulariser": name}
+            panels.append(
+                image_panel(
+                    result.model, data, title="Image models", facts=facts,
+                    name=f"image-{len(panels)}",
+                    choice={"trained on": label, "regulariser": name},
+                )
+            )  # fmt: skip
+    title = "tl_bilinear: image models"
+    return explore(
+        panels, config.out, title=title, folder=config.folder, open=False, progress=progress
+    )
+
+
+def image_facts(data: ImageData, accuracy: float) -> dict[str, str]:
+    """What a page says of an image model."""
+    return {
+        "images": f"{data.name}; {len(data.train_labels):,} to train on",
+        "accuracy": f"{accuracy:.3f} on {len(data.test_labels):,} other images",
+    }
+
+
+def _require_place(config: ExploreConfig) -> None:
+    """Refuse, before anything takes long, a place where the page cannot be written."""
+    if config.folder:
+        refuse_foreign(config.out, "explorer")
+    elif config.out.is_dir():
+        raise IsADirectoryError(f"{config.out} is a folder: name an HTML file, or give --folder")
+    elif not config.out.expanduser().resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {config.out} does not exist")
+
+
 def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = True) -> PageView:
     """The page that the quickstart ends in: its image model, and the language model that ships."""
     images, data = result.images, result.images.data
-    facts = {
-        "images": f"{data.name}; {len(data.train_labels):,} to train on",
-        "accuracy": f"{images.training.accuracy:.3f} on {len(data.test_labels):,} other images",
-    }
+    facts = image_facts(data, images.training.accuracy)
     if images.controls is not None:
         facts["did it learn?"] = images.controls.verdict
     panels = [image_panel(images.training.model, data, title=f"Images: {data.name}", facts=facts)]

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_bilinear.explorer.documents import Document
 from tl_bilinear.features import FeatureRun
 from tl_bilinear.features.passage import fires_as, output_hooks
 from tl_bilinear.features.unembedding import token_names
+from tl_bilinear.hooks import EigenComponents
 from tl_bilinear.hooks.effects import starts_at_blocks
+from tl_bilinear.tensor import BilinearTensor, Eigendecomposition
 
 Kind = Literal["eigen", "feature", "pair"]
 KEPT_ROWS = 64
@@ -54,38 +57,6 @@ class Change:
         names = {"eigen": ("k",), "feature": (), "pair": ("first", "second")}[self.kind]
         return {name: getattr(self, name) for name in ("kind", "factor", *names)}
 
-    def part(
-        self, run: FeatureRun, feature: int, row: int, position: int
-    ) -> Float[Tensor, " d_out"]:
-        """The part of the layer's output at a token of a run that it multiplies.
-
-        Raises IndexError for features that there are not, ValueError where it cannot be said what a
-        feature writes.
-        """
-        known, out = run.features, run.output[row, position]
-        feature = known.number(feature)
-        if self.kind == "eigen":
-            without = known.components(feature, self.k).ablate()
-            return out - without.edit(run.x[row, position][None], out[None])[0]
-        if self.kind == "feature":
-            if not writes_itself(run):
-                raise ValueError(
-                    f"{known.outputs!r} does not read and write at {known.output_hook!r}, so what a "
-                    f"feature writes there is not known"
-                )
-            z = known.outputs.read(out[None]).coefficients[0, feature]
-            return z * known.outputs.decoder[feature].to(out)
-        one, other = (known.number(each, "input") for each in (self.first, self.second))
-        source = None if run.source is None else run.source[row, position][None]
-        z = known.inputs.read(run.hook_activations[row, position][None], source).coefficients[0]
-        u, v = (
-            z[each] / run.scale[row, position] * known.input_directions[each].to(z)
-            for each in (one, other)
-        )
-        form = known.hook_tensor.parts().interaction
-        together = form(u) if one == other else form(u + v) - form(u) - form(v)
-        return together.to(out)
-
 
 def writes_itself(run: FeatureRun) -> bool:
     """Whether the output dictionary reads and writes the layer's output."""
@@ -107,6 +78,89 @@ class WhatIf:
     controls: int = 8
     changed: int = 8
     _residuals: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _read: tuple[tuple[int, int], Tensor] | None = field(default=None, init=False, repr=False)
+    _components: dict[tuple[int, int], EigenComponents] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @torch.no_grad()
+    def part(
+        self, change: Change, feature: int, row: int, position: int
+    ) -> Float[Tensor, " d_out"]:
+        """The part of the layer's output at a token of the run that a change multiplies.
+
+        Raises IndexError for features that there are not, ValueError where it cannot be said what a
+        feature writes.
+        """
+        run, known, out = self.run, self.run.features, self.run.output[row, position]
+        feature = known.number(feature)
+        if change.kind == "eigen":
+            without = self._leading(feature, change.k).ablate()
+            return out - without.edit(run.x[row, position][None], out[None])[0]
+        if change.kind == "feature":
+            if not writes_itself(run):
+                raise ValueError(
+                    f"{known.outputs!r} does not read and write at {known.output_hook!r}, so what a "
+                    f"feature writes there is not known"
+                )
+            z = known.outputs.read(out[None]).coefficients[0, feature]
+            return z * known.outputs.decoder[feature].to(out)
+        one, other = (known.number(each, "input") for each in (change.first, change.second))
+        u, v = self._written(row, position, torch.tensor([one, other]))
+        form = self._form
+        together = form(u) if one == other else form(u + v) - form(u) - form(v)
+        return together.to(out)
+
+    @torch.no_grad()
+    def strongest_pair(self, feature: int, row: int, position: int) -> tuple[int, int] | None:
+        """The pair of input features that contributes most at a token; None where none is active."""
+        known = self.run.features
+        active = self._coefficients(row, position).nonzero()[:, 0]
+        if not len(active):
+            return None
+        rows = self._written(row, position, active).to(known.hook_tensor.left)
+        entries = known.hook_tensor.interaction(known.directions[feature]).fold(rows).dense()
+        first, second = torch.triu_indices(len(active), len(active))
+        sizes = entries[first, second].abs() * torch.where(first == second, 1.0, 2.0)
+        best = int(sizes.argmax())
+        return int(active[first[best]]), int(active[second[best]])
+
+    def prepare(self, features: list[int], eigen: Eigendecomposition, k: int) -> None:
+        """Take the k leading of eigenvectors found already, in place of those taken before.
+
+        eigen: of the features' interaction matrices in ``features.layer_tensor``
+        """
+        layer = self.run.features.layer
+        self._components = {
+            (feature, k): EigenComponents(eigen[i].top(k), layer)
+            for i, feature in enumerate(features)
+        }
+
+    @cached_property
+    def _form(self) -> BilinearTensor:
+        return self.run.features.hook_tensor.parts().interaction
+
+    def _leading(self, feature: int, k: int) -> EigenComponents:
+        found = self._components.get((feature, k))
+        return self.run.features.components(feature, k) if found is None else found
+
+    def _coefficients(self, row: int, position: int) -> Float[Tensor, " n_in"]:
+        """What the input dictionary reads at a token."""
+        if self._read is None or self._read[0] != (row, position):
+            run = self.run
+            source = None if run.source is None else run.source[row, position][None]
+            x = run.hook_activations[row, position][None]
+            found = run.features.inputs.read(x, source).coefficients[0]
+            self._read = ((row, position), found)
+        return self._read[1]
+
+    def _written(
+        self, row: int, position: int, features: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m d"]:
+        """``z_b d_b / s`` of some input features at a token."""
+        z = self._coefficients(row, position)
+        scaled = z[features] / self.run.scale[row, position]
+        return scaled[:, None] * self.run.features.input_directions[features].to(z)
 
     @torch.no_grad()
     def effects(
@@ -114,7 +168,7 @@ class WhatIf:
     ) -> list[Document]:
         """Of each change, as the page takes it: next tokens before and after, KL divergence in nats."""
         whole = [replace(change, factor=0.0) for change in changes]
-        parts = {each: each.part(self.run, feature, row, position) for each in dict.fromkeys(whole)}
+        parts = {each: self.part(each, feature, row, position) for each in dict.fromkeys(whole)}
         added = [
             (change.factor - 1) * parts[each] for change, each in zip(changes, whole, strict=True)
         ]
@@ -186,7 +240,9 @@ class WhatIf:
                 self._residuals.clear()
             name = f"blocks.{self.run.features.layer}.hook_resid_post"
             _, cache = self.run.features.model.run_with_cache(
-                self.run.tokens[row][None], names_filter=name
+                self.run.tokens[row][None],
+                names_filter=name,
+                stop_at_layer=self.run.features.layer + 1,
             )
             self._residuals[row] = cache[name]
         return self._residuals[row]

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from tl_bilinear.features.interactions import FeatureInteractions
 
 PairNull = Literal["neurons", "dictionary"]
+PAIRED_AT_RANDOM = "what each hidden neuron writes paired at random with what it reads"
 _WORDS = {
-    "neurons": "what each hidden neuron writes paired at random with what it reads",
+    "neurons": PAIRED_AT_RANDOM,
     "dictionary": "the input features rotated together at random",
 }
 
@@ -392,6 +393,11 @@ def pair_chance(
 # ---------------------------------------------------------------------- spectra
 
 
+def paired_at_random(layer: BilinearTensor, generator: torch.Generator) -> BilinearTensor:
+    """A draw of the null "neurons": what each neuron writes paired at random with what it reads."""
+    return replace(layer, out=layer.out[:, torch.randperm(layer.d_hidden, generator=generator)])
+
+
 @torch.no_grad()
 def concentration(layer: BilinearTensor) -> Float[Tensor, " d_out"]:
     """``|lambda_1| / ||Q||_F`` of every output; 0 for a form that is zero."""
@@ -420,11 +426,7 @@ def spectrum_chance(
     for some in tqdm(index.split(16), unit="batch", disable=not progress):
         read = layer.project(features.directions[some])
         own = concentration(read)
-        drawn = []
-        for _ in range(draws):
-            order = torch.randperm(read.d_hidden, generator=generator)
-            drawn.append(concentration(replace(read, out=read.out[:, order])))
-        null = torch.stack(drawn)
+        null = torch.stack([concentration(paired_at_random(read, generator)) for _ in range(draws)])
         p = ((null >= own).sum(0) + 1) / (draws + 1)
         rows.append(torch.stack([own.double(), null.double().mean(0), p.double()]))
     own, mean, p = torch.cat(rows, 1) if rows else torch.empty(3, 0, dtype=torch.double)

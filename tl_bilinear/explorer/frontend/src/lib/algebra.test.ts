@@ -14,7 +14,7 @@ import {
   hiddenWeights,
   namedTerms,
   partShares,
-  semicircle,
+  timesFactors,
   timesForm,
   type Layer,
   type Part,
@@ -153,12 +153,13 @@ it("correlation agrees with the definition and needs three points", () => {
   expect(correlation([1, 1, 1], [2, 1, 0])).toBeNaN();
 });
 
-it("the semicircle has the norm that it was given", () => {
-  const values = semicircle(3, 400);
-  const squares = values.reduce((a, v) => a + v * v, 0);
-  expect(Math.sqrt(squares)).toBeCloseTo(3, 1);
-  expect(values[0]).toBeGreaterThan(values[399]);
-  expect(values[0]).toBeCloseTo(-values[399], 6);
+it("the form without its matrix is the form", () => {
+  const next = generator(11);
+  const made: Layer = { left: matrix(H, D, next), right: matrix(H, D, next), out: matrix(E, H, next) };
+  const p = hiddenWeights(made, vector(E, next));
+  const x = vector(D, next);
+  const expected = timesForm(form(made, p), x);
+  timesFactors(made, p, x).forEach((value, i) => expect(value).toBeCloseTo(expected[i], 12));
 });
 
 it("a matrix is applied row by row", () => {

@@ -38,15 +38,31 @@ export function apply(matrix: Matrix, x: Vector): Float64Array {
   return made;
 }
 
+/** M^T x. */
+export function applyTransposed(matrix: Matrix, x: Vector): Float64Array {
+  const { rows, columns, data } = matrix;
+  const made = new Float64Array(columns);
+  for (let i = 0, at = 0; i < rows; i++) {
+    const scale = x[i];
+    for (let j = 0; j < columns; j++, at++) made[j] += scale * data[at];
+  }
+  return made;
+}
+
 /** p = out^T e. */
 export function hiddenWeights(layer: Layer, direction: Vector): Float64Array {
-  const { rows, columns, data } = layer.out;
-  const p = new Float64Array(columns);
-  for (let i = 0, at = 0; i < rows; i++) {
-    const e = direction[i];
-    for (let h = 0; h < columns; h++, at++) p[h] += e * data[at];
-  }
-  return p;
+  return applyTransposed(layer.out, direction);
+}
+
+/** Q x of the form along hidden weights p, without forming it. */
+export function timesFactors(layer: Layer, p: Vector, x: Vector): Float64Array {
+  const a = apply(layer.left, x);
+  const b = apply(layer.right, x);
+  for (let h = 0; h < p.length; h++) [a[h], b[h]] = [(p[h] * b[h]) / 2, (p[h] * a[h]) / 2];
+  const made = applyTransposed(layer.left, a);
+  const other = applyTransposed(layer.right, b);
+  for (let i = 0; i < made.length; i++) made[i] += other[i];
+  return made;
 }
 
 /** The whole layer, f(x). */
@@ -159,23 +175,6 @@ export function correlation(a: ArrayLike<number>, b: ArrayLike<number>): number 
     bb += (b[i] - mb) ** 2;
   }
   return aa && bb ? ab / Math.sqrt(aa * bb) : NaN;
-}
-
-/** Expected eigenvalues, falling, of a random symmetric d x d matrix of this Frobenius norm: Wigner's law. */
-export function semicircle(norm: number, d: number): Float64Array {
-  const radius = (2 * norm) / Math.sqrt(d);
-  const below = (x: number) => 0.5 + (x * Math.sqrt(1 - x * x) + Math.asin(x)) / Math.PI;
-  return Float64Array.from({ length: d }, (_, i) => {
-    const wanted = 1 - (i + 0.5) / d;
-    let low = -1;
-    let high = 1;
-    for (let step = 0; step < 50; step++) {
-      const middle = (low + high) / 2;
-      if (below(middle) < wanted) low = middle;
-      else high = middle;
-    }
-    return radius * low;
-  });
 }
 
 // ---------------------------------------------------------------- sums at a token

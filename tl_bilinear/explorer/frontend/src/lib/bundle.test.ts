@@ -1,5 +1,16 @@
 import { describe, expect, it } from "vitest";
-import { BundleError, checkManifest, unpack, unpackMatrix, FORMAT, VERSION } from "./bundle";
+import {
+  alternatives,
+  BundleError,
+  checkManifest,
+  settings,
+  switched,
+  unpack,
+  unpackMatrix,
+  FORMAT,
+  VERSION,
+  type ImageManifest,
+} from "./bundle";
 import { csv, number, signed } from "./format";
 import { href, parse } from "./route";
 
@@ -64,4 +75,29 @@ it("numbers are short, with a sign where it matters", () => {
     "0",
   ]);
   expect([signed(2), signed(-2), signed(0)]).toEqual(["+2.00", "−2.00", "0"]);
+});
+
+describe("models to switch between", () => {
+  const model = (name: string, title: string, choice?: Record<string, string>): ImageManifest => ({
+    kind: "image", name, title, facts: {}, size: [2, 2], classes: ["a"], hidden: 1, choice,
+  });
+  const digits = model("a", "Images", { set: "digits", noise: "0" });
+  const noisy = model("b", "Images", { set: "digits", noise: "0.4" });
+  const coats = model("c", "Images", { set: "coats", noise: "0.4" });
+  const other = model("d", "Others", { set: "coats" });
+  const alone = model("e", "Images");
+  const all = [digits, noisy, coats, other, alone];
+  it("are those of one title that have a choice", () => {
+    expect(alternatives(all, noisy)).toEqual([digits, noisy, coats]);
+    expect(alternatives(all, other)).toEqual([other]);
+    expect(alternatives(all, alone)).toEqual([alone]);
+    expect(settings([digits, noisy, coats])).toEqual([["set", ["digits", "coats"]], ["noise", ["0", "0.4"]]]);
+  });
+  it("keep the other settings where they can", () => {
+    const models = [digits, noisy, coats];
+    expect(switched(models, noisy, "set", "coats")).toBe(coats);
+    expect(switched(models, digits, "noise", "0.4")).toBe(noisy);
+    expect(switched(models, digits, "set", "coats")).toBe(coats); // the only one
+    expect(switched(models, digits, "set", "none")).toBe(digits);
+  });
 });

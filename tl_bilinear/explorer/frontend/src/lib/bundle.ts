@@ -42,6 +42,7 @@ export interface LanguageManifest {
   counted: number;
   block: number;
   window: [number, number];
+  null?: { what: string; draws: number };
   served?: boolean;
 }
 
@@ -53,6 +54,8 @@ export interface ImageManifest {
   size: [number, number];
   classes: string[];
   hidden: number;
+  /** Which of several models of this title it is, by setting. */
+  choice?: Record<string, string>;
 }
 
 export type PanelManifest = LanguageManifest | ImageManifest;
@@ -116,6 +119,32 @@ export function unpackMatrix(array: Packed | undefined, what: string): Matrix {
 
 export function row(matrix: Matrix, index: number): Float32Array | Float64Array {
   return matrix.data.subarray(index * matrix.columns, (index + 1) * matrix.columns);
+}
+
+// ---------------------------------------------------------------- models to switch between
+
+/** The panels shown in one place with this one, in order; itself alone where it has no choice. */
+export function alternatives(panels: PanelManifest[], panel: PanelManifest): ImageManifest[] {
+  if (panel.kind !== "image") return [];
+  if (!panel.choice) return [panel];
+  return panels.filter((each): each is ImageManifest => each.kind === "image" && !!each.choice && each.title === panel.title);
+}
+
+/** The settings that models differ in, with the values of each. */
+export function settings(models: ImageManifest[]): [string, string[]][] {
+  const names = [...new Set(models.flatMap((each) => Object.keys(each.choice ?? {})))];
+  return names.map((name): [string, string[]] => [
+    name,
+    [...new Set(models.flatMap((each) => each.choice?.[name] ?? []))],
+  ]);
+}
+
+/** The model with one setting changed: of those that have the value, the one most like `from`. */
+export function switched(models: ImageManifest[], from: ImageManifest, name: string, value: string): ImageManifest {
+  const alike = (each: ImageManifest) =>
+    Object.entries(from.choice ?? {}).filter(([key, own]) => each.choice?.[key] === own).length;
+  const found = models.filter((each) => each.choice?.[name] === value);
+  return found.reduce((best, each) => (alike(each) > alike(best) ? each : best), found[0] ?? from);
 }
 
 // ---------------------------------------------------------------- documents

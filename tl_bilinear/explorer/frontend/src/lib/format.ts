@@ -39,3 +39,8 @@ export function csv(rows: (string | number)[][]): string {
   };
   return rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
 }
+
+/** So many draws of a null, in words. */
+export function draws(count: number): string {
+  return count === 1 ? "one draw" : `${count} draws`;
+}

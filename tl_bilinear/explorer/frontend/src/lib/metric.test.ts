@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { dot, eigen, form, formAt, hiddenWeights, type Layer } from "./algebra";
-import { metricEigen, nullSpectrum, permutation } from "./metric";
+import { leadingMetricEigen, metricEigen, nullSpectrum, permutation } from "./metric";
 
 function generator(seed: number) {
   let state = seed >>> 0;
@@ -44,6 +44,36 @@ describe("eigenvectors under inputs", () => {
   it("have patterns that are the metric's image of the filters", () => {
     const { vectors, patterns } = metricEigen(of, inputs, 0.3);
     vectors.forEach((w, i) => vectors.forEach((_, j) => expect(dot(w, patterns[j])).toBeCloseTo(i === j ? 1 : 0, 9)));
+  });
+});
+
+describe("the first eigenvectors under inputs, without a matrix", () => {
+  const wide: Layer = { left: matrix(40, 30), right: matrix(40, 30), out: matrix(3, 40) };
+  const p = hiddenWeights(wide, vector(3));
+  const seen = Array.from({ length: 12 }, () => vector(30));
+  const same = (a: Float64Array, b: Float64Array) => {
+    const sign = Math.sign(dot(a, b));
+    a.forEach((value, i) => expect(sign * value).toBeCloseTo(b[i], 5));
+  };
+  it.each([0.1, 0.3, 1])("are those with one, ridge %f", (ridge) => {
+    const all = metricEigen(form(wide, p), seen, ridge);
+    const found = leadingMetricEigen(wide, p, seen, ridge, 6);
+    expect(found.values.length).toBe(6);
+    found.values.forEach((value, i) => expect(value).toBeCloseTo(all.values[i], 8));
+    found.vectors.forEach((w, i) => same(w, all.vectors[i]));
+    found.patterns.forEach((w, i) => same(w, all.patterns[i]));
+  });
+  it("are all of a form that has fewer", () => {
+    const one: Layer = { left: matrix(1, 30), right: matrix(1, 30), out: matrix(3, 1) };
+    const q = hiddenWeights(one, vector(3));
+    const all = metricEigen(form(one, q), seen, 0.3);
+    const found = leadingMetricEigen(one, q, seen, 0.3, 6);
+    found.values.slice(0, 2).forEach((value, i) => expect(value).toBeCloseTo(all.values[i], 8));
+    found.values.slice(2).forEach((value) => expect(Math.abs(value)).toBeLessThan(1e-8 * Math.abs(found.values[0])));
+    expect(found.values.length).toBeGreaterThanOrEqual(2);
+  });
+  it("are none of nothing", () => {
+    expect(leadingMetricEigen(wide, new Float64Array(40), seen, 0.3, 6).values.every((value) => value === 0)).toBe(true);
   });
 });
 
