@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import runpy
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -253,6 +254,33 @@ def test_version_is_the_same_everywhere():
     assert f"\nversion = {version}\n" in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {tl_bilinear.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {tl_bilinear.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+LOADED = [
+    '<script async src="https://cdn.example/mathjax.js"></script>',
+    '<script src="//cdn.example/require.js"></script>',
+    '<link href="https://cdn.example/a.css" rel="stylesheet">',
+    '<img src="https://cdn.example/badge.svg">',
+    '<script type="module">import "https://cdn.example/plotly.js"</script>',
+    "<script>const it = await import('https://cdn.example/plotly.js')</script>",
+    '<style>@import url("https://cdn.example/font.css");</style>',
+]
+ASIDE = [
+    '<a href="https://cdn.example/">a link is followed by who wants to</a>',
+    '<link rel="canonical" href="https://cdn.example/page.html">',
+    '<script src="_static/plotly.min.js"></script>',
+    '<script>import "./own.js"; const home = "https://cdn.example/"</script>',
+    '<pre>import "https://cdn.example/plotly.js"</pre>',
+]
+
+
+@pytest.mark.parametrize(("line", "count"), [*((x, 1) for x in LOADED), *((x, 0) for x in ASIDE)])
+def test_what_a_page_of_the_site_takes_from_a_network_is_found(tmp_path, line, count):
+    page = f"<html><script>let a = 1</script><body>{line}<p>text</p></body></html>"
+    (tmp_path / "page.html").write_text(page)
+    found = runpy.run_path(str(SITE / "check_links.py"))["remote"](tmp_path)
+    assert len(found) == count
+    assert all(each.startswith("page.html loads ") and "cdn.example" in each for each in found)
 
 
 def test_gallery_shows_every_figure():
