@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tl_bilinear
 from tests.benchmarks import certificates
@@ -94,23 +93,11 @@ def differences(shown: str, got: str) -> str | None:
 
 
 def write_stand_ins(hub: Path) -> None:
-    """What pages name: on the hub a model of the paper's authors, in this folder a Llama."""
-    import transformers
-
+    """What pages name on the hub: models of the paper's authors and of others."""
     published_format.write(hub / "tdooms" / "ts-medium")
     tensor = tensor_format.config(n_layer=2)
     folder = hub / "Elriggs" / "gpt2-bilinear-sqrd-attn-18l-9h-1152embd"
     tensor_format.write(folder, tensor, tensor_format.weights(tensor))
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained("a-swiglu-llama")
 
 
 @pytest.fixture
@@ -166,6 +153,12 @@ def test_every_page_for_users_has_code_that_runs():
         "images",
         "traps",
     }
+
+
+def test_commands_on_pages_name_a_module_that_is_a_command():
+    for page in (README, *sorted(SITE.glob("*.md"))):
+        for name in re.findall(r"-m (tl_bilinear[\w.]*)", page.read_text()):
+            assert name == "tl_bilinear", f"{page.name}: python -m {name} does nothing"
 
 
 def test_a_block_that_fails_names_its_line():
