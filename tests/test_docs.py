@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import runpy
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tl_bilinear
 from tests.benchmarks import certificates
@@ -93,23 +93,11 @@ def differences(shown: str, got: str) -> str | None:
 
 
 def write_stand_ins(hub: Path) -> None:
-    """What pages name: on the hub a model of the paper's authors, in this folder a Llama."""
-    import transformers
-
+    """What pages name on the hub: models of the paper's authors and of others."""
     published_format.write(hub / "tdooms" / "ts-medium")
     tensor = tensor_format.config(n_layer=2)
     folder = hub / "Elriggs" / "gpt2-bilinear-sqrd-attn-18l-9h-1152embd"
     tensor_format.write(folder, tensor, tensor_format.weights(tensor))
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained("a-swiglu-llama")
 
 
 @pytest.fixture
@@ -165,6 +153,12 @@ def test_every_page_for_users_has_code_that_runs():
         "images",
         "traps",
     }
+
+
+def test_commands_on_pages_name_a_module_that_is_a_command():
+    for page in (README, *sorted(SITE.glob("*.md"))):
+        for name in re.findall(r"-m (tl_bilinear[\w.]*)", page.read_text()):
+            assert name == "tl_bilinear", f"{page.name}: python -m {name} does nothing"
 
 
 def test_a_block_that_fails_names_its_line():
@@ -253,6 +247,33 @@ def test_version_is_the_same_everywhere():
     assert f"\nversion = {version}\n" in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {tl_bilinear.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {tl_bilinear.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+LOADED = [
+    '<script async src="https://cdn.example/mathjax.js"></script>',
+    '<script src="//cdn.example/require.js"></script>',
+    '<link href="https://cdn.example/a.css" rel="stylesheet">',
+    '<img src="https://cdn.example/badge.svg">',
+    '<script type="module">import "https://cdn.example/plotly.js"</script>',
+    "<script>const it = await import('https://cdn.example/plotly.js')</script>",
+    '<style>@import url("https://cdn.example/font.css");</style>',
+]
+ASIDE = [
+    '<a href="https://cdn.example/">a link is followed by who wants to</a>',
+    '<link rel="canonical" href="https://cdn.example/page.html">',
+    '<script src="_static/plotly.min.js"></script>',
+    '<script>import "./own.js"; const home = "https://cdn.example/"</script>',
+    '<pre>import "https://cdn.example/plotly.js"</pre>',
+]
+
+
+@pytest.mark.parametrize(("line", "count"), [*((x, 1) for x in LOADED), *((x, 0) for x in ASIDE)])
+def test_what_a_page_of_the_site_takes_from_a_network_is_found(tmp_path, line, count):
+    page = f"<html><script>let a = 1</script><body>{line}<p>text</p></body></html>"
+    (tmp_path / "page.html").write_text(page)
+    found = runpy.run_path(str(SITE / "check_links.py"))["remote"](tmp_path)
+    assert len(found) == count
+    assert all(each.startswith("page.html loads ") and "cdn.example" in each for each in found)
 
 
 def test_gallery_shows_every_figure():

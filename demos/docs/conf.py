@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 
 import plotly
+from docutils import nodes
+from latex2mathml.converter import convert
 
 import tl_bilinear
 
@@ -44,6 +46,7 @@ os.environ |= {
 suppress_warnings = ["myst-nb.lexer", "ref.python"]
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # what `setup` registers: MathJax would come from the network
 html_title = f"tl_bilinear {version}"
 html_theme_options = {"navigation_with_keys": True}
 html_static_path = [
@@ -139,6 +142,19 @@ def local_plotly(app, pagename, templatename, context, doctree) -> None:
         context["body"] = f'<script src="{source}"></script>' + _LOADED.sub("", body)
 
 
+def inline_mathml(writer, node) -> None:
+    """A formula within a sentence as MathML, which browsers set without a script."""
+    writer.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def display_mathml(writer, node) -> None:
+    """The same for a formula on a line of its own, with room to scroll on a narrow screen."""
+    formula = convert(node.astext(), display="block")
+    writer.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>\n')
+    raise nodes.SkipNode
+
+
 def write_explorer(app) -> None:
     """The page in which the quickstart ends: digits, and the model that ships."""
     if EXPLORER.exists():
@@ -158,6 +174,7 @@ def write_explorer(app) -> None:
 
 
 def setup(app) -> None:
+    app.add_html_math_renderer("mathml", (inline_mathml, None), (display_mathml, None))
     app.connect("builder-inited", write_explorer)
     app.connect("html-page-context", local_plotly)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=100)

@@ -1,6 +1,7 @@
 """Attention scores as sums over pairs, against the scores that models have."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -494,6 +495,8 @@ def test_figures_show_the_numbers(rotary):
     profile = head.profile(pairs, range(5))
     traces = plots.offset_figure(profile).data
     assert list(traces[2].y) == pytest.approx(profile.coefficients[2].tolist())
+    long = replace(profile, labels=[f"{'long ' * 9}{i} x {'other ' * 9}" for i in range(4)])
+    assert plots.offset_figure(long).data[0].name == "long long long long… x other other other o…"
     built = model(positional_embedding_type="rotary")
     run = AttentionInteractions(built, 1, 1, *dictionaries()).run(TOKENS)
     found = run.score(6, 2)

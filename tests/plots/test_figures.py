@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 
+import plotly.graph_objects as go
 import pytest
 import torch
 
 from tests.circuits.building import TOKENS, model
 from tests.features.building import sae
-from tl_bilinear import BilinearTensor, FeatureInteractions, plots
+from tl_bilinear import BilinearTensor, Dictionary, FeatureInteractions, plots
 from tl_bilinear.hooks import EigenComponents, loss_added, verify
 from tl_bilinear.plots.decompositions import both_ends
-from tl_bilinear.plots.style import NEGATIVE, POSITIVE, rounded
+from tl_bilinear.plots.style import NEGATIVE, POSITIVE, headline, rounded, sized
 from tl_bilinear.tensor import (
     InputRegion,
     Metric,
@@ -43,6 +44,24 @@ def texts(figure):
 def test_numbers_keep_seven_digits():
     assert rounded(torch.tensor([[1 / 3, -2e-9 / 3]]).double()) == [[0.3333333, -6.666667e-10]]
     assert rounded([]) == []
+
+
+def title_lines(figure):
+    """The title's lines, which fit the figure when a letter takes half the size of its font."""
+    title, width = figure.layout.title, figure.layout.width
+    lines = title.text.split("<br>")
+    assert all(len(each) * title.font.size / 2 <= width - 2 * title.pad.l for each in lines)
+    return lines
+
+
+def test_a_title_is_broken_where_the_figure_ends():
+    for text in ("one line", "many words " * 20, "x" * 300, "", "a break<br>" + "and more " * 30):
+        figure = sized(go.Figure(), 400, 300, title=text)
+        lines = title_lines(figure)
+        assert "".join(lines).replace(" ", "") == text.replace("<br>", "").replace(" ", "")
+        more = headline(text, 400)[1]
+        assert more == 20 * (len(lines) - 1)
+        assert (figure.layout.height, figure.layout.margin.t) == (300 + more, 40 + more)
 
 
 def test_eigenvalues(eigen):
@@ -191,6 +210,35 @@ def test_dictionaries(built):
     (trace,) = plots.feature_sweep_figure(swept).data
     assert list(trace.y) == pytest.approx(swept.share.tolist())
     assert not replace(statistics, self_values=statistics.self_values * 0 + 1e9).self_shares.any()
+
+
+def test_long_labels_are_cut_in_titles_and_numbers_stay(built):
+    d = built.cfg.d_model
+    points = {"mlp_in": "blocks.1.mlp.hook_in", "mlp_out": "blocks.1.hook_mlp_out"}
+    saes = [
+        Dictionary.of(
+            sae(hook, n=20, k=6, seed=i, d=d, dtype="float64"),
+            labels=["a label that somebody wrote as a sentence, " * 9 + f"{j}" for j in range(20)],
+        )
+        for i, hook in enumerate(points.values())
+    ]
+    features = FeatureInteractions(built, 1, *saes)
+    run = features.run(TOKENS.reshape(-1), progress=False)
+    attribution = run.attribute(3)
+    figures = [
+        plots.submatrix_figure(features.submatrix(3, 4)),
+        plots.statistics_figure(features.statistics(3)),
+        plots.geometry_figure(features.geometry(3, 4)),
+        plots.scatter_figure(run.scatter(3, k=2, progress=False)),
+        plots.ranked_pairs_figure(run.ranked_pairs(3)),
+        plots.effects_figure(run.effects(3, around="all")),
+        plots.attribution_figure(attribution),
+    ]
+    for figure in figures:
+        text = " ".join(title_lines(figure))
+        assert text.startswith("output feature 3 a label that somebody wrote")
+        assert len(text) < 180
+    assert text.endswith(f"pre-activation {attribution.measured:+.3f}")
 
 
 def test_bounds_on_changes_stand_above_what_was_measured(tensor):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.circuits.building import DIRECTION, TOKENS, D, model
+from tl_bilinear import Dictionary
 from tl_bilinear.circuits import FeatureCircuit, embedding, paths
 from tl_bilinear.plots import graph_figure, paths_figure
 
@@ -33,3 +34,15 @@ def test_graph_figure():
     blue = [line.line.color == "#2166ac" for line in lines]
     assert blue == [value >= 0 for value in graph.coefficients.tolist()]
     assert list(figure.layout.xaxis.ticktext) == ["embed", "mlp 0", "mlp 1"]
+    assert set(figure.data[-1].textposition) == {"middle left", "top center", "middle right"}
+
+
+def test_names_of_a_graph_are_cut_to_the_room_beside_it():
+    built = model(positional_embedding_type="rotary")
+    rows = torch.randn(4, D, dtype=torch.float64)
+    named = Dictionary.of(rows, labels=[f"{'long ' * 20}{i}" for i in range(4)])
+    figure = graph_figure(FeatureCircuit(built, {0: named}, {"embed": embedding(built)}).graph(3))
+    assert all(len(name) <= 26 for name in figure.data[-1].text)
+    first, last = figure.layout.xaxis.range
+    assert -first == pytest.approx(last - 1)
+    assert -first > 0.7  # of the way to the next column: 220 pixels of 280

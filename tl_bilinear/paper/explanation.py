@@ -169,7 +169,7 @@ def explain(
 # ---------------------------------------------------------------------- figures
 
 
-def contributions_figure(result: Explanation) -> go.Figure:
+def contributions_figure(result: Explanation, *, title: str = "") -> go.Figure:
     """The contributions to the three largest logits, sorted, and what makes up every logit (Fig. 15)."""
     figure = make_subplots(
         rows=1,
@@ -201,7 +201,8 @@ def contributions_figure(result: Explanation) -> go.Figure:
     figure.update_xaxes(title="class", type="category", col=2)
     figure.update_yaxes(title="λ (v·x)²", col=1)
     figure.update_yaxes(title="logit", col=2)
-    return sized(figure, 880, 340, barmode="relative")
+    margin = {"l": 55, "r": 15, "t": 70 if title else 40, "b": 45}
+    return sized(figure, 880, 340, barmode="relative", title=title, margin=margin)
 
 
 def explanation_figure(result: Explanation, k: int = 3) -> go.Figure:
@@ -257,7 +258,7 @@ def explanation_page(data: ImageData, settings: ExplanationSettings, runs: Runs)
         )
         truth = data.classes[int(data.test_labels[index])]
         title = f"Test image {int(index)}, a {truth}: {name}"
-        plots.append(contributions_figure(found).update_layout(title=title, margin={"t": 70}))
+        plots.append(contributions_figure(found, title=title))
         plots.append(explanation_figure(found))
         tables[name] = found.logit_table()
         summary[f"largest gap between logit and sum, {name}"] = found.gap

@@ -27,15 +27,21 @@ def attention_pairs_figure(result: AttentionPairs) -> go.Figure:
     figure = go.Figure(bars(places, result.coefficients))
     figure.update_yaxes(tickvals=places, ticktext=names, autorange="reversed", automargin=True)
     figure.update_xaxes(title="coefficient")
-    title = f"head {result.layer}.{result.head}, {result.offset} positions back"
-    return sized(figure, 640, 130 + 24 * len(names), title=title)
+    back = "1 position back" if result.offset == 1 else f"{result.offset} positions back"
+    title = f"head {result.layer}.{result.head}, {back}"
+    return sized(figure, 760, 130 + 24 * len(names), title=title)
+
+
+def _pair(label: str) -> str:
+    """A pair's label, "query x key", with each of the two cut: so that both stay."""
+    return " x ".join(short(part, 20) for part in label.split(" x "))
 
 
 def offset_figure(result: OffsetProfile) -> go.Figure:
     """The coefficient of each pair at each offset between query and key."""
     figure = go.Figure(
         [
-            line(result.offsets.tolist(), values, i, short(label, 36))
+            line(result.offsets.tolist(), values, i, _pair(label))
             for i, (label, values) in enumerate(
                 zip(result.labels, result.coefficients, strict=True)
             )
@@ -43,7 +49,7 @@ def offset_figure(result: OffsetProfile) -> go.Figure:
     )
     figure.update_xaxes(title="positions between query and key")
     figure.update_yaxes(title="coefficient", zerolinecolor=NEUTRAL)
-    return sized(figure, 760, 420, title=f"head {result.layer}.{result.head}")
+    return sized(figure, 860, 420, title=f"head {result.layer}.{result.head}")
 
 
 def score_figure(result: ScoreAttribution, k: int = 12) -> go.Figure:
@@ -102,4 +108,4 @@ def score_check_figure(result: ScoreCheck) -> go.Figure:
         )
     figure.update_xaxes(title="predicted change of the score")
     figure.update_yaxes(title="measured")
-    return sized(figure, 520, 440)
+    return sized(figure, 520, 440, title="What taking parts out does to a score")

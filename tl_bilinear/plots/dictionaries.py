@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from tl_bilinear.plots.style import (
     NEGATIVE,
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 _SYMBOLS = ("square", "triangle-up", "triangle-down", "circle", "diamond", "cross", "x", "star")
 
 
+def _of(result: Any) -> str:
+    """The start of a title: which output feature it is, its label cut where it is a sentence."""
+    return f"output feature {short(result.output_name(result.feature), 80)}"
+
+
 def submatrix_figure(result: Submatrix) -> go.Figure:
     """Interactions among the input features of the strongest pairs, as a heatmap (Fig. 8A)."""
     labels = [short(label) for label in result.labels]
@@ -47,7 +53,7 @@ def submatrix_figure(result: Submatrix) -> go.Figure:
         side + 120,
         side,
         margin={"l": 10, "r": 10, "t": 45, "b": 10},
-        title=f"output feature {result.output_name(result.feature)}",
+        title=_of(result),
         xaxis={"type": "category", "constrain": "domain", "automargin": True},
         yaxis={
             "type": "category",
@@ -99,9 +105,16 @@ def statistics_figure(result: InteractionStatistics) -> go.Figure:
         900,
         380,
         margin={"l": 60, "r": 15, "t": 70, "b": 45},
-        title=f"output feature {result.output_name(result.feature)}",
+        title=_of(result),
         legend={"orientation": "h", "y": -0.2},
     )
+
+
+def _with_room(values: Tensor) -> list[float]:
+    """The range of values, with room for a name above the outermost."""
+    low, high = float(values.min()), float(values.max())
+    room = 0.15 * (high - low or 1.0)
+    return [low - room, high + room]
 
 
 def geometry_figure(result: EigenGeometry, axes: tuple[int, int] = (0, 1)) -> go.Figure:
@@ -126,6 +139,7 @@ def geometry_figure(result: EigenGeometry, axes: tuple[int, int] = (0, 1)) -> go
                 name=f"cluster {cluster}",
             )
         )
+    figure.update_traces(cliponaxis=False)
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
     figure.add_vline(x=0, line={"color": "#cccccc", "width": 1})
 
@@ -136,8 +150,8 @@ def geometry_figure(result: EigenGeometry, axes: tuple[int, int] = (0, 1)) -> go
         figure,
         620,
         520,
-        title=f"output feature {result.output_name(result.feature)}",
-        xaxis_title=name(across),
+        title=_of(result),
+        xaxis={"title": name(across), "range": _with_room(result.cosines[:, across])},
         yaxis_title=name(up),
     )
 
@@ -204,7 +218,7 @@ def scatter_figure(result: ActivationScatter) -> go.Figure:
         figure,
         520,
         460,
-        title=f"output feature {result.output_name(result.feature)}",
+        title=_of(result),
         xaxis_title=f"approximation by {result.k} eigenvectors",
         yaxis_title="pre-activation",
     )
@@ -244,8 +258,7 @@ def attribution_figure(result: Attribution, k: int = 12) -> go.Figure:
         900,
         150 + 22 * max(len(names), len(terms)),
         margin={"l": 10, "r": 15, "t": 80, "b": 45},
-        title=f"output feature {result.output_name(result.feature)} at position {result.position}: "
-        f"{result.measured:+.3f}",
+        title=f"{_of(result)} at position {result.position}: pre-activation {result.measured:+.3f}",
     )
 
 
@@ -287,7 +300,7 @@ def effects_figure(result: FeatureEffects, k: int = 12) -> go.Figure:
         900,
         150 + 22 * max(len(names), 3),
         margin={"l": 10, "r": 15, "t": 80, "b": 45},
-        title=f"output feature {result.output_name(result.feature)}, on {result.tokens:,} tokens",
+        title=f"{_of(result)}, on {result.tokens:,} tokens",
     )
 
 
@@ -312,8 +325,7 @@ def ranked_pairs_figure(result: RankedPairs, k: int = 12) -> go.Figure:
         140 + 22 * len(names),
         showlegend=False,
         margin={"l": 10, "r": 15, "t": 80, "b": 40},
-        title=f"output feature {result.output_name(result.feature)}, active on "
-        f"{result.active_tokens:,} of {result.tokens:,} tokens",
+        title=f"{_of(result)}, active on {result.active_tokens:,} of {result.tokens:,} tokens",
     )
 
 

@@ -57,15 +57,17 @@ def verification_figure(result: Verification) -> go.Figure:
             showlegend=column == "control_error",
         )
         figure.add_trace(errors, row=1, col=2)
+    columns = [*result.labels, "read"]  # those that tell the interventions apart
+    columns = [name for name in columns if table[name].nunique() > 1] or columns[:1]
     names = [
-        ", ".join(f"{name} {row[name]}" for name in (*result.labels, "read"))
-        for row in table.to_dict("records")
+        ", ".join(f"{name} {row[name]}" for name in columns) for row in table.to_dict("records")
     ]
     figure.update_xaxes(title="predicted", row=1, col=1)
     figure.update_yaxes(title="measured", row=1, col=1)
     figure.update_xaxes(tickvals=places, ticktext=names, automargin=True, row=1, col=2)
     figure.update_yaxes(type="log", exponentformat="power", row=1, col=2)
-    return sized(figure, 900, 420, title=f"interventions at the layer's {result.at}")
+    margin = {"l": 55, "r": 15, "t": 70, "b": 45}
+    return sized(figure, 900, 440, title=f"interventions at the layer's {result.at}", margin=margin)
 
 
 def loss_added_figure(result: LossAdded) -> go.Figure:

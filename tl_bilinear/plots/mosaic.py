@@ -13,7 +13,7 @@ from PIL import Image
 from plotly.colors import hex_to_rgb
 from torch import Tensor
 
-from tl_bilinear.plots.style import DIVERGING, LAYOUT
+from tl_bilinear.plots.style import DIVERGING, LAYOUT, TITLE_LINE, headline
 
 _TILE = 84  # pixels of the screen, about
 _GAP = 8
@@ -60,12 +60,13 @@ def mosaic_figure(
     for j, text in enumerate(columns or ()):
         figure.add_annotation(x=across[j] + tile[1] / 2, y=0, text=text, yanchor="bottom", **place)
     left = 12 + 6 * max(len(line) for text in rows or [""] for line in text.split("<br>"))
-    top = (26 + 20 * len(title.split("<br>")) if title else 12) + (18 if columns else 0)
+    heading, more = headline(title, width + left + 10)
+    top = (26 + TITLE_LINE + more if title else 12) + (18 if columns else 0)
     figure.update_xaxes(visible=False, range=[0, width])
     figure.update_yaxes(visible=False, range=[height, 0])
     return figure.update_layout(
         **LAYOUT | {"margin": {"l": left, "r": 10, "t": top, "b": 8}},
-        title={"text": title, "font": {"size": 15}},
+        title=heading,
         width=width + left + 10,
         height=height + top + 8,
     )

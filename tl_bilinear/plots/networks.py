@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_bilinear.plots.style import NEUTRAL, bars, by_sign, heatmap, sized
+from tl_bilinear.plots.style import NEUTRAL, bars, by_sign, heatmap, short, sized
 
 if TYPE_CHECKING:
     from tl_bilinear.circuits import FeatureGraph, Paths
+
+
+_STEP, _NAME = 280, 220  # pixels: from column to column, and for names beside the outer columns
 
 
 def paths_figure(result: Paths, k: int = 14) -> go.Figure:
@@ -45,7 +48,8 @@ def paths_figure(result: Paths, k: int = 14) -> go.Figure:
         side + 380,
         side + 60,
         margin={"l": 10, "r": 10, "t": 75, "b": 10},
-        title=f"layer {result.layer} at position {result.position}: {result.measured:+.3f}",
+        title=f"what layer {result.layer} writes along the direction at position {result.position}: "
+        f"{result.measured:+.3f}",
     )
 
 
@@ -107,7 +111,8 @@ def graph_figure(result: FeatureGraph) -> go.Figure:
             showlegend=False,
         )
     )
-    shown = [label.split(": ", 1)[-1] for label in result.labels]
+    shown = [short(label.split(": ", 1)[-1], 26) for label in result.labels]
+    beside = {columns[0]: "middle left", columns[-1]: "middle right"} if columns else {}
     figure.add_trace(
         go.Scatter(
             x=[place[i][0] for i in range(len(shown))],
@@ -115,7 +120,7 @@ def graph_figure(result: FeatureGraph) -> go.Figure:
             mode="markers+text",
             marker={"size": 11, "color": "white", "line": {"color": NEUTRAL, "width": 1.5}},
             text=shown,
-            textposition=["middle right" if d == columns[-1] else "top center" for d in depths],
+            textposition=[beside.get(depth, "top center") for depth in depths],
             hovertext=result.labels,
             hoverinfo="text",
             showlegend=False,
@@ -125,14 +130,14 @@ def graph_figure(result: FeatureGraph) -> go.Figure:
     most = max((depths.count(depth) for depth in columns), default=1)
     return sized(
         figure,
-        220 + 280 * len(columns),
+        60 + 2 * _NAME + _STEP * max(len(columns) - 1, 0),
         max(320, 130 + 38 * most),
         margin={"l": 30, "r": 30, "t": 60, "b": 40},
         title=f"{len(result.pairs)} pairs of features{where}",
         xaxis={
             "tickvals": list(range(len(columns))),
             "ticktext": [result.dictionaries[depth] for depth in columns],
-            "range": [-0.35, len(columns) - 0.5],
+            "range": [-_NAME / _STEP, max(len(columns) - 1, 0) + _NAME / _STEP],
             "showgrid": False,
             "zeroline": False,
         },

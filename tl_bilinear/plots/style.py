@@ -5,6 +5,7 @@ Blue is positive, red negative, white zero.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,6 +46,10 @@ LAYOUT = {
     },
 }
 
+TITLE_SIZE, TITLE_LINE = 15, 20  # pixels: letters, and from line to line
+_LETTER = 0.5 * TITLE_SIZE  # mean width of a letter, in a wide font
+_TITLE_MARGIN = 14
+
 CATEGORICAL = ["#2166ac", "#e08214", "#4d9221", "#7b3294", "#b2182b", "#01665e", "#6b6b6b"]
 
 
@@ -68,6 +73,29 @@ def rounded(values: Any) -> Any:
 def short(text: str, most: int = 22) -> str:
     """The text, cut to `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def headline(text: str, width: float) -> tuple[dict[str, Any], int]:
+    """A title that fits a figure of `width` pixels: plotly's title, and the pixels that it needs more.
+
+    Plotly breaks no line itself, and cuts a long title off at the figure's edge. `<br>` stays a break.
+    """
+    most = max(int((width - 2 * _TITLE_MARGIN) / _LETTER), 10)
+    lines: list[str] = []
+    for given in text.split("<br>"):
+        lines += textwrap.wrap(given, most, break_on_hyphens=False) or [""]
+    title = {
+        "text": "<br>".join(lines),
+        "font": {"size": TITLE_SIZE},
+        "x": 0,
+        "y": 1,
+        "xref": "container",
+        "yref": "container",
+        "xanchor": "left",
+        "yanchor": "top",
+        "pad": {"l": _TITLE_MARGIN, "t": 12},
+    }
+    return title, TITLE_LINE * (len(lines) - 1)
 
 
 def line(x: Sequence[Any], y: Any, number: int, name: str) -> go.Scatter:
@@ -104,6 +132,15 @@ def bars(places: Sequence[Any], values: Any, **options: Any) -> go.Bar:
     return go.Bar(x=numbers, y=list(places), **look | options)
 
 
-def sized(figure: go.Figure, width: int, height: int, **layout: Any) -> go.Figure:
-    """The figure with the common layout at a size; `layout` adds to it."""
-    return figure.update_layout(**LAYOUT | layout, width=width, height=height)
+def sized(
+    figure: go.Figure, width: int, height: int, *, title: str = "", **layout: Any
+) -> go.Figure:
+    """The figure with the common layout at a size; `layout` adds to it.
+
+    A title that takes several lines makes the figure higher; what is drawn keeps its size.
+    """
+    heading, more = headline(title, width)
+    look = LAYOUT | layout
+    look["margin"] = look["margin"] | {"t": look["margin"]["t"] + more}
+    figure.update_yaxes(ticklabelstandoff=4)
+    return figure.update_layout(**look, title=heading, width=width, height=height + more)
