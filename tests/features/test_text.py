@@ -112,6 +112,18 @@ def test_a_common_token_is_told_by_what_stands_further_in_front():
     assert label(None, [*range(30, 40)], [None] * 10, near, rates) == "anything after 3"
 
 
+def test_a_common_token_is_told_by_the_few_that_stand_before_it():
+    near = [{3, i + 20} for i in range(10)]
+    rates = {7: 0.1, 3: 0.01, 4: 0.01, 5: 0.01}
+    before = [4] * 3 + [5] * 3 + [6, 8, 9, 10]
+    assert label(None, [7] * 10, before, near, rates) == "(4 | 5) 7"
+    # Not where they make less than half, are everywhere too, or the token says enough by itself.
+    assert label(None, [7] * 10, [4, 4, 5, 5, *range(40, 46)], near, rates) == "7 after 3"
+    assert label(None, [7] * 10, before, near, rates | {4: 0.4, 5: 0.4}) == "7 after 3"
+    assert label(None, [7] * 10, before, near, rates | {7: 0.001}) == "7"
+    assert label(None, [7] * 6, [4, 4, 4, 5, 5, 5], near[:6], rates) == "(4) 7 (seen 6 times)"
+
+
 def test_special_tokens_name_nothing_unless_they_are_all_there_is():
     special = {1, 2}
     near = [{1, 2, i + 20} for i in range(10)]

@@ -175,7 +175,8 @@ def label(
     The token that is there on at least half of the places and more often than elsewhere, with the one
     before it in parentheses where that is so too: ``happy``, ``(not) happy``. Otherwise up to three
     tokens that are there more often than elsewhere: ``happy | glad``. A token that is common everywhere
-    says little by itself, so the words that distinguish what stands further in front follow:
+    says little by itself: two or three that together stand before it on half of the places are named,
+    ``(took | made) a``, or the words that distinguish what stands further in front follow,
     ``. after sad cry``. Few places are counted: ``(seen 3 times)``.
     """
     if not tokens:
@@ -200,6 +201,10 @@ def label(
         )
         for token in distinguishing(earlier, n, rates, least=SHARE, lift=LIFT)[:1]:
             return f"({word(token)}) {name}{few}"
+        often = distinguishing(earlier, n, rates, least=0.15, lift=LIFT)[:3]
+        together = sum(earlier[token] for token in often)
+        if not few and together >= SHARE * n and rates.get(single[0], 0) >= COMMON:
+            return f"({' | '.join(map(word, often))}) {name}"
     if few:  # too few to tell chance from habit: what was seen is said, and how often
         raw = [token for token, _ in counted.most_common(3)]
         return (name or " | ".join(map(word, raw))) + few
