@@ -35,6 +35,9 @@ nb_execution_cache_path = str(HERE / ".executed")
 nb_execution_timeout = 300  # seconds a cell
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+# A progress bar as its text: as a widget it would be drawn by scripts from the network.
+nb_ipywidgets_js = {}
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "disabled",
@@ -151,7 +154,7 @@ def inline_mathml(writer, node) -> None:
 def display_mathml(writer, node) -> None:
     """The same for a formula on a line of its own, with room to scroll on a narrow screen."""
     formula = convert(node.astext(), display="block")
-    writer.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>\n')
+    writer.body.append(f'<div class="formula">{formula}</div>\n')
     raise nodes.SkipNode
 
 
