@@ -39,6 +39,7 @@ OF_OBJECTS = {  # they take the package's own objects, which were checked when t
     "sample_stories", "write_gallery",
 }  # fmt: skip
 ELSEWHERE = {  # their refusals are in these tests: readers and commands of their own
+    "explore_images": "explorer/test_image_switch.py",
     "register_dictionary": "features/test_dictionary.py",
     "register_gated_reader": "models/test_approximation.py",
     "register_mlp_reader": "tensor/test_bilinear.py",
