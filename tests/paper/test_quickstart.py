@@ -299,6 +299,8 @@ def test_too_few_features_that_differ_are_refused(result, tokens):
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--quiet"]
 
 
+# Of one language part: the two differ in nothing that the report joins, and the images take a while.
+@pytest.mark.parametrize("result", ["mlp_in"], indirect=True)
 def test_both_parts_are_in_one_report(result, idx_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whole, "demo_quickstart", lambda progress: result)
     out = tmp_path / "out"
