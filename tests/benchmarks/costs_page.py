@@ -27,10 +27,16 @@ def write() -> None:
 def filled(page: str) -> str:
     """The page with every table between its marks as the stored results say."""
     for name, table in TABLES.items():
-        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        page, count = re.subn(marks, lambda m, t=table: m[1] + t() + m[2], page, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {name}, not 1")
+        page = between_marks(page, name, table())
+    return page
+
+
+def between_marks(page: str, name: str, text: str) -> str:
+    """A page with a text between the marks ``<!-- name -->`` and ``<!-- end -->``."""
+    marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+    page, count = re.subn(marks, lambda m: m[1] + text + m[2], page, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page has {count} places for the table {name}, not 1")
     return page
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.__main__ import environment
+from tests.benchmarks.costs_page import between_marks
 from tl_bilinear import FeatureInteractions, load_demo_model, load_demo_saes
 from tl_bilinear.demo import load_demo_tokens
 from tl_bilinear.features import FeatureRun
@@ -111,10 +112,8 @@ def main() -> None:
     if options.text is not None:
         RESULTS.write_text(json.dumps(measure(options.text), indent=1) + "\n")
     if options.page:
-        before, rest = PAGE.read_text().split("<!-- few terms -->\n")
-        after = rest.split("<!-- end -->", 1)[1]
         block = shown(json.loads(RESULTS.read_text()))
-        PAGE.write_text(f"{before}<!-- few terms -->\n{block}\n<!-- end -->{after}")
+        PAGE.write_text(between_marks(PAGE.read_text(), "few terms", block))
 
 
 if __name__ == "__main__":
