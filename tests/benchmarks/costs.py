@@ -306,6 +306,39 @@ def start() -> Iterator[Row]:
         yield {"what": name, "seconds": round(seconds, 2)}
 
 
+def processing() -> Iterator[Row]:
+    """process_weights_ of a model of 16 layers, d = 1024, in fresh processes: peak memory."""
+    program = """
+import json, sys, time, torch, tl_bilinear
+from pathlib import Path
+from tests.benchmarks.__main__ import peak_memory
+from transformer_lens import HookedTransformer
+
+torch.set_num_threads(1)
+model = HookedTransformer.from_config(
+    bilinear=True, n_layers=16, d_model=1024, d_head=64, d_mlp=4096, n_ctx=256, d_vocab=32000,
+    normalization_type="LN", device="cpu", init_weights=False)
+for parameter in model.parameters():
+    parameter.data.normal_(0, 0.02)
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+whose = {"ours": type(model), "TransformerLens": HookedTransformer}[sys.argv[1]]
+start = time.process_time()
+whose.load_and_process_state_dict(model, model.state_dict())
+print(json.dumps([size, peak_memory(), time.process_time() - start]))
+"""
+    for name in ("ours", "TransformerLens"):
+        command = [sys.executable, "-c", program, name]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        size, peak, seconds = json.loads(found.splitlines()[-1])
+        yield {
+            "by": name,
+            "model, GB": round(size / 1e9, 2),
+            "peak of the process, GB": round(peak / 1e9, 2),
+            "times the model": round(peak / size, 2),
+            "seconds": round(seconds, 1),
+        }
+
+
 def growth() -> Iterator[Row]:
     """Seconds of other methods by width, h = 4 d."""
     for d in (64, 128, 256, 512):
@@ -325,7 +358,8 @@ def growth() -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    part.__name__: part for part in (small, few, whole, sweep, interventions, start, growth)
+    part.__name__: part
+    for part in (small, few, whole, sweep, interventions, start, processing, growth)
 }
 
 

@@ -98,6 +98,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": _plain("sweep"),
     "interventions": _plain("interventions"),
     "start": _plain("start"),
+    "processing": _plain("processing"),
     "growth": _growth,
 }
 

@@ -314,7 +314,7 @@ def test_left_right_out(bias, dtype):
 @pytest.mark.parametrize(
     "variation",
     [{"act": torch.relu}, {"act": nn.functional.silu}, {"norm": True}, {"residual": True}],
-    ids=str,
+    ids=["relu", "silu", "norm", "residual"],
 )
 def test_a_forward_that_computes_something_else_is_refused(variation, dtype):
     module = LeftRightOut(**variation).to(dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformer_lens import HookedTransformer
+from transformer_lens.weight_processing import ProcessWeights
 
 from tests.models.building import TOKENS, bilinear_model, config
 from tl_bilinear import BilinearTensor, HookedBilinearTransformer
@@ -236,3 +237,33 @@ def test_what_transformer_lens_alone_gets_wrong():
     HookedTransformer.load_and_process_state_dict(model, model.state_dict())
     assert (log_probs(model) - expected).abs().max() > 1e-3
     assert column_means(model.W_gate) > 1e-3
+
+
+def test_one_block_at_a_time(monkeypatch):
+    """TransformerLens copies all that it is given several times over: it is given one piece."""
+    model = bilinear_model(n_layers=8, bilinear_bias=True)
+    sizes = []
+    stock = ProcessWeights.process_weights
+
+    def watched(state, *arguments, **options):
+        sizes.append(sum(tensor.numel() for tensor in state.values()))
+        return stock(state, *arguments, **options)
+
+    monkeypatch.setattr(ProcessWeights, "process_weights", staticmethod(watched))
+    whole = sum(tensor.numel() for tensor in model.state_dict().values())
+    model.process_weights_()
+    assert len(sizes) == 8 + 2  # the embedding, the unembedding
+    assert max(sizes) < whole / 6
+    assert sum(sizes) < 1.1 * whole
+
+
+def test_a_state_dict_of_another_model_changes_nothing():
+    model = bilinear_model(bilinear_bias=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = bilinear_model(bilinear_bias=True, d_mlp=10).state_dict()
+    with pytest.raises(ValueError, match=r"W_in has shape \[16, 10\], this model's \[16, 24\]"):
+        model.load_and_process_state_dict(other)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.cfg.normalization_type == "RMS"

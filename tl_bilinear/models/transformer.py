@@ -16,7 +16,9 @@ Everything of HookedTransformer works on it: hooks, caches, generation, weight p
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.components import LayerNormPre, RMSNormPre
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+from transformer_lens.weight_processing import ProcessWeights
 
 from tl_bilinear.models import folders, huggingface, pretrained
 from tl_bilinear.models.component import BilinearMLP, BilinearTransformerConfig
@@ -130,7 +134,11 @@ class HookedBilinearTransformer(HookedTransformer):
         Folding a norm puts its weight into both W_gate and W_in, its bias into b_gate and b_in, and
         under LayerNorm centres both over d_model. Log-probabilities do not change.
 
-        Raises ValueError for LayerNorm with ``final_rms=True``, which TransformerLens changes.
+        One block at a time, each in place of the last: beside the model this needs the memory of a few
+        blocks (TransformerLens holds up to three more copies of the model).
+
+        Raises ValueError for LayerNorm with ``final_rms=True``, which TransformerLens changes, and for
+        a state dict of other shapes.
         """
         is_ln = self.cfg.normalization_type in ("LN", "LNPre")
         if is_ln and self.cfg.final_rms and (fold_ln or center_writing_weights):
@@ -138,19 +146,57 @@ class HookedBilinearTransformer(HookedTransformer):
                 "TransformerLens does not process a LayerNorm model with final_rms=True correctly: "
                 "its log-probabilities would change. Pass fold_ln=False, center_writing_weights=False"
             )
-        state_dict = self.fill_missing_keys(dict(state_dict))
+        state = self.fill_missing_keys(dict(state_dict))
+        self._refuse_other_shapes(state)
+        fold_ln = fold_ln and self._fold_norms_away(state)
+        for names, cfg in _parts(state, self.cfg):
+            part = {inner: state[name] for inner, name in names.items()}
+            if fold_ln:
+                part = _fold_norms(part, cfg)
+            if center_unembed:
+                part = _center_unembed(part)
+            part = ProcessWeights.process_weights(
+                {**_first_rows(state), **part},
+                cfg,
+                fold_ln=fold_ln,
+                center_writing_weights=center_writing_weights,
+                center_unembed=False,
+                fold_value_biases=fold_value_biases,
+                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            )
+            self.load_state_dict({name: part[inner] for inner, name in names.items()}, strict=False)
         if fold_ln:
-            state_dict = _fold_norms(state_dict, self.cfg)
-        if center_unembed:
-            state_dict = _center_unembed(state_dict)
-        super().load_and_process_state_dict(
-            state_dict,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=False,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+            self.setup()
+
+    def _refuse_other_shapes(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError before anything is loaded: parts are loaded one after the other."""
+        own = self.state_dict()
+        wrong = [n for n, value in state.items() if n in own and value.shape != own[n].shape]
+        if wrong:
+            raise ValueError(
+                f"the state dict is of another model: {wrong[0]} has shape "
+                f"{list(state[wrong[0]].shape)}, this model's {list(own[wrong[0]].shape)} "
+                f"({len(wrong)} of {len(state)} differ)"
+            )
+
+    def _fold_norms_away(self, state: Mapping[str, Tensor]) -> bool:
+        """Put norms without weights in place of those with; whether the state has some to fold."""
+        kind = self.cfg.normalization_type
+        if kind not in ("LN", "LNPre", "RMS", "RMSPre"):
+            logging.warning("fold_ln=True, but normalization_type is %r: nothing is folded", kind)
+            return False
+        if not any(name.endswith((".ln1.w", ".ln2.w", "ln_final.w")) for name in state):
+            logging.warning("fold_ln=True, but the state dict has no norm's weight to fold")
+            return False
+        if kind in ("LN", "RMS"):
+            norm = LayerNormPre if kind == "LN" else RMSNormPre
+            self.cfg.normalization_type = f"{kind}Pre"
+            self.ln_final = norm(self.cfg)
+            for block in self.blocks:
+                for name in ("ln1", "ln2"):
+                    if hasattr(block, name):
+                        setattr(block, name, norm(self.cfg))
+        return True
 
     def fold_layer_norm(
         self,
@@ -367,6 +413,33 @@ def model_from_config(
 
 
 # ---------------------------------------------------------------------- weight processing
+
+
+def _parts(
+    state: Mapping[str, Tensor], cfg: HookedTransformerConfig
+) -> Iterator[tuple[dict[str, str], HookedTransformerConfig]]:
+    """The pieces of a state dict that are processed apart, each as the model of at most one block.
+
+    A piece is the embedding, the last norm with the unembedding, or a block: names as block 0 to names
+    in the model.
+    """
+    pieces: dict[str, dict[str, str]] = {}
+    for name in state:
+        head, *rest = name.split(".", 2)
+        if head == "blocks":
+            pieces.setdefault(f"block {rest[0]}", {})[f"blocks.0.{rest[1]}"] = name
+        else:
+            piece = "unembedding" if head in ("ln_final", "unembed") else "embedding"
+            pieces.setdefault(piece, {})[name] = name
+    for piece, names in pieces.items():
+        own = copy.copy(cfg)
+        own.n_layers = int(piece.startswith("block"))
+        yield names, own
+
+
+def _first_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stand-ins for the embeddings, which TransformerLens's centring asks for with every piece."""
+    return {name: state[name][:1] for name in ("embed.W_E", "pos_embed.W_pos") if name in state}
 
 
 def _fold_norms(
