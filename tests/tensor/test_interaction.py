@@ -352,6 +352,18 @@ def test_a_flat_matrix_is_searched_block_by_block(kind, seed, n, d, k):
     assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
 
 
+def test_directions_that_train_are_searched_too(monkeypatch):
+    monkeypatch.setattr(top_module, "SCREEN_FROM", 1)
+    monkeypatch.setattr(top_module, "_FLAT", 0.0)
+    t = BilinearTensor(*normal(0, 2, 8, 6), normal(1, 1, 8))
+    directions = normal(2, 40, 6).requires_grad_()
+    top = t.interaction()[0].top(3, directions=directions)
+    expected = brute_force_top(t.fold(directions.detach()).dense()[0], 3, "all")
+    assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
+    top.coefficients.sum().backward()
+    assert directions.grad.count_nonzero() > 0
+
+
 def test_what_counts_as_flat():
     random = normal(0, 200, 200)
     decaying = torch.diag(0.9 ** torch.arange(200, dtype=torch.float64))

@@ -39,6 +39,9 @@ SCREEN_FROM = 4096
 _FLAT = 0.3
 """Share of d above which Q's effective rank leaves a screen nothing to save."""
 
+_PROBES = 16
+"""Random vectors that tell a flat matrix from another."""
+
 _MARGIN = 0.1
 """What the terms left out may amount to, as a share of the threshold: more saves products and costs
 candidates, which are cheap as long as they are few."""
@@ -178,6 +181,7 @@ def strongest_of_factors(matrix: Factors, k: int, kind: Kind) -> tuple[Tensor, T
     return best.first, best.second, best.values
 
 
+@torch.no_grad()  # places, not values
 def strongest_of_directions(
     matrix: Factors, directions: Tensor, k: int, kind: Kind
 ) -> tuple[Tensor, Tensor]:
@@ -193,19 +197,33 @@ def strongest_of_directions(
 
 
 def _is_flat(matrix: Tensor) -> bool:
-    """Whether few terms say too little for a screen, by ``tr(Q^2)^2 / tr(Q^4)``, d / 2 if random."""
-    squared = matrix @ matrix
-    return float(matrix.square().sum() ** 2 / squared.square().sum()) > _FLAT * len(matrix)
+    """Whether few terms say too little for a screen, by ``tr(Q^2)^2 / tr(Q^4)``, d / 2 if random.
+
+    ``tr(Q^4)`` is a mean over random vectors, ``|Q Q z|^2``: a flat spectrum hardly scatters, and
+    another is far from the limit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(len(matrix), _PROBES, generator=generator).to(matrix)
+    fourth = (matrix @ (matrix @ probes)).square().sum() / _PROBES
+    return float(matrix.square().sum() ** 2 / fourth) > _FLAT * len(matrix)
 
 
 def _all_entries(matrix: Tensor, directions: Tensor, k: int, kind: Kind) -> tuple[Tensor, Tensor]:
-    """`strongest_of_directions` where nothing can be left out: every block is computed, once."""
+    """`strongest_of_directions` where nothing can be left out: every block is computed, once.
+
+    All blocks lie in the same memory: fresh memory costs as much as what is done with it.
+    """
     best = Strongest(k, like=directions, slack=1e-3)
     through = directions @ matrix
+    memory = directions.new_empty(min(CORNER, len(directions)) * len(directions))
     for start in range(0, len(directions), CORNER):
-        block = through[start : start + CORNER] @ directions[start:].T
-        row, column = _candidates(block, start, kind, best.threshold / 2, k)
-        best.add(row, column, block[row - start, column - start])
+        rows, columns = through[start : start + CORNER], directions[start:]
+        block = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
+        torch.mm(rows, columns.T, out=block)
+        score = _score(block.abs_(), kind, diagonal=0.5)
+        row, column = _reaching(score, best.threshold / 2, k)
+        values = (rows[row] * columns[column]).sum(1)
+        best.add(row + start, column + start, values)
     return best.first, best.second
 
 
@@ -251,7 +269,7 @@ def search(pairs: DirectionEntries, k: int, kind: Kind = "all") -> tuple[Tensor,
             block = screen.block(rows, columns)
             needed = threshold / times - screen.margin[rows]
             # A diagonal entry stays as if it counted twice: rounding must not lose it.
-            score = _score(block, kind, diagonal=1.0) if symmetric else block.abs_()
+            score = _score(block.abs_(), kind, diagonal=1.0) if symmetric else block.abs_()
             needed = (needed * (1 - torch.finfo(score.dtype).eps)).to(score.dtype)
             found = _at_least(score, needed, score.numel() // 32)
             if found is None:  # the margin says too little here
@@ -304,29 +322,34 @@ def _candidates(
     A symmetric matrix's begins at the diagonal, and `needed` is half a coefficient. At 0 the block's own
     k strongest say what is needed.
     """
-    score = _score(block, kind, diagonal=0.5) if symmetric else block.abs()
+    score = _score(block.abs(), kind, diagonal=0.5) if symmetric else block.abs()
+    row, column = _reaching(score, needed, k)
+    return row + start, column + (start if symmetric else 0)
+
+
+def _reaching(score: Tensor, needed: float, k: int) -> tuple[Tensor, Tensor]:
+    """Where a score is at least `needed`, or at 0 at least what k of its entries reach."""
     if needed <= 0 and len(score) >= 8 * k:  # k rows have an entry of at least this
         needed = float(score.amax(1).topk(k).values[-1])
     elif needed <= 0 and score.numel() > 4 * k:
         needed = float(score.flatten().topk(k).values[-1])
     found = _at_least(score, score.new_full((len(score),), needed), score.numel())
     assert found is not None
-    return found[0] + start, found[1] + (start if symmetric else 0)
+    return found
 
 
-def _score(block: Tensor, kind: Kind, diagonal: float) -> Tensor:
-    """Absolute entries, -1 where they do not count: twice an entry is its coefficient.
+def _score(sizes: Tensor, kind: Kind, diagonal: float) -> Tensor:
+    """Absolute entries of a block, changed in place to -1 where they do not count.
 
-    The rows and columns of the block begin at the same place: what lies below the diagonal was met
-    above it. A diagonal entry counts once, hence the factor.
+    Twice an entry is its coefficient. The rows and columns of the block begin at the same place: what
+    lies below the diagonal was met above it. A diagonal entry counts once, hence the factor.
     """
-    score = block.abs()
-    square = score[:, : min(score.shape)]
+    square = sizes[:, : min(sizes.shape)]
     own = square.diagonal().clone() * diagonal
     square.masked_fill_(torch.ones_like(square, dtype=torch.bool).tril_(), -1)
     if kind == "all":
         square.diagonal().copy_(own)
-    return score
+    return sizes
 
 
 def _at_least(score: Tensor, needed: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
