@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tl_bilinear.circuits import FeatureGraph, Paths
 
 
-_STEP, _NAME = 280, 220  # pixels: from column to column, and for names beside the outer columns
+_STEP, _NAME = 220, 190  # pixels: from column to column, and for names beside the outer columns
 
 
 def paths_figure(result: Paths, k: int = 14) -> go.Figure:
