@@ -120,6 +120,7 @@ def graph_figure(result: FeatureGraph) -> go.Figure:
             mode="markers+text",
             marker={"size": 11, "color": "white", "line": {"color": NEUTRAL, "width": 1.5}},
             text=shown,
+            textfont={"shadow": ",".join(["0 0 2px white"] * 6)},  # legible over a line
             textposition=[beside.get(depth, "top center") for depth in depths],
             hovertext=result.labels,
             hoverinfo="text",
