@@ -48,8 +48,6 @@ os.environ |= {
 # Types in docstrings are sentences ("int", "[batch, pos]"), no names to link.
 suppress_warnings = ["myst-nb.lexer", "ref.python"]
 
-smartquotes_action = "qe"  # quotes and ellipses; two dashes stay those of an option
-
 html_theme = "furo"
 html_math_renderer = "mathml"  # what `setup` registers: MathJax would come from the network
 html_title = f"tl_bilinear {version}"
