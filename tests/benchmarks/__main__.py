@@ -143,7 +143,11 @@ def plot() -> Path:
         if "dense" in seconds:
             axes.barh(row - 0.19, seconds["dense"], 0.36, color="#bbbbbb", label="dense")
             axes.text(
-                seconds["dense"], row - 0.19, f" {_number(seconds['dense'])} s", va="center", fontsize=8
+                seconds["dense"],
+                row - 0.19,
+                f" {_number(seconds['dense'])} s",
+                va="center",
+                fontsize=8,
             )
             text += f"  ({_number(result['speedup'])}x)"
         axes.text(seconds["ours"], row + 0.19, text, va="center", fontsize=8)
