@@ -141,6 +141,7 @@ def local_plotly(app, pagename, templatename, context, doctree) -> None:
     """Let a page's figures use the site's own plotly.js, so that a site on a disk shows them."""
     body = context.get("body", "")
     if "plotly-graph-div" in body:
+        context["meta"] = {**(context.get("meta") or {}), "hide-toc": True}  # room for figures
         source = context["pathto"]("_static/plotly.min.js", resource=True)
         context["body"] = f'<script src="{source}"></script>' + _LOADED.sub("", body)
 
@@ -179,5 +180,5 @@ def write_explorer(app) -> None:
 def setup(app) -> None:
     app.add_html_math_renderer("mathml", (inline_mathml, None), (display_mathml, None))
     app.connect("builder-inited", write_explorer)
-    app.connect("html-page-context", local_plotly)
+    app.connect("html-page-context", local_plotly, priority=400)  # before the theme's own
     app.connect("autodoc-process-docstring", prepare_docstring, priority=100)

@@ -139,13 +139,17 @@ def plot() -> Path:
     for row, result in enumerate(results):
         seconds = result["seconds"]
         axes.barh(row + 0.19, seconds["ours"], 0.36, color="#2166ac", label="tl_bilinear")
-        text = f" {seconds['ours']:.3g} s"
+        text = f" {_number(seconds['ours'])} s"
         if "dense" in seconds:
             axes.barh(row - 0.19, seconds["dense"], 0.36, color="#bbbbbb", label="dense")
             axes.text(
-                seconds["dense"], row - 0.19, f" {seconds['dense']:.3g} s", va="center", fontsize=8
+                seconds["dense"],
+                row - 0.19,
+                f" {_number(seconds['dense'])} s",
+                va="center",
+                fontsize=8,
             )
-            text += f"  ({result['speedup']:.3g}x)"
+            text += f"  ({_number(result['speedup'])}x)"
         axes.text(seconds["ours"], row + 0.19, text, va="center", fontsize=8)
     axes.set_yticks(range(len(results)), [result["title"] for result in results], fontsize=8.5)
     axes.set_xscale("log")
@@ -159,22 +163,27 @@ def plot() -> Path:
     return path
 
 
+def _number(value: float, digits: int = 3) -> str:
+    """To so many digits, and in full from 100 on."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+
+
 def _row(result: dict[str, Any]) -> str:
     seconds, memory = result["seconds"], result["peak_memory_bytes"]
     measured = []
     if "speedup" in result:
         measured.append(f"{result['speedup']:.1f}x")
-    measured += [f"{name} {value:.2g}" for name, value in result.get("error", {}).items()]
+    measured += [f"{name} {_number(value, 2)}" for name, value in result.get("error", {}).items()]
     ours = result["found"]["ours"]
     if "speedup" not in result and "largest relative residual" in ours:
         measured.append(f"residual {ours['largest relative residual']:.0e}")
-    dense = f"{seconds['dense']:.3g} s" if "dense" in seconds else "-"
+    dense = f"{_number(seconds['dense'])} s" if "dense" in seconds else "-"
     if result["dense_scaled_by"] != 1:
         dense += f" (scaled from 1/{result['dense_scaled_by']:g})"
     peak = " / ".join(f"{memory[name] / 1e9:.2f} GB" for name in memory)
     return (
         f"| {result['title']} | {result['asked']} | {', '.join(measured) or 'done'} | "
-        f"{seconds['ours']:.3g} s | {dense} | {peak} |"
+        f"{_number(seconds['ours'])} s | {dense} | {peak} |"
     )
 
 

@@ -279,7 +279,7 @@ def start() -> Iterator[Row]:
     model = "n_layers=2, d_model=64, n_ctx=64, d_head=16, d_vocab=100"
     programs = {
         "import tl_bilinear, torch imported": ("import torch", "import tl_bilinear"),
-        "tl-bilinear --help": ("", "import tl_bilinear.cli as c; c.main(['--help'])"),
+        "`tl-bilinear --help`": ("", "import tl_bilinear.cli as c; c.main(['--help'])"),
         "first from_config": (
             "import torch",
             "from tl_bilinear import HookedTransformer as H; "

@@ -155,8 +155,10 @@ def test_hosvd_and_cp(tensor):
     assert torch.allclose(torch.tensor(out.z).double(), neurons.out.T, atol=1e-4)
     pictures = plots.cp_figure(neurons, SIZE, names="abcd")
     strongest = neurons.out[:, 0].abs().argmax()
-    sign = "+" if neurons.out[strongest, 0] > 0 else "-"
-    assert texts(pictures)[2].startswith(f"{'abcd'[strongest]}{sign}")  # after two row names
+    does = "raises" if neurons.out[strongest, 0] > 0 else "lowers"
+    first = texts(pictures)[2]  # after two row names
+    assert first.split("<br>")[0] == f"{does} {'abcd'[strongest]}"
+    assert first.count("<br>") == 2
 
 
 # ---------------------------------------------------------------------- a layer of a language model

@@ -45,4 +45,4 @@ def test_names_of_a_graph_are_cut_to_the_room_beside_it():
     assert all(len(name) <= 26 for name in figure.data[-1].text)
     first, last = figure.layout.xaxis.range
     assert -first == pytest.approx(last - 1)
-    assert -first > 0.7  # of the way to the next column: 220 pixels of 280
+    assert -first > 0.7  # of the way to the next column: 190 pixels of 220

@@ -598,3 +598,12 @@ def test_a_run_says_how_long_it_will_take(swiglu, data, tmp_path, capsys):
     assert re.search(
         r"about \d+ s left: 2 steps of .* s, and 2 validations of \d+ rows", said.out + said.err
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "schedule"), [("closed", "linear"), ("affine", "linear"), ("beta", "even")]
+)
+def test_without_progress_there_is_no_bar(swiglu, data, tmp_path, capsys, path, schedule):
+    config = dataclasses.replace(TINY, path=path, schedule=schedule, steps=1)
+    finetune(swiglu, data, config, folder=tmp_path / "run", **OPTIONS)
+    assert "%|" not in capsys.readouterr().err

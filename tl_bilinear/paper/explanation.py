@@ -227,6 +227,7 @@ def explanation_figure(result: Explanation, k: int = 3) -> go.Figure:
         ],
         captions=captions,
         grey=grey,
+        title="The largest logits, and what the eigenvectors add to each",
     )
 
 

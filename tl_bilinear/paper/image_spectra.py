@@ -174,4 +174,4 @@ def truncation_figure(result: Truncation) -> go.Figure:
     )
     figure.update_xaxes(title="eigenvectors kept for each class", tickvals=list(result.kept))
     figure.update_yaxes(title="test accuracy", range=[0, 1.02])
-    return sized(figure, 560, 340, showlegend=False)
+    return sized(figure, 560, 340, title="Few eigenvectors are the whole model", showlegend=False)

@@ -121,7 +121,14 @@ def nearest_figure(result: NearestImages) -> go.Figure:
         )
     ]
     columns = ["image", "nearest other", "change", *(["eigenvector"] * PAYERS)]
-    return mosaic_figure(tiles, result.size, columns=columns, captions=captions, grey=grey)
+    return mosaic_figure(
+        tiles,
+        result.size,
+        columns=columns,
+        captions=captions,
+        grey=grey,
+        title="The nearest image with another answer, and what pays for the change",
+    )
 
 
 @dataclass(frozen=True, eq=False)

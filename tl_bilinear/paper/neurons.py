@@ -137,7 +137,7 @@ def neurons_page(data: ImageData, settings: NeuronsSettings, runs: Runs) -> Page
             "patterns <code>(l·x)(m·x)</code> that all classes read with weights of their own; "
             "eigenvectors serve one class each. Labels: numbers of components. Below, the strongest "
             "neurons of the fit of {}: the pattern whose square adds, the one whose square is taken "
-            "off, and the three classes written most."
+            "off, and the three classes that it changes most."
         ).format(settings.shown),
         [neurons_figure(result), cp_figure(shown, data.size, names=data.classes)],
         {"components": result.to_pandas()},

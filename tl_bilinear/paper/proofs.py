@@ -249,7 +249,7 @@ def certified_figure(result: Proofs) -> go.Figure:
         figure.add_trace(trace.update(line_dash=("dot", "dash")[offset]))
     figure.update_xaxes(title="size of the change, Euclidean over pixels in [0, 1]")
     figure.update_yaxes(title="test accuracy", range=[0, 1.02])
-    return sized(figure, 820, 400)
+    return sized(figure, 820, 400, title="Accuracy that no change of a size can take away")
 
 
 def between_figure(result: Proofs) -> go.Figure:
@@ -267,7 +267,7 @@ def between_figure(result: Proofs) -> go.Figure:
     figure = go.Figure(grid)
     figure.update_xaxes(title="to", type="category")
     figure.update_yaxes(title="from", type="category", autorange="reversed")
-    return sized(figure, 640, 520)
+    return sized(figure, 640, 540, title="Median smallest change that turns one class into another")
 
 
 def known_figure(result: Proofs) -> go.Figure:
@@ -292,7 +292,7 @@ def known_figure(result: Proofs) -> go.Figure:
     figure.update_xaxes(type="log", tickvals=ticks, title="eigenpairs", row=1, col=1)
     figure.update_xaxes(title="numbers (dotted: the model's own)", row=1, col=2)
     figure.update_yaxes(title="test accuracy proved", range=[0, 1.02], row=1, col=1)
-    return sized(figure, 880, 380)
+    return sized(figure, 880, 420, title="Accuracy proved from a few eigenpairs", margin_t=75)
 
 
 @register("proofs", ProofsSettings)

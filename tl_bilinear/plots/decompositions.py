@@ -333,8 +333,8 @@ def cp_figure(
     """The k strongest shared neurons: what they read and what they write.
 
     With a `size` (height, width) the inputs are an image's pixels: for each neuron the pattern whose
-    square adds, the one whose square is taken off, and the three outputs it writes most. Without, its
-    weight and what it writes to every output. `names` are the outputs'.
+    square adds, the one whose square is taken off, and the three outputs that it changes most. Without,
+    its weight and what it writes to every output. `names` are the outputs'.
     """
     k = min(k, result.rank)
     names = list(map(str, range(len(result.out)))) if names is None else list(names)
@@ -351,9 +351,15 @@ def cp_figure(
     written = []
     for column in result.out.T[:k]:
         order = column.abs().argsort(descending=True)[:3].tolist()
-        written.append(" ".join(f"{names[i]}{'+' if column[i] > 0 else '-'}" for i in order))
-    tiles = torch.stack([result.plus[:k], result.minus[:k]])
-    return mosaic_figure(tiles, size, rows=["l + m", "l - m"], columns=written, title=title)
+        lines = [f"{'raises' if column[i] > 0 else 'lowers'} {short(names[i], 8)}" for i in order]
+        written.append("<br>".join(lines))
+    return mosaic_figure(
+        torch.stack([result.plus[:k], result.minus[:k]]),
+        size,
+        rows=["square adds<br>(l + m)", "square is taken off<br>(l - m)"],
+        columns=written,
+        title=title or "Shared neurons: what each changes most where it is positive",
+    )
 
 
 def change_bounds_figure(

@@ -44,7 +44,7 @@ def _of(result: Any) -> str:
 def submatrix_figure(result: Submatrix) -> go.Figure:
     """Interactions among the input features of the strongest pairs, as a heatmap (Fig. 8A)."""
     labels = [short(label) for label in result.labels]
-    look = {"colorbar": {"title": "entry", "thickness": 12}}
+    look = {"colorbar": {"title": "entry", "thickness": 12, "exponentformat": "power"}}
     figure = go.Figure(heatmap(result.matrix, labels, labels, **look))
     figure.update_traces(hovertemplate="%{y} x %{x}<br>%{z:.4f}<extra></extra>")
     side = 200 + 26 * len(labels)

@@ -61,7 +61,8 @@ def mosaic_figure(
         figure.add_annotation(x=across[j] + tile[1] / 2, y=0, text=text, yanchor="bottom", **place)
     left = 12 + 6 * max(len(line) for text in rows or [""] for line in text.split("<br>"))
     heading, more = headline(title, width + left + 10)
-    top = (26 + TITLE_LINE + more if title else 12) + (18 if columns else 0)
+    heads = 1 + max(text.count("<br>") for text in columns or [""])
+    top = (26 + TITLE_LINE + more if title else 12) + (4 + 14 * heads if columns else 0)
     figure.update_xaxes(visible=False, range=[0, width])
     figure.update_yaxes(visible=False, range=[height, 0])
     return figure.update_layout(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tl_bilinear.circuits import FeatureGraph, Paths
 
 
-_STEP, _NAME = 280, 220  # pixels: from column to column, and for names beside the outer columns
+_STEP, _NAME = 220, 190  # pixels: from column to column, and for names beside the outer columns
 
 
 def paths_figure(result: Paths, k: int = 14) -> go.Figure:
@@ -120,6 +120,7 @@ def graph_figure(result: FeatureGraph) -> go.Figure:
             mode="markers+text",
             marker={"size": 11, "color": "white", "line": {"color": NEUTRAL, "width": 1.5}},
             text=shown,
+            textfont={"shadow": ",".join(["0 0 2px white"] * 6)},  # legible over a line
             textposition=[beside.get(depth, "top center") for depth in depths],
             hovertext=result.labels,
             hoverinfo="text",

@@ -47,7 +47,7 @@ LAYOUT = {
 }
 
 TITLE_SIZE, TITLE_LINE = 15, 20  # pixels: letters, and from line to line
-_LETTER = 0.5 * TITLE_SIZE  # mean width of a letter, in a wide font
+_LETTER = 0.54 * TITLE_SIZE  # mean width of a letter, in a wide font
 _TITLE_MARGIN = 14
 
 CATEGORICAL = ["#2166ac", "#e08214", "#4d9221", "#7b3294", "#b2182b", "#01665e", "#6b6b6b"]

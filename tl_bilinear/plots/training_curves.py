@@ -44,13 +44,13 @@ def loss_figure(runs: LanguageRun | Mapping[str, LanguageRun], *, title: str = "
     return sized(figure, 760, 400, title=title)
 
 
-def finetune_figure(result: FinetuneComparison) -> go.Figure:
+def finetune_figure(result: FinetuneComparison, *, title: str = "") -> go.Figure:
     """Validation loss of each run and of the baseline, and the gap between them (Fig. 22).
 
     A dotted line in a run's colour marks where its gates have become affine.
     """
     figure = make_subplots(
-        cols=2, rows=1, horizontal_spacing=0.12, subplot_titles=["validation loss", "gap"]
+        cols=2, rows=1, horizontal_spacing=0.14, subplot_titles=["validation loss", "gap"]
     )
     curves = result.curves()
     for number, (name, own) in enumerate(curves.groupby("run", sort=False)):
@@ -81,5 +81,12 @@ def finetune_figure(result: FinetuneComparison) -> go.Figure:
     figure.add_hline(0, line={"color": NEUTRAL, "width": 1}, row=1, col=2)
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="nats a token", row=1, col=1)
-    figure.update_yaxes(title="nats a token above the baseline", row=1, col=2)
-    return sized(figure, 960, 420, legend={"title": "run, loss at the end", "x": 1.02})
+    figure.update_yaxes(title="nats a token more", row=1, col=2)
+    return sized(
+        figure,
+        880,
+        420,
+        title=title or "Loss while the gates become affine, and beside the gate as it was",
+        margin_t=75,
+        legend={"title": "run, loss at the end", "x": 1.02},
+    )

@@ -93,9 +93,16 @@ def metric() -> None:
         for value, vector in zip(eigen.values.tolist(), (3.0 * unit).tolist(), strict=True):
             axes.annotate("", vector, (0, 0), arrowprops={"arrowstyle": "->", "lw": 2})
             axes.text(
-                1.35 * vector[0], 1.25 * vector[1], f"{value:+.2f}", ha="center", weight="bold"
+                1.5 * vector[0],
+                1.25 * vector[1],
+                f"{value:+.2f}",
+                ha="center",
+                va="center",
+                weight="bold",
+                bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},
             )
         axes.set_title(title, fontsize=10)
+    rows[0].set_ylabel("x2")
     save(figure, "metric.png")
 
 

@@ -102,13 +102,17 @@ def fold_gates(llama: Any, path: str, checkpoint: Path) -> Any:
     return to_bilinear_llama(llama, tensors)
 
 
-def final_gates(llama: Any, path: str, rows: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+def final_gates(
+    llama: Any, path: str, rows: Tensor, *, progress: bool = True
+) -> dict[int, tuple[Tensor, Tensor]]:
     """The affine functions (a, b) that the gates of each layer end at.
 
     Raises ValueError for an activation that the path does not lead away from.
     """
     if path == "affine":
-        fitted = approximate_llama(llama, rows, fit="output", warn_below=-math.inf)
+        fitted = approximate_llama(
+            llama, rows, fit="output", warn_below=-math.inf, progress=progress
+        )
         return {layer: (one.intercept, one.slope) for layer, one in fitted.items()}
     found = {}
     for layer, block in enumerate(llama.model.layers):
@@ -176,10 +180,10 @@ def even_progress(
 
 
 @torch.no_grad()
-def gate_pool(llama: Any, rows: Tensor) -> Float[Tensor, " n"]:
+def gate_pool(llama: Any, rows: Tensor, *, progress: bool = True) -> Float[Tensor, " n"]:
     """A sample of the pre-activations of all gates on these rows."""
     found = []
-    for layer, x in mlp_inputs(llama, rows).items():
+    for layer, x in mlp_inputs(llama, rows, progress=progress).items():
         g = llama.model.layers[layer].mlp.gate_proj(x).flatten()
         found.append(g[:: max(1, len(g) * len(llama.model.layers) // _POOL)])
     return torch.cat(found)

@@ -126,11 +126,14 @@ def finetune(
         if config.path == "none":
             return llama
         if config.path == "closed":
-            fitted = approximate_llama(llama, rows, extra=config.extra, warn_below=-math.inf)
+            fitted = approximate_llama(
+                llama, rows, extra=config.extra, warn_below=-math.inf, progress=progress
+            )
             return to_bilinear_llama(llama, {n: one.tensor for n, one in fitted.items()}).train()
-        gates = final_gates(llama, config.path, rows)
+        gates = final_gates(llama, config.path, rows, progress=progress)
         if config.schedule == "even" and config.path == "beta":
-            even = even_progress(llama.model.layers[0].mlp.act_fn, gate_pool(llama, rows))
+            pool = gate_pool(llama, rows, progress=progress)
+            even = even_progress(llama.model.layers[0].mlp.act_fn, pool)
         install_gates(llama, config.path, gates)
         return llama.train()
 
