@@ -229,6 +229,34 @@ def test_links_of_readme_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_the_papers_table_is_what_is_stored():
+    page = " ".join((SITE / "paper.md").read_text().split())
+    digits = stored("demos/quickstart.json")["images"]
+    kept, agreement = digits["accuracy_with_k_eigenvectors"], digits["controls"]["model"]
+    terms = {row["terms"]: row for row in stored("tests/truth/few_terms.json")["rows"]}
+    plain = terms["eigenvectors, by magnitude"]
+    card = stored("tl_bilinear/demo/files/card.json")
+    added = {"mlp": [], "resid": []}
+    for row in card["saes"]["evaluation"]:
+        kind = row["sae"].split("-")[1].split("_")[0]
+        added[kind].append(round(100 * row["loss_added_relative"]))
+    assert (
+        f"10 eigenvectors a class {kept['10']:.3f}, the whole model {digits['accuracy']:.3f}; "
+        f"cosine of two seeds' eigenvectors {agreement['agreement']:.2f}"
+    ) in page
+    assert (
+        f"mean r {plain['r of 1']:.2f} with one, {100 * plain['above .75, 2']:.0f} % of features"
+    ) in page
+    model = card["model"]
+    assert f"{model['parameters'] / 1e6:.1f} million parameters, {model['loss']:.2f} nats" in page
+    low, high = min(added["mlp"]), max(added["mlp"])
+    assert f"loss added {low} to {high} % at mlp_in and mlp_out" in page
+    assert f"{min(added['resid'])} and {max(added['resid'])} % at resid_mid" in page
+    mask = r"accuracy from ([.\d]+) to ([.\d]+) \(permuted: ([.\d]+)\)"
+    whole, masked, permuted = re.findall(mask, (SITE / "notebooks.md").read_text())[0]
+    assert f"accuracy {whole} to {masked}, permuted mask {permuted}" in page
+
+
 def test_method_page_shows_the_stored_benchmarks():
     page = (SITE / "method.md").read_text()
     assert table() in page
