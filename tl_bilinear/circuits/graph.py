@@ -279,9 +279,7 @@ class FeatureCircuit:
         Raises ValueError for a target layer that has nothing upstream, IndexError for a feature that
         does not exist.
         """
-        return self._backward(
-            targets, lambda layer, features: self._strongest(layer, k, features)
-        )
+        return self._backward(targets, lambda layer, features: self._strongest(layer, k, features))
 
     def _backward(
         self,

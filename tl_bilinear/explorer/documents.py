@@ -3,7 +3,7 @@
 ``bundle.schema.json`` beside this file is the whole format; any tool may write it. In short:
 
 **Manifest.** ``{"format": "tl_bilinear.explorer", "version": 1, "title": ..., "panels": [...]}``. A
-panel names its kind ("language" or "image"), its sizes, and the documents it is made of.
+panel names its kind ("language", "image" or "graph"), its sizes, and the documents it is made of.
 
 **Documents** are JSON objects under a name. The page asks for one when it is needed.
 
