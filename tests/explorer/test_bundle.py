@@ -212,6 +212,18 @@ def test_documents_are_written_piece_by_piece_and_read_back_whole(tmp_path):
     assert documents_of(path) == made
 
 
+def test_numbers_are_as_short_as_their_32_bits_allow(tmp_path):
+    values = [*torch.randn(200).tolist(), 0.0, -1e-40, 3e38, 1e300, 0.1 + 2**-40]
+    made = {"values": values, "within": [{"count": 3, "value": values[0], "text": "0.25"}]}
+    panel = Panel({"name": "p"}, {"numbers": lambda read: made}, "x")
+    path = write_page([panel], tmp_path / "p.html", progress=False)
+    found = documents_of(path)["numbers"]
+    assert torch.equal(torch.tensor(found["values"]), torch.tensor(values))
+    assert found["within"] == [{"count": 3, "value": found["values"][0], "text": "0.25"}]
+    assert found["values"][-1] == 0.1
+    assert max(len(str(value)) for value in found["values"]) <= 15
+
+
 def test_an_interrupted_folder_goes_on_and_another_identity_starts_anew(tmp_path):
     panel = building.panel("plain")
     out = tmp_path / "bundle"
