@@ -164,14 +164,14 @@ def write_explorer(app) -> None:
     if EXPLORER.exists():
         return
     from tl_bilinear.explorer import explore, image_panel
-    from tl_bilinear.explorer.opening import demo_panel, demo_run
+    from tl_bilinear.explorer.opening import demo_panels, demo_run
     from tl_bilinear.recipes.images import TrainingConfig, load_images, train_classifier
 
     data = load_images()
     digits = train_classifier(data, TrainingConfig(), progress=False)
     facts = {"accuracy": f"{digits.accuracy:.3f} on {len(data.test_labels):,} other images"}
     panels = [
-        demo_panel(demo_run(progress=False)),
+        *demo_panels(demo_run(progress=False)),
         image_panel(digits.model, data, title=f"Images: {data.name}", facts=facts),
     ]
     explore(panels, EXPLORER, title="tl_bilinear: explorer", open=False, progress=False)

@@ -109,6 +109,51 @@ def test_pruned_contributions_match_paths(circuit):
     assert there.to_pandas()["contribution"][0] == float(there.contributions[0])
 
 
+def test_a_graph_at_a_token_is_the_strongest_of_every_active_pair(circuit):
+    targets = {1: [int(circuit.activations(TOKENS, 4)[0]["mlp 1"].argmax())]}
+    n = circuit.interactions[1].inputs.n
+    every = circuit.prune(circuit.graph(n * (n + 1) // 2, targets), TOKENS, 4)
+    whole = circuit.graph_at(TOKENS, 4, len(every.pairs), targets)
+    assert whole.nodes.tolist() == every.nodes.tolist()
+    assert {tuple(pair) for pair in whole.pairs.tolist()} == {
+        tuple(pair) for pair in every.pairs.tolist()
+    }
+    assert_close(whole.contributions, every.contributions)
+    assert_close(whole.activations, every.activations)
+    some = circuit.graph_at(TOKENS, 4, 3, targets)
+    made = some.nodes[some.pairs[:, 2]].tolist()
+    (target,) = [node for node in made if node[0] == 2][:1]
+    assert made.count(target) == 3
+    used = {tuple(node) for node in some.nodes[some.pairs[:, :2].flatten()].tolist()}
+    assert {node for node in used if node[0] == 1} <= {tuple(node) for node in made}
+    mine = every.nodes[every.pairs[:, 2], 0] == 2
+    assert_close(
+        some.contributions[some.nodes[some.pairs[:, 2], 0] == 2], every.contributions[mine][:3]
+    )
+    assert some.position == 4
+
+
+def test_what_a_graph_at_a_token_leads_to(circuit):
+    with pytest.raises(ValueError, match=r"name the features .* targets=\{2: \[\.\.\.\]\}"):
+        circuit.graph_at(TOKENS)
+    found = circuit.graph_at(TOKENS, k=2, targets={2: [5]})
+    assert {(3, 5)} == {
+        node for node in map(tuple, found.nodes[found.pairs[:, 2]].tolist()) if node[0] == 3
+    }
+    built = circuit.model
+    some = {layer: circuit.interactions[layer].outputs for layer in (0, 1)}
+    lower = FeatureCircuit(built, some, {"embed": embedding(built)})
+    by_default = lower.graph_at(TOKENS, 4)
+    most = int(lower.activations(TOKENS, 4)[0]["mlp 1"].argmax())
+    made = by_default.nodes[by_default.pairs[:, 2]].tolist()
+    assert [2, most] in made
+    assert all(feature == most for depth, feature in made if depth == 2)
+    rows = torch.randn(4, D, dtype=torch.float64)
+    blind = FeatureCircuit(built, {0: rows, 1: some[1]})
+    with pytest.raises(ValueError, match="'mlp 0' has directions but no activations"):
+        blind.graph_at(TOKENS)
+
+
 def test_networkx_and_graphml(circuit, tmp_path):
     graph = circuit.graph(5)
     made = graph.networkx()

@@ -8,8 +8,9 @@ import functools
 import torch
 
 from tests.features.building import N_OUT, model, sae
-from tl_bilinear import FeatureInteractions
-from tl_bilinear.explorer import language_panel
+from tl_bilinear import Dictionary, FeatureInteractions
+from tl_bilinear.circuits import FeatureCircuit
+from tl_bilinear.explorer import graph_panel, language_panel
 
 LAYER = "blocks.1"
 INTO, RESIDUAL = f"{LAYER}.mlp.hook_in", f"{LAYER}.hook_resid_mid"
@@ -66,6 +67,37 @@ def wide_run(rows=18):
     other = sae(OUTPUT, n=12, seed=1, d=WIDE)
     tokens = torch.randint(1, 10, (rows, 8), generator=torch.Generator().manual_seed(0))
     return FeatureInteractions(built, 1, one, other).run(tokens, progress=False)
+
+
+@functools.cache
+def graphs():
+    """Of two layers of a small model: from weights, at a token, and with nothing active."""
+    built = model(normalization_type="LN")
+    dictionaries = {
+        name: Dictionary.of(
+            one, labels=[f"{HOSTILE} {name} {i}" for i in range(one.W_dec.shape[0])]
+        )
+        for name, one in {
+            "before": sae("blocks.0.hook_resid_pre", dtype="float64"),
+            "0": sae("blocks.0.hook_mlp_out", seed=2, dtype="float64"),
+            "1": out(),
+        }.items()
+    }
+    circuit = FeatureCircuit(
+        built, {0: dictionaries["0"], 1: dictionaries["1"]}, {HOSTILE: dictionaries["before"]}
+    )
+    weights, there = circuit.graph(15), circuit.graph_at(TOKENS[0], 4, 8)
+    nothing = there._choose(torch.tensor([], dtype=torch.long))
+    return {f"from weights {HOSTILE}": weights, f"at {HOSTILE}": there, "nothing": nothing}
+
+
+def graphs_panel():
+    return graph_panel(
+        graphs(),
+        title=f"graph {HOSTILE}",
+        facts={HOSTILE: HOSTILE},
+        links={"mlp 1": ("norm", "output"), "mlp 0": ("absent", "output")},
+    )
 
 
 def panel(case):

@@ -74,12 +74,12 @@ def classifier(striped):
 @pytest.fixture(scope="package")
 def panels(classifier, striped):
     image = image_panel(classifier, striped, title="stripes", name="image")
-    return [*(building.panel(case) for case in building.CASES), image]
+    return [*(building.panel(case) for case in building.CASES), image, building.graphs_panel()]
 
 
 @pytest.fixture(scope="package")
 def page(panels, tmp_path_factory):
-    """One page with every case and an image model."""
+    """One page with every case, an image model and graphs."""
     folder = tmp_path_factory.mktemp("page")
     return write_page(panels, folder / "page.html", title=building.HOSTILE, progress=False)
 

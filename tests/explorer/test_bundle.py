@@ -56,7 +56,8 @@ def test_every_document_keeps_to_the_schema(page, found):
         panel, rest = name.split("-", 1)
         kind = re.sub(r"-\d+$", "", rest)
         image = {"layer": "image_layer", "eigen": "eigen", "images": "images"}
-        check(document, image[kind] if panel == "image" else KINDS[kind])
+        kinds = {"image": image, "graph": {"graph": "graph"}}.get(panel, KINDS)
+        check(document, kinds[kind])
 
 
 @pytest.mark.parametrize("case", building.CASES)
@@ -209,6 +210,18 @@ def test_documents_are_written_piece_by_piece_and_read_back_whole(tmp_path):
     makers = {name: lambda read, name=name: made[name] for name in made}
     path = write_page([Panel({"name": "p"}, makers, "x")], tmp_path / "p.html", progress=False)
     assert documents_of(path) == made
+
+
+def test_numbers_are_as_short_as_their_32_bits_allow(tmp_path):
+    values = [*torch.randn(200).tolist(), 0.0, -1e-40, 3e38, 1e300, 0.1 + 2**-40]
+    made = {"values": values, "within": [{"count": 3, "value": values[0], "text": "0.25"}]}
+    panel = Panel({"name": "p"}, {"numbers": lambda read: made}, "x")
+    path = write_page([panel], tmp_path / "p.html", progress=False)
+    found = documents_of(path)["numbers"]
+    assert torch.equal(torch.tensor(found["values"]), torch.tensor(values))
+    assert found["within"] == [{"count": 3, "value": found["values"][0], "text": "0.25"}]
+    assert found["values"][-1] == 0.1
+    assert max(len(str(value)) for value in found["values"]) <= 15
 
 
 def test_an_interrupted_folder_goes_on_and_another_identity_starts_anew(tmp_path):

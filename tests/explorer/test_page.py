@@ -377,7 +377,7 @@ def test_a_token_is_chosen_by_keyboard_and_kept_in_the_link(page, tab):
 PLACES = [
     "#/plain", "#/plain/input", "#/plain/output/3", "#/norm/input/5", "#/plain/text/1?token=4",
     "#/plain/about", "#/image", "#/plain/output/3?order=text", "#/plain/output/3?metric=active",
-    "#/plain/output/3?with=5", "#/plain/input/2?with=4",
+    "#/plain/output/3?with=5", "#/plain/input/2?with=4", "#/graph", "#/graph/1?k=3", "#/graph/2",
 ]  # fmt: skip
 
 

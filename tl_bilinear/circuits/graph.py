@@ -8,6 +8,7 @@ backward from chosen features; on a prompt, those whose features are active ther
 >>> circuit = FeatureCircuit(model, {0: sae_0, 2: sae_2}, {"embed": embedding(model)})
 >>> graph = circuit.graph(20, targets={2: [1882]})       # from weights
 >>> there = circuit.prune(graph, tokens, position=7)     # what of it is active, with contributions
+>>> circuit.graph_at(tokens, position=7)                 # the strongest of all that is active there
 >>> there.to_graphml("circuit.graphml")
 
 Everything is along the direct path through the residual stream (a source of `through_head` adds a path
@@ -19,7 +20,7 @@ no place for pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,6 +279,17 @@ class FeatureCircuit:
         Raises ValueError for a target layer that has nothing upstream, IndexError for a feature that
         does not exist.
         """
+        return self._backward(targets, lambda layer, features: self._strongest(layer, k, features))
+
+    def _backward(
+        self,
+        targets: Mapping[int, Sequence[int]] | None,
+        strongest: Callable[[int, dict[int, None] | None], FeaturePairs],
+    ) -> FeatureGraph:
+        """Layer by layer, last first: the strongest pairs of the targets, then of what is in them.
+
+        `strongest` gives the pairs of a layer's chosen features, or with None over all of them.
+        """
         rows: list[tuple[int, int, int]] = []
         values: list[Tensor] = []
         index: dict[tuple[str, int], int] = {}
@@ -293,7 +305,7 @@ class FeatureCircuit:
                 )
             wanted[layer] = dict.fromkeys(int(f) for f in features)
         for layer in sorted(self.interactions, reverse=True):
-            pairs = self._strongest(layer, k, None if targets is None else wanted.get(layer, {}))
+            pairs = strongest(layer, None if targets is None else wanted.get(layer, {}))
             values.append(pairs.coefficients.detach().flatten().cpu())
             numbers = (pairs.first, pairs.second, pairs.features)
             for b, c, a in zip(*(each.flatten().tolist() for each in numbers), strict=True):
@@ -396,6 +408,17 @@ class FeatureCircuit:
                 f"{', '.join(self.names)}"
             )
         found, scales = self.activations(tokens, position)
+        length = as_tokens(self.model, tokens).shape[1]
+        return self._there(graph, found, scales, position % length)
+
+    def _there(
+        self,
+        graph: FeatureGraph,
+        found: dict[str, Tensor | None],
+        scales: dict[int, float],
+        position: int,
+    ) -> FeatureGraph:
+        """`prune`, with the `activations` of a position."""
         inputs = set(graph.pairs[:, :2].flatten().tolist())
         z = torch.full((len(graph.labels),), torch.nan, dtype=graph.coefficients.dtype)
         for i, (depth, feature) in enumerate(graph.nodes.tolist()):
@@ -403,25 +426,95 @@ class FeatureCircuit:
             if active is not None:
                 z[i] = float(active[feature])
             elif i in inputs:
-                raise ValueError(
-                    f"{self.names[depth]!r} has directions but no activations, so that a graph with its "
-                    f"features has no contributions on a prompt; `paths` takes heads on a prompt apart"
-                )
+                raise ValueError(_no_activations(self.names[depth]))
         b, c, a = graph.pairs.unbind(1)
         by_name = {layer_name(layer): scale for layer, scale in scales.items()}
         made_at = [by_name[self.names[depth]] for depth in graph.nodes[a, 0].tolist()]
         s = torch.tensor(made_at, dtype=z.dtype)
         contributions = graph.coefficients * z[b] * z[c] / s.square()
         kept = (z[b] != 0) & (z[c] != 0) & (z[a] != 0)
-        length = as_tokens(self.model, tokens).shape[1]
         return FeatureGraph(
             **{
                 **vars(graph),
                 "contributions": contributions,
                 "activations": z,
-                "position": position % length,
+                "position": position,
             }
         )._choose(kept.nonzero()[:, 0])
+
+    @torch.no_grad()
+    def graph_at(
+        self,
+        tokens: Tensor | str,
+        position: int = -1,
+        k: int = 20,
+        targets: Mapping[int, Sequence[int]] | None = None,
+    ) -> FeatureGraph:
+        """The pairs that contribute most at a token, of all whose features are active there.
+
+        Exhaustive where `prune` takes from a graph: few features are active, so all their pairs are
+        looked at.
+
+        Parameters
+        ----------
+        k: int
+            Pairs of each feature: of the targets, then of the features in their pairs, and so on back.
+        targets: layer to features, optional
+            By default the most active feature of the last layer that is read. Features that are not
+            active make nothing.
+
+        Raises ValueError for inputs that have no activations, and without targets where the last
+        layer's output has none.
+        """
+        found, scales = self.activations(tokens, position)
+        if targets is None:
+            last = max(self.interactions)
+            made = found[layer_name(last)]
+            if made is None:
+                raise ValueError(
+                    f"{layer_name(last)!r} has directions but no activations: name the features that "
+                    f"the graph is to lead to, targets={{{last}: [...]}}"
+                )
+            targets = {last: [int(made.argmax())]}
+
+        def strongest(layer: int, features: dict[int, None] | None) -> FeaturePairs:
+            parts = []
+            for name in self._upstream[layer]:
+                active = found[name]
+                if active is None:
+                    raise ValueError(_no_activations(name))
+                parts.append(active)
+            numbers = torch.tensor(list(features or ()), dtype=torch.long)
+            return _pairs_among(self.interactions[layer], numbers, torch.cat(parts), k)
+
+        length = as_tokens(self.model, tokens).shape[1]
+        return self._there(self._backward(targets, strongest), found, scales, position % length)
+
+
+def _pairs_among(
+    found: FeatureInteractions, features: Int[Tensor, " m"], z: Float[Tensor, " n"], k: int
+) -> FeaturePairs:
+    """Of each feature the k pairs of active inputs with the largest ``coefficient z z`` [m, k]."""
+    active = z.nonzero()[:, 0]
+    first, second = torch.triu_indices(len(active), len(active))
+    rows = found.input_directions[active]
+    entries = found.interaction(features, basis="activations").fold(rows).dense()
+    values = entries[:, first, second]
+    alike = z[active[first]] * z[active[second]] * torch.where(first == second, 1, 2)
+    best = (values * alike.to(values)).abs().topk(min(k, len(first)), dim=1).indices
+    return FeaturePairs(
+        features[:, None].expand_as(best),
+        active[first][best],
+        active[second][best],
+        values.gather(1, best),
+    )
+
+
+def _no_activations(name: str) -> str:
+    return (
+        f"{name!r} has directions but no activations, so that a graph with its features has no "
+        f"contributions on a prompt; `paths` takes heads on a prompt apart"
+    )
 
 
 def layer_name(layer: int) -> str:

@@ -2,6 +2,7 @@
 
 >>> explore(run)                                   # a FeatureRun: writes explorer.html and opens it
 >>> explore(features.run(tokens).labelled(), out="layer3.html", open=False)
+>>> explore(circuit.graph(20))                     # a FeatureGraph: pairs across layers
 >>> panels = [language_panel(run, title="Layer 3"), image_panel(model, data, title="Digits")]
 >>> write_page(panels, "both.html")
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_bilinear.explorer.documents import Panel, write_folder, write_page
+    from tl_bilinear.explorer.graph_documents import graph_panel
     from tl_bilinear.explorer.image_documents import image_panel
     from tl_bilinear.explorer.language_documents import language_panel
     from tl_bilinear.explorer.opening import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 # The command line reads `explorer.config` for its help, which must not load torch.
 _HOMES = {
     "documents": ("Panel", "write_folder", "write_page"),
+    "graph_documents": ("graph_panel",),
     "image_documents": ("image_panel",),
     "language_documents": ("language_panel",),
     "opening": ("PageView", "explore", "explore_demo", "explore_images", "quickstart_page"),
@@ -43,6 +46,7 @@ __all__ = [
     "explore",
     "explore_demo",
     "explore_images",
+    "graph_panel",
     "image_panel",
     "language_panel",
     "quickstart_page",

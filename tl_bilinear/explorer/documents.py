@@ -3,11 +3,12 @@
 ``bundle.schema.json`` beside this file is the whole format; any tool may write it. In short:
 
 **Manifest.** ``{"format": "tl_bilinear.explorer", "version": 1, "title": ..., "panels": [...]}``. A
-panel names its kind ("language" or "image"), its sizes, and the documents it is made of.
+panel names its kind ("language", "image" or "graph"), its sizes, and the documents it is made of.
 
 **Documents** are JSON objects under a name. The page asks for one when it is needed.
 
 **Arrays** are ``{"dtype": "float32", "shape": [2, 3], "base64": "..."}``: little-endian, row by row.
+Numbers outside of arrays are rounded to float32 too.
 
 **Two carriers of the same documents.**
 
@@ -34,6 +35,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -58,6 +60,7 @@ _DTYPES = {
     torch.int16: "int16",
     torch.uint8: "uint8",
 }
+_LARGEST = float(np.finfo(np.float32).max)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 Document = dict[str, Any]
@@ -149,9 +152,20 @@ def _pieces(document: Document) -> Iterator[str]:
     mark = "{"
     for name, value in document.items():
         yield f"{mark}{_script_json(name)}:"
-        yield from _array(value) if _is_array(value) else [_script_json(value)]
+        yield from _array(value) if _is_array(value) else [_script_json(_shortened(value))]
         mark = ","
     yield "}" if document else "{}"
+
+
+def _shortened(value: Any) -> Any:
+    """The same with its numbers as short as float32 takes them: 0.1 for 0.10000000149011612."""
+    if isinstance(value, float):
+        return float(str(np.float32(value))) if abs(value) < _LARGEST else value
+    if isinstance(value, dict):
+        return {name: _shortened(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(each) for each in value]
+    return value
 
 
 def _is_array(value: Any) -> bool:

@@ -443,8 +443,8 @@ class _Language:
             pairs = known.top(list(part), min(PAIRS, n * (n + 1) // 2))
             return [
                 {
-                    "first": packed(pairs.first[i]),
-                    "second": packed(pairs.second[i]),
+                    "first": packed(_smallest_integers(pairs.first[i])),
+                    "second": packed(_smallest_integers(pairs.second[i])),
                     "coefficient": packed(pairs.coefficients[i]),
                 }
                 for i in range(len(part))
@@ -487,8 +487,8 @@ class _Language:
             all_of_them = shut_out <= float(values[best[-1]].abs())
             found.append(
                 {
-                    "first": packed(members[first[best]]),
-                    "second": packed(members[second[best]]),
+                    "first": packed(_smallest_integers(members[first[best]])),
+                    "second": packed(_smallest_integers(members[second[best]])),
                     "coefficient": packed(values[best]),
                     "searched": len(rows) if all_of_them else len(members),
                 }

@@ -9,6 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tl_bilinear.circuits import FeatureCircuit, FeatureGraph
+from tl_bilinear.circuits.graph import layer_name
 from tl_bilinear.demo import (
     demo_card,
     demo_layers,
@@ -19,16 +23,22 @@ from tl_bilinear.demo import (
 from tl_bilinear.explorer import notebook
 from tl_bilinear.explorer.config import ExploreConfig
 from tl_bilinear.explorer.documents import Panel, write_folder, write_page
+from tl_bilinear.explorer.graph_documents import graph_panel
 from tl_bilinear.explorer.image_documents import image_panel
 from tl_bilinear.explorer.language_documents import language_panel
 from tl_bilinear.features import FeatureInteractions, FeatureRun
 from tl_bilinear.features.examples import Side
+from tl_bilinear.features.labels import pieces
 from tl_bilinear.io import is_ours, mark, refuse_foreign
 from tl_bilinear.paper.config import runs_beside
 from tl_bilinear.paper.quickstart import KIND, Quickstart
 from tl_bilinear.paper.regularisation import regularisers
 from tl_bilinear.recipes.images import ImageData, Runs, TrainingConfig, config_for, load_images
 from tl_bilinear.tensor import Spectrum
+
+# Of the graphs of the model that ships: features that they lead to, of how many tried; pairs of each
+# feature; words in the name of one at a token.
+GRAPH_TARGETS, GRAPH_TRIED, GRAPH_PAIRS, WORDS = 4, 64, 10, 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class PageView:
 
 
 def explore(
-    what: FeatureRun | FeatureInteractions | Panel | list[Panel],
+    what: FeatureRun | FeatureInteractions | FeatureGraph | Panel | list[Panel],
     out: str | Path = "explorer.html",
     *,
     text: Any = None,
@@ -96,11 +106,11 @@ def explore(
     open: bool = True,
     progress: bool = True,
 ) -> PageView:
-    """A page of a layer on a text: of a run of a layer between two dictionaries, or of panels.
+    """A page of a layer on a text, of a run between two dictionaries; of a graph; or of panels.
 
     Parameters
     ----------
-    what: FeatureRun, FeatureInteractions, Panel or several panels
+    what: FeatureRun, FeatureInteractions, FeatureGraph, Panel or several panels
         Features of a run that have no labels get them from its text.
     out: the HTML file, or with `folder` the folder, to write; what an earlier call wrote is replaced
     text: with FeatureInteractions only: the text that examples come from, as `FeatureInteractions.run`
@@ -128,13 +138,15 @@ def explore(
     if isinstance(what, FeatureRun):
         run = what.labelled(progress=progress)
         panels = [language_panel(run, title=title or f"Layer {run.features.layer}")]
+    elif isinstance(what, FeatureGraph):
+        panels = [graph_panel(what, title=title or "Pairs across layers")]
     elif isinstance(what, Panel):
         panels = [what]
     elif isinstance(what, list | tuple) and all(isinstance(each, Panel) for each in what):
         panels = list(what)
     else:
         raise TypeError(
-            f"a page shows a FeatureRun, FeatureInteractions with text=, or panels, "
+            f"a page shows a FeatureRun, FeatureInteractions with text=, a FeatureGraph, or panels, "
             f"got {type(what).__name__}"
             + (
                 ", which has eigenvalues but no layer: give the features that it is of"
@@ -191,6 +203,63 @@ def demo_panel(run: FeatureRun) -> Panel:
     )
 
 
+def demo_panels(run: FeatureRun) -> list[Panel]:
+    """The panel of a layer of the model that ships, and that of pairs across its layers."""
+    layer = run.features.layer
+    graphs = graph_panel(
+        demo_graphs(run),
+        title="Pairs across layers",
+        facts=demo_facts(layer),
+        links={layer_name(layer): ("language", "output")},
+    )
+    return [demo_panel(run), graphs]
+
+
+def demo_graphs(run: FeatureRun) -> dict[str, FeatureGraph]:
+    """Pairs of features across the layers of the model that ships which have SAEs, on a run's text.
+
+    From the residual stream before the first of these layers to features of the last, at the token where
+    each is strongest, and to all of them from weights. Of features with large interaction matrices they
+    are those that the layers between make most of.
+    """
+    model, layers = run.features.model, demo_layers()
+    runs = []
+    for layer in layers:
+        saes = load_demo_saes(layer)
+        features = FeatureInteractions(model, layer, saes["resid_mid"], saes["mlp_out"])
+        runs.append(features.run(run.tokens, progress=False).labelled(progress=False))
+    source = {f"resid_mid {layers[0]}": runs[0].features.inputs}
+    outputs = {each.features.layer: each.features.outputs for each in runs}
+    circuit = FeatureCircuit(model, outputs, source)
+    last, at = layers[-1], runs[-1]
+    sizes = circuit.interactions[last].interaction(basis="activations").frobenius_norm()
+    there: list[tuple[float, int, str, FeatureGraph]] = []
+    tried = sizes.topk(GRAPH_TRIED).indices.tolist()
+    z = at.activations(tried).masked_fill(~at.mask[..., None], 0)
+    for i, feature in enumerate(tried):
+        row, position = divmod(int(z[..., i].argmax()), z.shape[1])
+        before = at.tokens[row, : position + 1]
+        *words, word = pieces(model.tokenizer, before[-WORDS:].tolist())
+        name = f"to {feature} at “…{''.join(words)} [{word.strip()}]”"
+        graph = circuit.graph_at(before, k=GRAPH_PAIRS, targets={last: [feature]})
+        there.append((_through(graph), feature, name, graph))
+    there = sorted(there, key=lambda each: -each[0])[:GRAPH_TARGETS]
+    targets = [feature for _, feature, *_ in there]
+    weights = circuit.graph(GRAPH_PAIRS, {last: targets})
+    return {f"from weights, to {', '.join(map(str, targets))}": weights} | {
+        name: graph for *_, name, graph in there
+    }
+
+
+def _through(graph: FeatureGraph) -> float:
+    """Of the contributions to the last dictionary, the share of pairs with a feature that is made."""
+    last = graph.nodes[graph.pairs[:, 2], 0] == len(graph.dictionaries) - 1
+    made = graph.pairs[:, 2].unique()
+    through = torch.isin(graph.pairs[:, :2], made).any(1)
+    sizes = graph.strengths.abs()
+    return float(sizes[last & through].sum() / sizes[last].sum().clamp_min(1e-30))
+
+
 def explore_demo(
     config: ExploreConfig = ExploreConfig(), *, progress: bool = True
 ) -> tuple[PageView, FeatureRun]:
@@ -198,7 +267,7 @@ def explore_demo(
     _require_place(config)
     run = demo_run(config, progress=progress)
     view = explore(
-        demo_panel(run), config.out, title="tl_bilinear: explorer", folder=config.folder,
+        demo_panels(run), config.out, title="tl_bilinear: explorer", folder=config.folder,
         open=False, progress=progress,
     )  # fmt: skip
     return replace(view, run=run), run
@@ -264,7 +333,7 @@ def quickstart_page(result: Quickstart, out: str | Path, *, progress: bool = Tru
         facts["did it learn?"] = images.controls.verdict
     panels = [image_panel(images.training.model, data, title=f"Images: {data.name}", facts=facts)]
     if result.language is not None:
-        panels.append(demo_panel(demo_run(progress=progress)))
+        panels += demo_panels(demo_run(progress=progress))
     view = explore(panels, out, title="tl_bilinear: quickstart", open=False, progress=progress)
     if is_ours(view.path.parent, KIND):
         mark(

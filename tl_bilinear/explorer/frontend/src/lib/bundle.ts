@@ -58,7 +58,18 @@ export interface ImageManifest {
   choice?: Record<string, string>;
 }
 
-export type PanelManifest = LanguageManifest | ImageManifest;
+export interface GraphManifest {
+  kind: "graph";
+  name: string;
+  title: string;
+  facts: Record<string, string>;
+  /** Names of the graphs. */
+  graphs: string[];
+  /** Where features of a dictionary have a page: panel and side. */
+  links: Record<string, [string, "input" | "output"]>;
+}
+
+export type PanelManifest = LanguageManifest | ImageManifest | GraphManifest;
 
 export interface Manifest {
   format: string;
@@ -237,7 +248,7 @@ export function checkManifest(found: Manifest): Manifest {
     throw new BundleError("This bundle has no panel, so there is nothing to show.");
   }
   for (const panel of found.panels) {
-    if (panel.kind !== "language" && panel.kind !== "image") {
+    if (!["language", "image", "graph"].includes(panel.kind)) {
       throw new BundleError(`This bundle has a panel of the unknown kind "${(panel as any).kind}".`);
     }
   }
