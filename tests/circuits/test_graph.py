@@ -136,6 +136,8 @@ def test_a_graph_at_a_token_is_the_strongest_of_every_active_pair(circuit):
 def test_what_a_graph_at_a_token_leads_to(circuit):
     with pytest.raises(ValueError, match=r"name the features .* targets=\{2: \[\.\.\.\]\}"):
         circuit.graph_at(TOKENS)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        circuit.graph_at(TOKENS, k=0, targets={2: [5]})
     found = circuit.graph_at(TOKENS, k=2, targets={2: [5]})
     assert {(3, 5)} == {
         node for node in map(tuple, found.nodes[found.pairs[:, 2]].tolist()) if node[0] == 3

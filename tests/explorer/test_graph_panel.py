@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import math
 from pathlib import Path
 from xml.etree import ElementTree
@@ -207,6 +208,15 @@ def test_a_graph_is_explored_by_itself(tmp_path, tab):
     assert len(shown(tab)) == sum(min(10, count) for count in counts)
     with pytest.raises(ValueError, match="at least one, got none"):
         graph_panel({}, title="x")
+
+
+def test_a_link_to_no_side_is_refused():
+    graphs = building.graphs()
+    unchecked = inspect.unwrap(graph_panel)
+    with pytest.raises(
+        ValueError, match="the link of 'mlp 1' leads to the side 'input' or 'output'"
+    ):
+        unchecked(graphs, title="x", links={"mlp 1": ("norm", "above")})
 
 
 def test_the_graphs_of_the_model_that_ships_go_through_a_layer_between():

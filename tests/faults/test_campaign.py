@@ -40,6 +40,7 @@ OF_OBJECTS = {  # they take the package's own objects, which were checked when t
 }  # fmt: skip
 ELSEWHERE = {  # their refusals are in these tests: readers and commands of their own
     "explore_images": "explorer/test_image_switch.py",
+    "graph_panel": "explorer/test_graph_panel.py",
     "register_dictionary": "features/test_dictionary.py",
     "register_gated_reader": "models/test_approximation.py",
     "register_mlp_reader": "tensor/test_bilinear.py",

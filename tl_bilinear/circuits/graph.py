@@ -466,6 +466,7 @@ class FeatureCircuit:
         Raises ValueError for inputs that have no activations, and without targets where the last
         layer's output has none.
         """
+        checks.require_positive("k", k)
         found, scales = self.activations(tokens, position)
         if targets is None:
             last = max(self.interactions)

@@ -28,12 +28,18 @@ def graph_panel(
     links: where features of a dictionary have a page: ``{"mlp 3": ("language", "output")}``, the name
         of a language panel on the same page and the side
 
-    Raises ValueError without a graph.
+    Raises ValueError without a graph, and for a link to no side.
     """
     if isinstance(graphs, FeatureGraph):
         graphs = {_called(graphs): graphs}
     if not graphs:
         raise ValueError("a panel of graphs needs at least one, got none")
+    for dictionary, (_, side) in (links or {}).items():
+        if side not in ("input", "output"):
+            raise ValueError(
+                f"the link of {dictionary!r} leads to the side 'input' or 'output' of a panel, "
+                f"got {side!r}"
+            )
     manifest = {
         "kind": "graph",
         "name": name,
