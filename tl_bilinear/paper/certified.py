@@ -128,7 +128,8 @@ def certificates_figure(result: Certificates) -> go.Figure:
     axis = {"type": "log", "tickvals": list(result.kept)}
     figure.update_xaxes(title="eigenvectors kept for each class", **axis)
     figure.update_yaxes(title="error of a logit", type="log", exponentformat="power", dtick=1)
-    return sized(figure, 760, 380)
+    title = "What leaving out the other eigenvectors can change, and does"
+    return sized(figure, 760, 380, title=title)
 
 
 @register("certificates", CertificatesSettings)

@@ -302,7 +302,7 @@ def spectrum_figure(result: Spectrum, *, title: str = "") -> go.Figure:
     figure.add_trace(held, 1, 2)
     figure.update_xaxes(title="directions, by falling |λ1|")
     figure.update_yaxes(range=[0, 1.02], col=2)
-    return sized(figure, 900, 360, title=title)
+    return sized(figure, 900, 360 + 30 * bool(title), title=title, margin_t=40 + 30 * bool(title))
 
 
 def hosvd_figure(

@@ -96,4 +96,4 @@ def loss_added_figure(result: LossAdded) -> go.Figure:
     figure.update_xaxes(
         title=f"nats a token added to {clean:.3f} ({result.confidence:.0%} interval)"
     )
-    return sized(figure, 620, 120 + 30 * len(names))
+    return sized(figure, 620, 120 + 30 * len(names), title="Loss that each intervention adds")
