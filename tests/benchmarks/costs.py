@@ -13,9 +13,11 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +341,90 @@ print(json.dumps([size, peak_memory(), time.process_time() - start]))
         }
 
 
+_KINDS = {
+    "products": ("mm", "bmm", "addmm", "baddbmm"),
+    "attention": ("scaled_dot_product",),
+    "softmax and loss": ("log_softmax", "nll_loss", "exp_", "amax", "sub"),
+    "random numbers": ("normal_", "randperm", "bernoulli_", "exponential_", "uniform_"),
+    "copies": ("index_select", "copy_", "cat", "fill_", "embedding"),
+    "optimiser": ("fused_adam", "Optimizer", "foreach"),
+}
+
+
+def training() -> Iterator[Row]:
+    """Shares of CPU time while recipes train, by torch.profiler, one thread, in percent."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from tests.benchmarks.training import random_data
+    from tl_bilinear.recipes.images import ImageData
+    from tl_bilinear.recipes.images.training import TrainingConfig, train_classifier
+    from tl_bilinear.recipes.language import CONFIGS, train_language_model
+
+    drawn = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (20_000,), generator=drawn)
+    pictures = torch.rand(20_000, 784, generator=drawn)
+    test, names = (pictures[:2000], labels[:2000]), tuple("0123456789")
+    images = ImageData(pictures, labels, *test, (28, 28), names, "random pixels")
+    rows = random_data(rows=64, vocabulary=4096)
+
+    def language(name: str) -> Side:
+        config = replace(CONFIGS[name], steps=20, batch=8)
+
+        def train() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                train_language_model(
+                    rows, config, folder=f"{folder}/run", device="cpu", progress=False
+                )
+
+        return train
+
+    recipes: dict[str, Side] = {
+        "images, size 256, batch 2,048": lambda: train_classifier(
+            images, TrainingConfig(epochs=3), progress=False
+        ),
+        **{f"train lm {name}, 4,096 tokens": language(name) for name in ("nano", "small")},
+    }
+    for name, train in recipes.items():
+        train()
+        with profile(activities=[ProfilerActivity.CPU]) as watched:
+            train()
+        spent = dict.fromkeys([*_KINDS, "the rest"], 0.0)
+        for event in watched.key_averages():
+            found = event.key.removeprefix("aten::").lstrip("_")
+            kinds = (k for k, names in _KINDS.items() if found.startswith(names))
+            spent[next(kinds, "the rest")] += event.self_cpu_time_total
+        whole = sum(spent.values())
+        shares = {kind: round(100 * t / whole, 1) for kind, t in spent.items()}
+        size = name.split()[2].rstrip(",") if name.startswith("train lm") else None
+        yield {"recipe": name, **shares, **(_compiled(rows, size) if size else {})}
+
+
+def _compiled(rows: Any, size: str) -> Row:
+    """What torch.compile gains in a step of a language model, and what compiling takes."""
+    from torch._inductor import config as inductor
+
+    from tl_bilinear.recipes.language import CONFIGS
+    from tl_bilinear.recipes.language.train import build_language_model
+
+    model = build_language_model(CONFIGS[size], rows.tokenizer, rows.n_ctx)
+    tokens = torch.tensor(rows.train["input_ids"][:8])
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(forward: Any) -> None:
+        forward(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    compiled = torch.compile(model)
+    start = time.perf_counter()
+    with inductor.patch(force_disable_caches=True):  # an earlier run's would be found on the disk
+        step(compiled)
+    seconds = time.perf_counter() - start
+    best = timed({"eager": lambda: step(model), "compiled": lambda: step(compiled)}, 5, 60.0)
+    gain = round(best["eager"] / best["compiled"], 2)
+    return {"eager over compiled": gain, "compiling, s": round(seconds)}
+
+
 def growth() -> Iterator[Row]:
     """Seconds of other methods by width, h = 4 d."""
     for d in (64, 128, 256, 512):
@@ -359,7 +445,7 @@ def growth() -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     part.__name__: part
-    for part in (small, few, whole, sweep, interventions, start, processing, growth)
+    for part in (small, few, whole, sweep, interventions, start, processing, training, growth)
 }
 
 

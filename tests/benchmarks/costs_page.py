@@ -99,6 +99,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "interventions": _plain("interventions"),
     "start": _plain("start"),
     "processing": _plain("processing"),
+    "training": _plain("training"),
     "growth": _growth,
 }
 
