@@ -13,6 +13,7 @@ from tl_bilinear.hooks import (
     Chain,
     EigenComponents,
     HOSVDComponents,
+    Intervention,
     ReplaceLayer,
     Trial,
     Verification,
@@ -258,15 +259,48 @@ def test_runs_that_start_at_the_block_are_the_whole_ones(model, at, monkeypatch)
         "forward",
         lambda *a, **g: (started.append(g.get("start_at_layer")), forward(*a, **g))[1],
     )
-    found = check(model, parts, at=at, controls=2)
+    kind, attended = type(model.blocks[LAYER].attn), []
+    attend = kind.forward
+    with monkeypatch.context() as counting:
+        counting.setattr(
+            kind, "forward", lambda *a, **g: (attended.append(a[0]), attend(*a, **g))[1]
+        )
+        found = check(model, parts, at=at, controls=2)
     assert started[0] is None
     assert set(started[1:]) == {LAYER}
+    assert len(attended) == len(model.blocks)  # of the clean run; edited ones know what it gave
     monkeypatch.setattr(effects, "starts_at_blocks", lambda model: False)
     started.clear()
     whole = check(model, parts, at=at, controls=2)
     assert set(started) == {None}
     for name in ("measured", "predicted", "effect", "control_effect", "clean_effect"):
         assert_close(getattr(found, name), getattr(whole, name), **EXACT)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rolled(Intervention):
+    """Each coordinate at the next one's place."""
+
+    at: str
+
+    def fwd_hooks(self, model):
+        return [(self.at, lambda value, hook: value.roll(1, -1))]
+
+
+AFTER = ["hook_resid_mid", "ln2.hook_normalized", "mlp.hook_pre", "hook_mlp_out", "hook_resid_post"]
+BEFORE = ["hook_resid_pre", "ln1.hook_normalized", "attn.hook_z", "hook_attn_out"]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("point", [*BEFORE, *AFTER])
+def test_an_edit_at_any_hook_is_that_of_a_whole_run(model, layer, point):
+    edit = Rolled(f"blocks.{layer}.{point}")
+    found = loss_added(model, TOKENS, edit, progress=False)
+    with edit.applied(model):
+        loss = next_token_loss(model(TOKENS), TOKENS)
+    assert_close(found.patched[0], loss, **EXACT)
+    assert (found.patched[0] - found.clean).abs().max() > 1e-4
+    assert "forward" not in vars(model.blocks[layer].attn)
 
 
 def test_an_edit_of_two_layers_starts_at_the_first(model):

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -253,26 +253,32 @@ def each_run(
     """Run every batch with every edit; yield (rows of tokens, number of the edit, logits).
 
     `watch` hooks come after those of the edit. The first edit is None: the run without one. Where all
-    hooks of an edit lie in block l and after, its runs start there, from what block l read in that run.
+    hooks of an edit lie in block l and after, its runs start there, from what block l read in that run;
+    where they come after its attention, with what that gave.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a number of sequences, 1 or more, got {batch_size!r}")
     checks.require_tokens(tokens, _vocabulary(model))
     starts = range(0, len(tokens), batch_size)
-    first = [_first_block(model, edit, watch) for edit in edits]
+    first = [_first_place(model, edit, watch) for edit in edits]
+    blocks = {place.block for place in first if place is not None}
     with tqdm(total=len(starts) * len(edits), unit="forward", disable=not progress) as bar:
         for start in starts:
             rows = slice(start, min(start + batch_size, len(tokens)))
             read: dict[int, Tensor] = {}
-            for number, edit in enumerate(edits):
+            attended: dict[int, Tensor] = {}
+            for number, (edit, place) in enumerate(zip(edits, first, strict=True)):
                 edited = nullcontext() if edit is None else edit.applied(model)
                 watched = model.hooks(fwd_hooks=watch) if watch else nullcontext()
-                kept = nullcontext() if edit else _block_inputs(model, set(first) - {0}, read)
+                kept = nullcontext() if edit else _kept(model, blocks, read, attended)
                 with torch.no_grad(), edited, watched, kept:
-                    if first[number] in read:
-                        logits = model(read[first[number]], start_at_layer=first[number])
-                    else:
+                    if place is None:
                         logits = _logits(model, tokens[rows])
+                    elif place.attention:
+                        with _known_attention(model.blocks[place.block], attended[place.block]):
+                            logits = model(read[place.block], start_at_layer=place.block)
+                    else:
+                        logits = model(read[place.block], start_at_layer=place.block)
                 yield rows, number, logits
                 bar.update()
 
@@ -287,31 +293,61 @@ def starts_at_blocks(model: Any) -> bool:
     return not padded_left and cfg.positional_embedding_type != "shortformer"
 
 
-def _first_block(model: Any, edit: Edit | None, watch: Hooks | None) -> int:
-    """The first block that has a hook of the edit or of `watch`; 0 where that is not known."""
+class _Place(NamedTuple):
+    """Where an edited run starts: at a block, and whether what its attention gave is known too."""
+
+    block: int
+    attention: bool
+
+
+_AFTER_ATTENTION = (
+    "ln2.", "mlp.", "hook_mlp_in", "hook_mlp_out", "hook_resid_mid", "hook_resid_post",
+)  # fmt: skip
+
+
+def _first_place(model: Any, edit: Edit | None, watch: Hooks | None) -> _Place | None:
+    """The first place that has a hook of the edit or of `watch`; None where a run needs all blocks."""
     if not isinstance(edit, Intervention) or not starts_at_blocks(model):
-        return 0
-    names = [name for name, _ in (*edit.fwd_hooks(model), *(watch or []))]
-    found = [re.match(r"blocks\.(\d+)\.", str(name)) for name in names]
-    return min((0 if match is None else int(match[1]) for match in found), default=0)
+        return None
+    names = [str(name) for name, _ in (*edit.fwd_hooks(model), *(watch or []))]
+    found = [re.match(r"blocks\.(\d+)\.(.*)", name) for name in names]
+    hooks = [(int(match[1]), match[2]) for match in found if match is not None]
+    if len(hooks) < len(names) or not hooks:
+        return None
+    block = min(hooks)[0]
+    attention = all(name.startswith(_AFTER_ATTENTION) for at, name in hooks if at == block)
+    return _Place(block, attention) if block or attention else None
 
 
 @contextmanager
-def _block_inputs(model: Any, blocks: Iterable[int], read: dict[int, Tensor]) -> Iterator[None]:
-    """While it is open, keep what these blocks are given in `read`."""
+def _kept(
+    model: Any, blocks: Iterable[int], read: dict[int, Tensor], attended: dict[int, Tensor]
+) -> Iterator[None]:
+    """While it is open, keep what these blocks are given, and what their attention gives."""
 
-    def keep(block: int) -> Callable[..., None]:
-        def kept(module: Any, given: tuple[Tensor, ...]) -> None:
-            read[block] = given[0]
+    def given(block: int) -> Callable[..., None]:
+        return lambda module, inputs: read.update({block: inputs[0]})
 
-        return kept
+    def gives(block: int) -> Callable[..., None]:
+        return lambda module, inputs, output: attended.update({block: output})
 
-    handles = [model.blocks[i].register_forward_pre_hook(keep(i)) for i in blocks]
+    handles = [model.blocks[i].register_forward_pre_hook(given(i)) for i in blocks]
+    handles += [model.blocks[i].attn.register_forward_hook(gives(i)) for i in blocks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _known_attention(block: Any, output: Tensor) -> Iterator[None]:
+    """While it is open, the attention of a block gives this, and is not computed."""
+    block.attn.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del block.attn.forward
 
 
 def _vocabulary(model: Any) -> int:
