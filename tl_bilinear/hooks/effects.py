@@ -272,9 +272,9 @@ def each_run(
                 watched = model.hooks(fwd_hooks=watch) if watch else nullcontext()
                 kept = nullcontext() if edit else _kept(model, blocks, read, attended)
                 with torch.no_grad(), edited, watched, kept:
-                    if place is None:
+                    if place is None or not (place.block or place.block in attended):
                         logits = _logits(model, tokens[rows])
-                    elif place.attention:
+                    elif place.attention and place.block in attended:
                         with _known_attention(model.blocks[place.block], attended[place.block]):
                             logits = model(read[place.block], start_at_layer=place.block)
                     else:
@@ -329,7 +329,11 @@ def _kept(
         return lambda module, inputs: read.update({block: inputs[0]})
 
     def gives(block: int) -> Callable[..., None]:
-        return lambda module, inputs, output: attended.update({block: output})
+        def keep(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+            if isinstance(output, Tensor):  # a bridge's gives more: its edited runs attend again
+                attended[block] = output
+
+        return keep
 
     handles = [model.blocks[i].register_forward_pre_hook(given(i)) for i in blocks]
     handles += [model.blocks[i].attn.register_forward_hook(gives(i)) for i in blocks]
