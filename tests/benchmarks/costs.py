@@ -312,7 +312,6 @@ def processing() -> Iterator[Row]:
     """process_weights_ of a model of 16 layers, d = 1024, in fresh processes: peak memory."""
     program = """
 import json, sys, time, torch, tl_bilinear
-from pathlib import Path
 from tests.benchmarks.__main__ import peak_memory
 from transformer_lens import HookedTransformer
 

@@ -271,14 +271,13 @@ def each_run(
                 edited = nullcontext() if edit is None else edit.applied(model)
                 watched = model.hooks(fwd_hooks=watch) if watch else nullcontext()
                 kept = nullcontext() if edit else _kept(model, blocks, read, attended)
+                known = attended.get(place.block) if place and place.attention else None
                 with torch.no_grad(), edited, watched, kept:
-                    if place is None or not (place.block or place.block in attended):
+                    if place is None or (place.block == 0 and known is None):
                         logits = _logits(model, tokens[rows])
-                    elif place.attention and place.block in attended:
-                        with _known_attention(model.blocks[place.block], attended[place.block]):
-                            logits = model(read[place.block], start_at_layer=place.block)
                     else:
-                        logits = model(read[place.block], start_at_layer=place.block)
+                        with _known_attention(model.blocks[place.block], known):
+                            logits = model(read[place.block], start_at_layer=place.block)
                 yield rows, number, logits
                 bar.update()
 
@@ -345,8 +344,11 @@ def _kept(
 
 
 @contextmanager
-def _known_attention(block: Any, output: Tensor) -> Iterator[None]:
-    """While it is open, the attention of a block gives this, and is not computed."""
+def _known_attention(block: Any, output: Tensor | None) -> Iterator[None]:
+    """While it is open, the attention of a block gives this, and is not computed; None: as ever."""
+    if output is None:
+        yield
+        return
     block.attn.forward = lambda *_, **__: output
     try:
         yield
