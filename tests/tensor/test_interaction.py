@@ -324,7 +324,7 @@ def test_screening_in_few_rounded_terms_loses_no_pair(kind, dtype, seed, n, d, k
     directions = normal(seed + 2, n, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(top_module, "SCREEN_FROM", 1)
-        patch.setattr(top_module, "_FLAT", 2.0)  # never
+        patch.setattr(top_module, "_FLAT", 1e9)  # never
         patch.setattr(top_module, "CORNER", 8)
         patch.setattr(
             top_module, "_MARGIN", 1.0
@@ -337,6 +337,38 @@ def test_screening_in_few_rounded_terms_loses_no_pair(kind, dtype, seed, n, d, k
     assert_close(dense[top.first, top.second], top.values, rtol=1e-8, atol=1e-12)
 
 
+@given(seeds, st.integers(4, 12), st.integers(1, 3))
+def test_what_leading_terms_leave_out_is_bounded(seed, d, terms):
+    values = (0.5 ** torch.arange(d, dtype=torch.float64)) * normal(seed, d).sign()
+    vectors = torch.linalg.qr(normal(seed + 1, d, d)).Q
+    matrix, directions = (vectors * values) @ vectors.T, normal(seed + 2, 30, d)
+    found = top_module.LeadingEntries(matrix, directions, values, vectors, terms)
+    rows = directions[found.row_order]
+    whole = rows @ matrix @ rows.T
+    left_out = (whole - found.rows @ found.columns.T).abs()
+    assert bool((left_out <= found.row_rest[:, None] * found.column_rest).all())
+    assert bool((whole.abs() <= found.row_reach[:, None] * found.column_reach).all())
+    assert bool((found.row_reach.diff() <= 0).all())
+    some, others = torch.tensor([3, 0, 29, 3]), torch.tensor([1, 0, 2, 28])
+    assert_close(found.entries(some, others), whole[some, others], **TOLERANCE)
+    assert_close(found.block(slice(2, 9), slice(5, None)), whole[2:9, 5:], **TOLERANCE)
+
+
+def test_where_most_terms_would_be_needed_every_block_is_computed(monkeypatch):
+    """Pairs as far below the largest eigenvalue as the k-th here need terms that are as small."""
+    values = 0.5 ** torch.arange(12, dtype=torch.float64)
+    vectors = torch.linalg.qr(normal(0, 12, 12)).Q
+    matrix, directions = (vectors * values) @ vectors.T, normal(1, 40, 12)
+    few = top_module.LeadingEntries.of(matrix, directions, 3)
+    assert few is not None
+    assert few.rows.shape[1] < 8
+    assert top_module.LeadingEntries.of(matrix, directions, 40 * 39 // 2) is None
+    monkeypatch.setattr(top_module, "SCREEN_FROM", 1)
+    t = BilinearTensor(vectors.T, vectors.T, values[None])
+    found = t.interaction()[0].top(40 * 39 // 2, kind="cross", directions=directions)
+    assert len(set(zip(found.first.tolist(), found.second.tolist(), strict=True))) == 40 * 39 // 2
+
+
 @pytest.mark.parametrize("kind", ["all", "cross"])
 @given(seeds, st.integers(20, 60), st.integers(2, 12), st.integers(1, 6))
 def test_a_flat_matrix_is_searched_block_by_block(kind, seed, n, d, k):
@@ -346,7 +378,7 @@ def test_a_flat_matrix_is_searched_block_by_block(kind, seed, n, d, k):
         patch.setattr(top_module, "SCREEN_FROM", 1)
         patch.setattr(top_module, "_FLAT", 0.0)
         patch.setattr(top_module, "CORNER", 8)
-        patch.setattr(top_module.DirectionEntries, "of_matrix", None)
+        patch.setattr(top_module.LeadingEntries, "__init__", None)
         top = t.interaction()[0].top(k, kind=kind, directions=directions)
     expected = brute_force_top(t.fold(directions).dense()[0], k, kind)
     assert_close(top.coefficients.abs().tolist(), [e[0] for e in expected], rtol=1e-8, atol=1e-12)
@@ -365,10 +397,18 @@ def test_directions_that_train_are_searched_too(monkeypatch):
 
 
 def test_what_counts_as_flat():
+    """Random matrices, unless a pair makes as much of one as a leading eigenvector does."""
     random = normal(0, 200, 200)
+    random = (random + random.T) / 20
     decaying = torch.diag(0.9 ** torch.arange(200, dtype=torch.float64))
-    assert top_module._is_flat(random + random.T)
-    assert not top_module._is_flat(decaying)
+    met_by_chance = 4 / 200  # times the Frobenius norm: about the largest of 30,000 random pairs
+    for matrix, needed, flat in (
+        (random, met_by_chance * float(random.norm()), True),
+        (random, float(random.norm()) / 4, False),
+        (decaying, met_by_chance * float(decaying.norm()), False),
+    ):
+        for scale in (1.0, 1e-9, 1e9):
+            assert top_module._is_flat(scale * matrix, scale * needed) is flat
 
 
 def test_the_margin_is_what_keeps_pairs(monkeypatch):
@@ -382,7 +422,7 @@ def test_the_margin_is_what_keeps_pairs(monkeypatch):
         exact = t.interaction()[0].top(5, directions=directions)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(top_module, "SCREEN_FROM", 1)
-            patch.setattr(top_module, "_FLAT", 2.0)
+            patch.setattr(top_module, "_FLAT", 1e9)
             patch.setattr(top_module, "CORNER", 30)
             patch.setattr(top_module, "_MARGIN", 1.0)
             patch.setattr(top_module, "_faster_dtype", lambda weighted: torch.bfloat16)

@@ -8,11 +8,13 @@ way. Three bounds leave little to compute exactly:
 
 - ``|S[i,j]| <= a_i c_j``, a_i = ||w_i||, c_j = ||v_j||: with rows and columns ordered by falling length,
   a row needs to meet a prefix of the columns only, and the search ends where ``a_i c_1`` is too small;
-- the m leading terms differ from the whole sum by at most the product of what the rest of both leaves;
+- the m leading terms differ from the whole sum by at most the product of what the rest of both leaves,
+  which the size of the next eigenvalue bounds without computing it;
 - in bfloat16, of unit roundoff u, they are off by a few ``u a_i c_j`` more.
 
 So blocks of few terms, in the precision that is faster on the machine, find every pair that may be among
-the k, and those are computed in full. The result does not depend on m or on the precision.
+the k, and those are computed in full. The result does not depend on m or on the precision. A matrix
+without leading terms is met block by block instead.
 """
 
 from __future__ import annotations
@@ -36,13 +38,19 @@ _CACHE_ELEMENTS = 2**21
 SCREEN_FROM = 4096
 """Directions from which screening in few terms pays for itself."""
 
-_FLAT = 0.3
-"""Share of d above which Q's effective rank leaves a screen nothing to save."""
+_FLAT = 0.4
+"""From where on a matrix counts as flat (`_is_flat`)."""
 
 _PROBES = 16
 """Random vectors that tell a flat matrix from another."""
 
-_MARGIN = 0.1
+_SAMPLE = 256
+"""Directions that say how many terms are needed."""
+
+_MOST_TERMS = 0.85
+"""Share of d above which terms cost as much as the whole product."""
+
+_MARGIN = 0.25
 """What the terms left out may amount to, as a share of the threshold: more saves products and costs
 candidates, which are cheap as long as they are few."""
 
@@ -95,27 +103,28 @@ def strongest(
 
 
 class DirectionEntries:
-    """Blocks of ``S = rows @ columns^T``, both ordered by falling reach (their length).
+    """Blocks of ``S = rows @ columns^T``, both ordered by falling reach.
 
     `symmetric` for a matrix over one set of directions: entries on and above the diagonal are met, and
-    one off it counts twice.
+    one off it counts twice. `row_rest` and `column_rest` are the lengths of what `rows` and `columns`
+    leave out of S, here nothing; a reach is the length of both together.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, *, symmetric: bool) -> None:
+    def __init__(
+        self, rows: Tensor, columns: Tensor, rest: Tensor | None = None, *, symmetric: bool
+    ) -> None:
         self.symmetric = symmetric
-        self.row_order, self.row_reach, self.rows = _by_length(rows)
-        self.column_order, self.column_reach, self.columns = (
-            _by_length(columns)
+        self.row_order, self.row_reach, self.rows, self.row_rest = _by_reach(rows, rest)
+        self.column_order, self.column_reach, self.columns, self.column_rest = (
+            _by_reach(columns, rest)
             if not symmetric
-            else (self.row_order, self.row_reach, columns[self.row_order])
+            else (self.row_order, self.row_reach, columns[self.row_order], self.row_rest)
         )
 
     @classmethod
     def of_matrix(cls, matrix: Tensor, directions: Tensor) -> DirectionEntries:
         """``D Q D^T`` through the eigenpairs of Q [d, d], of normalised factors."""
-        values, vectors = torch.linalg.eigh(matrix)
-        leading = values.abs().argsort(descending=True)  # the leading terms come first
-        values, vectors = values[leading], vectors[:, leading]
+        values, vectors = _leading_first(matrix)
         weighted = directions @ (vectors * values.abs().sqrt())
         return cls(weighted * values.sign(), weighted, symmetric=True)
 
@@ -125,44 +134,112 @@ class DirectionEntries:
         return 2.0 if self.symmetric else 1.0
 
     def block(self, rows: slice, columns: slice) -> Tensor:
+        """Entries of S, nothing left out."""
         return self.rows[rows] @ self.columns[columns].T
 
     def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
-        step = max(1, BLOCK_ELEMENTS // (4 * self.rows.shape[1]))
-        parts = [
-            (self.rows[i] * self.columns[j]).sum(1)
-            for i, j in zip(rows.split(step), columns.split(step), strict=True)
-        ]
-        return torch.cat(parts) if parts else self.rows.new_empty(0)
+        """Single entries of S, nothing left out."""
+        return _products(self.rows, self.columns, rows, columns)
 
 
-def _by_length(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(order, lengths, rows) by falling length."""
+class LeadingEntries(DirectionEntries):
+    """``D Q D^T`` of many directions, whose `rows` and `columns` are the leading terms only.
+
+    Blocks and entries come from D and Q themselves. What the terms left out, with eigenvalues up to mu,
+    amount to for a direction is at most ``sqrt(mu)`` times the length of its part outside the leading
+    eigenvectors: they need not be computed.
+    """
+
+    def __init__(
+        self, matrix: Tensor, directions: Tensor, values: Tensor, vectors: Tensor, terms: int
+    ) -> None:
+        inside = directions @ vectors[:, :terms]
+        squares = torch.linalg.vector_norm(directions, dim=1).square()
+        outside = (squares - torch.linalg.vector_norm(inside, dim=1).square()).clamp_min(0)
+        # The two sums of squares are rounded.
+        outside += _rounding(directions.dtype, directions.shape[1]) * squares
+        weighted = inside.mul_(values[:terms].abs().sqrt())
+        rest = (values[terms].abs() * outside).sqrt()
+        super().__init__(weighted * values[:terms].sign(), weighted, rest, symmetric=True)
+        self._matrix, self._directions = matrix, directions
+
+    @classmethod
+    def of(cls, matrix: Tensor, directions: Tensor, k: int) -> LeadingEntries | None:
+        """With as many terms as a sample of the directions asks for; None where most would be needed."""
+        sample = directions[:: max(1, len(directions) // _SAMPLE)]
+        met = sample @ matrix @ sample.T
+        sizes = met.abs_().triu_(1).flatten()
+        # As k pairs of the sample have an entry of this size, no smaller one will be needed.
+        needed = float(sizes.topk(k).values[-1]) if k <= len(sizes) else 0.0
+        if _is_flat(matrix, needed / max(float(sample.square().sum(1).mean()), 1e-300)):
+            return None
+        values, vectors = _leading_first(matrix)
+        inside = sample @ vectors
+        outside = inside.square().flip(1).cumsum(1).flip(1).mean(0)
+        terms = int((values.abs() * outside > _MARGIN * needed).sum()) or 1
+        if terms > _MOST_TERMS * len(values):
+            return None
+        return cls(matrix, directions, values, vectors, terms)
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        left, right = (self._directions[self.row_order[side]] for side in (rows, columns))
+        return (left @ self._matrix) @ right.T
+
+    def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        used, places = rows.unique(return_inverse=True)
+        through = self._directions[self.row_order[used]] @ self._matrix
+        return _products(through, self._directions, places, self.row_order[columns])
+
+
+def _leading_first(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, by falling size, and eigenvectors (columns) of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    leading = values.abs().argsort(descending=True)
+    return values[leading], vectors[:, leading]
+
+
+def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``left[i] . right[j]`` of chosen pairs of rows."""
+    step = max(1, BLOCK_ELEMENTS // (4 * right.shape[1]))
+    parts = [
+        (left[i] * right[j]).sum(1)
+        for i, j in zip(rows.split(step), columns.split(step), strict=True)
+    ]
+    return torch.cat(parts) if parts else right.new_empty(0)
+
+
+def _by_reach(rows: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order, reach, rows, rest) by falling reach: the length of a row and what is left out of it."""
     reach = torch.linalg.vector_norm(rows, dim=1)
+    rest = torch.zeros_like(reach) if rest is None else rest
+    reach = torch.hypot(reach, rest)
     order = reach.argsort(descending=True)
-    return order, reach[order], rows[order]
+    return order, reach[order], rows[order], rest[order]
 
 
 class _Screen:
     """Entries to within a margin: few terms, in the faster precision."""
 
     def __init__(self, entries: DirectionEntries, needed: float) -> None:
-        sides = (entries.rows, entries.columns)
-        # [:, m] is the square of what a row leaves out without its first m terms.
-        rests = [side.square().flip(1).cumsum(1).flip(1) for side in sides]
-        left_over = (rests[0].mean(0) * rests[1].mean(0)).sqrt()
-        m = int((left_over > _MARGIN * needed).sum()) or 1
+        sides = ((entries.rows, entries.row_rest), (entries.columns, entries.column_rest))
+        means = []
+        for terms, rest in sides:
+            every = slice(None, None, max(1, len(terms) // _SAMPLE))
+            # Entry m is the mean square of what a row leaves out without its first m terms.
+            outside = terms[every].square().flip(1).cumsum(1).flip(1)
+            means.append((outside + rest[every, None].square()).mean(0))
+        m = int(((means[0] * means[1]).sqrt() > _MARGIN * needed).sum()) or 1
         largest = float(entries.row_reach[0] * entries.column_reach[0])
         dtype = (
-            _faster_dtype(sides[0].device)
+            _faster_dtype(entries.rows.device)
             if _rounding(torch.bfloat16, m) * largest < _MARGIN * needed
             else torch.float32
         )
         out = [
-            rest[:, m].sqrt() if m < rest.shape[1] else torch.zeros_like(rest[:, 0])
-            for rest in rests
+            torch.hypot(torch.linalg.vector_norm(terms[:, m:], dim=1), rest)
+            for terms, rest in sides
         ]
-        self.rows, self.columns = (side[:, :m].to(dtype) for side in sides)
+        self.rows, self.columns = (terms[:, :m].to(dtype) for terms, _ in sides)
         rounding = _rounding(dtype, m) * entries.column_reach[0] * entries.row_reach
         self.margin = out[1].max() * out[0] + rounding
 
@@ -190,22 +267,31 @@ def strongest_of_directions(
     A few more than k: those whose order against the k-th rounding leaves open.
     """
     dense = matrix.dense()[0]
-    if len(directions) >= SCREEN_FROM and _is_flat(dense):
+    few = len(directions) < SCREEN_FROM
+    found = (
+        DirectionEntries.of_matrix(dense, directions)
+        if few
+        else LeadingEntries.of(dense, directions, k)
+    )
+    if found is None:
         return _all_entries(dense, directions, k, kind)
-    rows, columns = search(DirectionEntries.of_matrix(dense, directions), k, kind)
+    rows, columns = search(found, k, kind)
     return torch.minimum(rows, columns), torch.maximum(rows, columns)
 
 
-def _is_flat(matrix: Tensor) -> bool:
-    """Whether few terms say too little for a screen, by ``tr(Q^2)^2 / tr(Q^4)``, d / 2 if random.
+def _is_flat(matrix: Tensor, needed: float) -> bool:
+    """Whether screening by leading terms would hardly save anything, for entries of size `needed`.
 
-    ``tr(Q^4)`` is a mean over random vectors, ``|Q Q z|^2``: a flat spectrum hardly scatters, and
-    another is far from the limit.
+    The more so, the more eigenvalues of one size there are and the less of it a pair makes: by the
+    effective rank ``tr(Q^2)^2 / tr(Q^4)`` as a share of d, beside `needed` in units of the root mean
+    square of the eigenvalues. ``tr(Q^4)`` is a mean over random vectors, ``|Q Q z|^2``.
     """
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(len(matrix), _PROBES, generator=generator).to(matrix)
-    fourth = (matrix @ (matrix @ probes)).square().sum() / _PROBES
-    return float(matrix.square().sum() ** 2 / fourth) > _FLAT * len(matrix)
+    fourth = float((matrix @ (matrix @ probes)).square().sum()) / _PROBES
+    square = float(matrix.square().sum())
+    share = square**2 / max(fourth, torch.finfo(torch.float64).tiny) / len(matrix)
+    return share * (square / len(matrix)) ** 0.5 > _FLAT * needed
 
 
 def _all_entries(matrix: Tensor, directions: Tensor, k: int, kind: Kind) -> tuple[Tensor, Tensor]:
@@ -236,10 +322,9 @@ def search(pairs: DirectionEntries, k: int, kind: Kind = "all") -> tuple[Tensor,
     # The search rounds: what is within this share of the k-th is left to an exact second look.
     best = Strongest(k, like=pairs.rows, slack=1e-3, symmetric=symmetric)
     # The corner where the largest can be gives a threshold to begin with.
-    corner = slice(0, CORNER)
-    block = pairs.block(corner, corner)
+    block = pairs.rows[:CORNER] @ pairs.columns[:CORNER].T
     row, column = _candidates(block, 0, kind, 0.0, k, symmetric)
-    best.add(row, column, block[row, column])
+    best.add(row, column, pairs.entries(row, column))
     floor = best.threshold
     best = Strongest(k, like=pairs.rows, slack=1e-3, symmetric=symmetric)
     n, size = len(pairs.rows), max(len(pairs.rows), len(pairs.columns))
