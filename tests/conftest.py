@@ -1,5 +1,6 @@
 """Every public tensor argument is checked against its jaxtyping annotation while the tests run."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 # The matrices of the tests are small: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of garbage collections, of which Trainer makes one for each run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
