@@ -19,6 +19,7 @@ TOKENS = torch.tensor(
     [[3, 1, 4, 1, 5, 9, 2, 6], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2]]
 )
 WIDE = 400
+KEPT = 48
 HOSTILE = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
 
@@ -67,6 +68,26 @@ def wide_run(rows=18):
     other = sae(OUTPUT, n=12, seed=1, d=WIDE)
     tokens = torch.randint(1, 10, (rows, 8), generator=torch.Generator().manual_seed(0))
     return FeatureInteractions(built, 1, one, other).run(tokens, progress=False)
+
+
+def few(sae):
+    """The first features of an SAE: what the others make becomes part of the error."""
+    whole = Dictionary.of(sae)
+    return Dictionary(
+        whole.decoder[:KEPT], hook=whole.hook, encoder=whole.encoder[:KEPT],
+        encoder_hook=whole.encoder_hook, decoder_bias=whole.decoder_bias,
+        encoder_offset=whole.encoder_offset[:KEPT], encode=lambda x: whole.encode(x)[..., :KEPT],
+        prepend_bos=True,
+    )  # fmt: skip
+
+
+def few_features(run, **words):
+    """The panel of a run cut to its first features: 768 take a while."""
+    known = run.features
+    cut = FeatureInteractions(
+        known.model, known.layer, few(known.inputs.sae), few(known.outputs.sae)
+    )
+    return language_panel(dataclasses.replace(run, features=cut), **words)
 
 
 @functools.cache

@@ -49,7 +49,8 @@ def test_in_a_notebook_the_page_shows_in_a_frame(tmp_path, browser):
 def test_the_command_writes_the_page_of_the_model_that_ships(
     tmp_path, monkeypatch, opened, browser, capsys
 ):
-    monkeypatch.setattr(opening, "language_panel", few_features)
+    monkeypatch.setattr(opening, "language_panel", building.few_features)
+    monkeypatch.setattr(opening, "GRAPH_TRIED", 8)  # all 64 in test_graph_panel.py
     out = tmp_path / "page.html"
     arguments = ["explore", "--rows", "2", "--layer", "2", "--out", str(out), "--quiet"]
     assert cli.main(arguments) == 0
@@ -59,21 +60,6 @@ def test_the_command_writes_the_page_of_the_model_that_ships(
         tab.goto(out.as_uri() + "#/language/about")
         tab.get_by_role("heading", name="Layer 2 of the model that ships").wait_for()
         assert "SAE 2-mlp_in" in tab.locator("main").inner_text()
-
-
-def few_features(run, **words):
-    """The panel of a run cut to its first features: 768 take a while."""
-    from dataclasses import replace
-
-    from tests.explorer.test_server import few
-    from tl_bilinear import FeatureInteractions
-    from tl_bilinear.explorer import language_panel
-
-    known = run.features
-    cut = FeatureInteractions(
-        known.model, known.layer, few(known.inputs.sae), few(known.outputs.sae)
-    )
-    return language_panel(replace(run, features=cut), **words)
 
 
 def test_features_are_explored_on_a_text(tmp_path):

@@ -8,25 +8,12 @@ import json
 import pytest
 import torch
 
+from tests.explorer.building import few
 from tests.explorer.conftest import visiting
 from tl_bilinear import FeatureInteractions
 from tl_bilinear.demo import demo_layers, load_demo_model, load_demo_saes, load_demo_tokens
 from tl_bilinear.explorer import language_panel, serving, write_page
 from tl_bilinear.explorer.documents import unpacked
-from tl_bilinear.features import Dictionary
-
-KEPT = 48
-
-
-def few(sae):
-    """The first features of an SAE: what the others make becomes part of the error."""
-    whole = Dictionary.of(sae)
-    return Dictionary(
-        whole.decoder[:KEPT], hook=whole.hook, encoder=whole.encoder[:KEPT],
-        encoder_hook=whole.encoder_hook, decoder_bias=whole.decoder_bias,
-        encoder_offset=whole.encoder_offset[:KEPT], encode=lambda x: whole.encode(x)[..., :KEPT],
-        prepend_bos=True,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.explorer import building
 from tests.features.building import sae
 from tl_bilinear import BilinearTensor, cli, demo
+from tl_bilinear.explorer import opening
 from tl_bilinear.io import write_json
 from tl_bilinear.models import HookedBilinearTransformer
 from tl_bilinear.paper import quickstart as whole
@@ -299,26 +301,6 @@ def test_too_few_features_that_differ_are_refused(result, tokens):
 FAST = ["--size", "8", "--epochs", "2", "--batch", "100", "--quiet"]
 
 
-# Of one language part: the two differ in nothing that the report joins, and the images take a while.
-@pytest.mark.parametrize("result", ["mlp_in"], indirect=True)
-def test_both_parts_are_in_one_report(result, idx_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(whole, "demo_quickstart", lambda progress: result)
-    out = tmp_path / "out"
-    status = cli.main(["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST])
-    output = capsys.readouterr()
-    assert status == 0, output.err
-    assert "whole model" in output.out
-    assert "A language model" in output.out
-    assert str(result.found[0].feature) in output.out
-    assert list(json.loads((out / "summary.json").read_text())) == ["images", "language"]
-    page = (out / "report.html").read_text()
-    page = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # plotly.js itself
-    assert re.findall(r"href='(.*?)'", page) == ["#images", "#language"]
-    assert not re.findall(r"src\s*=|url\(|@import", page)
-    for part in ("images", "language"):
-        assert page.count(f"<article id={part}>") == 1
-
-
 def test_an_interrupt_in_the_second_part_leaves_nothing(idx_folder, tmp_path, monkeypatch):
     def interrupt(progress):
         raise KeyboardInterrupt
@@ -331,17 +313,38 @@ def test_an_interrupt_in_the_second_part_leaves_nothing(idx_folder, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_model_that_ships(idx_folder, tmp_path):
+def test_the_model_that_ships_and_images_are_in_one_report(
+    idx_folder, tmp_path, unchecked, monkeypatch, capsys
+):
+    """The command as its users run it, but for the size of the explorer's page.
+
+    The page of all features and graphs is that of explorer.md, of the site, and of README's command.
+    """
+    monkeypatch.setattr(opening, "language_panel", building.few_features)
+    monkeypatch.setattr(opening, "GRAPH_TRIED", 8)
     out = tmp_path / "out"
     status = cli.main(["quickstart", "--data", str(idx_folder), "--out", str(out), *FAST])
-    assert status == 0
-    stored = json.loads((out / "summary.json").read_text())["language"]
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    assert "whole model" in output.out
+    assert "A language model" in output.out
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary) == ["images", "language"]
+    assert "Pairs across layers" in (out / "explorer.html").read_text()
+    stored = summary["language"]
     assert stored["layer"] == demo.demo_layers()[-1]
     assert (
         f"{demo.demo_card()['model']['loss']:.3f}" in stored["facts"]["loss on validation stories"]
     )
     for shown in stored["features"]:
+        assert str(shown["feature"]) in output.out
         assert shown["attribution"]["error"] < 1e-5
         assert shown["active_correlation"]["2"] > 0.8
         for check in shown["eigenvector_checks"]:
             assert check["error"] < 1e-4 < check["control_error"]
+    page = (out / "report.html").read_text()
+    page = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # plotly.js itself
+    assert re.findall(r"href='(.*?)'", page) == ["#images", "#language"]
+    assert not re.findall(r"src\s*=|url\(|@import", page)
+    for part in ("images", "language"):
+        assert page.count(f"<article id={part}>") == 1
