@@ -60,6 +60,16 @@ assert_type(features, FeatureInteractions)
 print(tl_bilinear.plots.__name__, type(model).__name__, type(demo).__name__)
 """
 
+# What a user's types do not come from is not read: a quarter of the time. What is not read is Any, which
+# assert_type refuses in the place of every type above; pyright reads it all.
+NOT_READ = """
+[mypy]
+[mypy-transformers.*,datasets.*,tokenizers.*,safetensors.*,huggingface_hub.*,accelerate.*,wandb.*,\
+sympy.*,scipy.*,pandas.*,networkx.*,plotly.*,matplotlib.*,PIL.*,IPython.*,rich.*,cvxpy.*,anywidget.*,\
+torch.distributed.*,torch._inductor.*,torch._dynamo.*,torch.fx.*,torch.onnx.*,torch.export.*]
+follow_imports = skip
+"""
+
 
 @pytest.fixture
 def program(tmp_path) -> Path:
@@ -90,7 +100,10 @@ def test_it_runs(program):
 
 @pytest.mark.slow
 def test_mypy(program, pytestconfig):
-    done = run("-m", "mypy", "--cache-dir", pytestconfig.cache.mkdir("mypy"), program)
+    settings = program.with_name("mypy.ini")
+    settings.write_text(NOT_READ)
+    cache = pytestconfig.cache.mkdir("mypy")
+    done = run("-m", "mypy", "--config-file", settings, "--cache-dir", cache, program)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
