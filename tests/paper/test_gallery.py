@@ -149,11 +149,11 @@ def test_the_gallery(offered, tmp_path):
     )
     assert "<code>best_error</code>" in page
     # A gallery is replaced by the next, anything else is not.
-    offered("toy")
+    offered("neurons")
     assert not (out / "certificates, classes.csv").exists()
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-        offered("toy")
+        offered("neurons")
 
 
 def test_every_study_is_made_with_the_settings_that_the_page_states(offered, tmp_path, monkeypatch):
