@@ -1,7 +1,6 @@
 """The model and SAEs that ship: what the card says of them is so, and the package works on them."""
 
-import subprocess
-import sys
+import inspect
 
 import pytest
 import torch
@@ -135,7 +134,7 @@ def test_the_model_card_has_its_numbers():
         assert f"| {row['sae']} | {row['nmse']:.3f} |" in text
 
 
-def test_packing_what_was_trained(story_data, tmp_path):
+def test_packing_what_was_trained(story_data, tmp_path, monkeypatch):
     """From two small runs to files that the loaders read."""
     lm = LanguageConfig(
         n_layers=2, d_model=16, d_mlp=24, n_heads=2, batch=16, steps=150, learning_rate=2e-2
@@ -151,18 +150,17 @@ def test_packing_what_was_trained(story_data, tmp_path):
 
     arguments = [run.folder, saes.folder, story_data.folder, out, "--stories", 8]
     app([str(each) for each in arguments])
-    read = (
-        "import sys; from pathlib import Path; import tl_bilinear.demo as demo\n"
-        "demo.FOLDER = Path(sys.argv[1])\n"
-        "model, saes = demo.load_demo_model('cpu'), demo.load_demo_saes(0)\n"
-        "print(sorted(saes), demo.demo_layers(), len(demo.load_demo_stories()))\n"
-        "print(demo.load_demo_tokens().shape[1], model.cfg.dtype, saes['mlp_in'].W_dec.dtype)\n"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", read, str(out)], capture_output=True, text=True, check=True
-    ).stdout
-    assert "['mlp_in', 'mlp_out', 'resid_mid'] (0,) 8" in printed
-    assert "32 torch.float32 torch.float32" in printed
+    demo.demo_card.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "FOLDER", out)
+        model, read = demo.load_demo_model("cpu"), demo.load_demo_saes(0)
+        assert sorted(read) == ["mlp_in", "mlp_out", "resid_mid"]
+        assert demo.demo_layers() == (0,)
+        assert len(demo.load_demo_stories()) == 8
+        tokens = inspect.unwrap(demo.load_demo_tokens)()  # annotated as those of the one that ships
+        assert tokens.shape[1] == 32
+        assert model.cfg.dtype == read["mlp_in"].W_dec.dtype == torch.float32
+    demo.demo_card.cache_clear()
     assert "--n-layers 2 --d-model 16" in (out / "MODEL_CARD.md").read_text()
     # A second packing replaces the first, and nothing else.
     app([str(each) for each in arguments])
