@@ -403,12 +403,16 @@ def test_killed_and_started_again_gives_the_same_bits(tmp_path):
 def test_two_runs_in_one_folder(tmp_path):
     """Not launched together: the second says so and ends, the first is not disturbed."""
     folder = tmp_path / "batches"
-    first = launch(tmp_path, folder, "first", pause=0.5)
+    first = launch(tmp_path, folder, "first", pause=0.3)
     deadline = time.monotonic() + 60
     while not list(folder.glob("batch-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    second = launch(tmp_path, folder, "second")
-    _, errors = second.communicate(timeout=60)
+    first.send_signal(signal.SIGSTOP)  # or it would be done first where importing takes long
+    try:
+        second = launch(tmp_path, folder, "second")
+        _, errors = second.communicate(timeout=60)
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
     assert f"BlockingIOError: another run is at work in {folder}" in errors.splitlines()[-1]
     finish(first)
