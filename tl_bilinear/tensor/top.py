@@ -55,6 +55,11 @@ _MARGIN = 0.25
 candidates, which are cheap as long as they are few."""
 
 
+def flops(d: int, hidden: int, n: int) -> float:
+    """For the strongest pair of n directions, where no product can be left out: the most it takes."""
+    return 2 * hidden * d**2 + 2 * n * d**2 + n**2 * d
+
+
 def entries(
     matrices: Factors, directions: Tensor | None, first: Tensor | None, second: Tensor | None
 ) -> Tensor:
