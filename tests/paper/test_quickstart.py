@@ -21,6 +21,7 @@ from tl_bilinear.paper.quickstart_language import choose_features, language_quic
 from tl_bilinear.paper.report_language import language_sections
 
 LAYER, D, K = 1, 16, 6
+READABLE = 1  # a model that has learned nothing promotes parts of words as often as words
 POINTS = {
     "mlp_in": f"blocks.{LAYER}.mlp.hook_in",
     "resid_mid": f"blocks.{LAYER}.hook_resid_mid",
@@ -64,16 +65,18 @@ def tokens(story_data):
 @pytest.fixture(scope="module", params=["mlp_in", "resid_mid"])
 def result(request, model, saes, tokens):
     facts = {"loss <here>": "about 5 & more"}
-    return language_quickstart(
-        model,
-        saes,
-        tokens,
-        layer=LAYER,
-        point=request.param,
-        sample="tom & mia <b>",
-        facts=facts,
-        progress=False,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "READABLE", READABLE)
+        return language_quickstart(
+            model,
+            saes,
+            tokens,
+            layer=LAYER,
+            point=request.param,
+            sample="tom & mia <b>",
+            facts=facts,
+            progress=False,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,9 @@ def test_the_features_follow_the_rule(result, model, tokens):
 
     def allowed(feature, chosen):
         promoted = set(top_tokens(result, feature))
+        words = model.tokenizer.batch_decode([[i] for i in top_tokens(result, feature)])
+        if not all(word.isalpha() for word in words[:READABLE]):
+            return False
         if any(len(promoted & set(top_tokens(result, other))) >= 3 for other in chosen):
             return False
         row, place = divmod(int(z[..., feature].argmax()), z.shape[1])
@@ -292,6 +298,21 @@ def test_too_little_text_is_refused(model, saes, tokens):
         language_quickstart(model, saes, tokens[:2], layer=LAYER, progress=False)
 
 
+def test_features_that_promote_parts_of_words_are_passed_over(result, tokens, monkeypatch):
+    run = result.features.run(tokens[:30])
+
+    def readable(feature):
+        words = run.features.promoted(feature).words[:2]
+        return all(word.isalpha() for word in words)
+
+    found = {}
+    for count in (0, 2):
+        monkeypatch.setattr(language, "READABLE", count)
+        found[count] = choose_features(result.choice, result.nearest, run, 1)[0]
+    assert not readable(found[0])  # or this test says nothing
+    assert readable(found[2])
+
+
 def test_too_few_features_that_differ_are_refused(result, tokens):
     run = result.features.run(tokens[:30])
     with pytest.raises(ValueError, match=r"output features, not 41, .*differ in what they promote"):
@@ -338,6 +359,7 @@ def test_the_model_that_ships_and_images_are_in_one_report(
     )
     for shown in stored["features"]:
         assert str(shown["feature"]) in output.out
+        assert all(word.isalpha() for word in shown["promoted"][: language.READABLE])
         assert shown["attribution"]["error"] < 1e-5
         assert shown["active_correlation"]["2"] > 0.8
         for check in shown["eigenvector_checks"]:

@@ -14,8 +14,9 @@ from tl_bilinear import checks
 from tl_bilinear.features.geometry import unit
 from tl_bilinear.features.labels import Named
 from tl_bilinear.io import digest_of
-from tl_bilinear.tensor import BilinearTensor, spectrum
+from tl_bilinear.tensor import BilinearTensor, spectrum, top
 from tl_bilinear.tensor.batching import Rows, sweep
+from tl_bilinear.tensor.estimates import WORTH_SAYING, expected_seconds, human_seconds
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -123,6 +124,12 @@ def feature_sweep(
         "inputs": input_directions,
         "index": index,
     }
+    describe = "strongest pairs"
+    if progress:
+        one = top.flops(tensor.d_in, tensor.d_hidden, len(input_directions))
+        seconds = expected_seconds(len(index) * one, tensor.device, tensor.dtype)
+        if seconds > WORTH_SAYING:
+            describe += f", at most about {human_seconds(seconds)}"
     pairs = sweep(
         work,
         len(index),
@@ -131,7 +138,7 @@ def feature_sweep(
         identity=lambda: digest_of(weights, {"what": "strongest pairs"}),
         progress=progress,
         unit="feature",
-        describe="strongest pairs",
+        describe=describe,
     )
     first, second, values = (
         pairs[name].reshape(len(index)).to(index.device) for name in ("first", "second", "values")

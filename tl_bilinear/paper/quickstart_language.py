@@ -43,6 +43,7 @@ LEAST_ACTIVE = 100  # tokens of the first half: with few, a correlation is high 
 RANKS = (1, 2, 4, 8)
 COMPONENTS = 2
 NEAR = 0.5  # an input feature whose activation correlates as much with one's own is the same thing
+READABLE = 5  # tokens promoted most that are whole words: "##ge" says nothing to who meets it first
 SHARED_TOKENS = 3  # of ten promoted ones: two features that share as many count as one
 ROWS = 64  # of text that are looked at, at most
 _SEQUENCES, _FEWER = 8, 3  # rows on which interventions are run: on fewer where every token counts
@@ -448,8 +449,9 @@ def choose_features(
 
     Of those active on at least `LEAST_ACTIVE` tokens and correlated with no input feature by `NEAR` or
     more, by falling active-only correlation. `choice` and `nearest` are of all output features. Left out
-    are features that are most active on a special token, where a story begins or ends, and those that
-    share `SHARED_TOKENS` of ten promoted tokens with one already chosen.
+    are features that are most active on a special token, where a story begins or ends, those one of
+    whose `READABLE` most promoted tokens is a part of a word or a sign, and those that share
+    `SHARED_TOKENS` of ten promoted tokens with one already chosen.
 
     Raises ValueError where there are fewer than `count`.
     """
@@ -460,7 +462,10 @@ def choose_features(
     order = choice.active[kept, COMPONENTS - 1].argsort(descending=True, stable=True)
     chosen: dict[int, set[int]] = {}
     for feature in choice.features[kept[order]].tolist():
-        promoted = set(features.promoted(feature).promoted.tolist())
+        raised = features.promoted(feature)
+        promoted = set(raised.promoted.tolist())
+        if not all(word.strip().isalpha() for word in raised.words[:READABLE]):
+            continue
         if any(len(promoted & other) >= SHARED_TOKENS for other in chosen.values()):
             continue
         best = text.examples(feature, k=1, progress=False)
@@ -471,8 +476,8 @@ def choose_features(
             return list(chosen)
     raise ValueError(
         f"{len(chosen)} output features, not {count}, are active on at least {LEAST_ACTIVE} of "
-        f"{choice.tokens} tokens, resemble no input feature (a correlation below {NEAR:g}) and differ "
-        f"in what they promote: give more text"
+        f"{choice.tokens} tokens, resemble no input feature (a correlation below {NEAR:g}), promote "
+        f"whole words and differ in what they promote: give more text"
     )
 
 

@@ -9,7 +9,13 @@ from markupsafe import Markup
 
 from tl_bilinear.features.labels import pieces
 from tl_bilinear.paper.page import templates
-from tl_bilinear.paper.quickstart_language import LEAST_ACTIVE, NEAR, RANKS, SHARED_TOKENS
+from tl_bilinear.paper.quickstart_language import (
+    LEAST_ACTIVE,
+    NEAR,
+    RANKS,
+    READABLE,
+    SHARED_TOKENS,
+)
 from tl_bilinear.plots import (
     correlation_figure,
     effects_figure,
@@ -50,6 +56,7 @@ def language_sections(result: LanguageQuickstart) -> dict[str, Any]:
             f"{result.seconds:.0f} s",
         },
         "least_active": LEAST_ACTIVE,
+        "readable": READABLE,
         "shared_tokens": SHARED_TOKENS,
         "near": f"{NEAR:g}",
         "made": int(

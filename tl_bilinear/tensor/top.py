@@ -55,6 +55,11 @@ _MARGIN = 0.25
 candidates, which are cheap as long as they are few."""
 
 
+def flops(d: int, hidden: int, n: int) -> float:
+    """For the strongest pair of n directions, where no product can be left out: the most it takes."""
+    return 2 * hidden * d**2 + 2 * n * d**2 + n**2 * d
+
+
 def entries(
     matrices: Factors, directions: Tensor | None, first: Tensor | None, second: Tensor | None
 ) -> Tensor:
@@ -168,9 +173,10 @@ class LeadingEntries(DirectionEntries):
         """With as many terms as a sample of the directions asks for; None where most would be needed."""
         sample = directions[:: max(1, len(directions) // _SAMPLE)]
         met = sample @ matrix @ sample.T
+        # The pairs of the sample say about how large the k-th largest of all is.
+        rank = 1 + k * len(sample) ** 2 // len(directions) ** 2
         sizes = met.abs_().triu_(1).flatten()
-        # As k pairs of the sample have an entry of this size, no smaller one will be needed.
-        needed = float(sizes.topk(k).values[-1]) if k <= len(sizes) else 0.0
+        needed = float(sizes.topk(min(rank, len(sizes))).values[-1])
         if _is_flat(matrix, needed / max(float(sample.square().sum(1).mean()), 1e-300)):
             return None
         values, vectors = _leading_first(matrix)
