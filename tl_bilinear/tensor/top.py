@@ -38,7 +38,7 @@ _CACHE_ELEMENTS = 2**21
 SCREEN_FROM = 4096
 """Directions from which screening in few terms pays for itself."""
 
-_FLAT = 0.4
+_FLAT = 0.45
 """From where on a matrix counts as flat (`_is_flat`)."""
 
 _PROBES = 16
