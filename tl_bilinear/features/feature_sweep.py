@@ -16,7 +16,7 @@ from tl_bilinear.features.labels import Named
 from tl_bilinear.io import digest_of
 from tl_bilinear.tensor import BilinearTensor, spectrum, top
 from tl_bilinear.tensor.batching import Rows, sweep
-from tl_bilinear.tensor.estimates import WORTH_SAYING, expected_seconds, human_seconds
+from tl_bilinear.tensor.estimates import worth_saying
 from tl_bilinear.tensor.factors import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -127,9 +127,8 @@ def feature_sweep(
     describe = "strongest pairs"
     if progress:
         one = top.flops(tensor.d_in, tensor.d_hidden, len(input_directions))
-        seconds = expected_seconds(len(index) * one, tensor.device, tensor.dtype)
-        if seconds > WORTH_SAYING:
-            describe += f", at most about {human_seconds(seconds)}"
+        if said := worth_saying(len(index) * one, tensor.device, tensor.dtype):
+            describe += f", at most about {said}"
     pairs = sweep(
         work,
         len(index),

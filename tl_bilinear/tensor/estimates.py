@@ -36,6 +36,12 @@ def expected_seconds(
     return flops / flops_per_second(device, dtype)
 
 
+def worth_saying(flops: float, device: torch.device, dtype: torch.dtype) -> str:
+    """How long so many flops take, in words, from `WORTH_SAYING` on; less is not worth a word."""
+    seconds = expected_seconds(flops, device, dtype)
+    return human_seconds(seconds) if seconds > WORTH_SAYING else ""
+
+
 def human_seconds(seconds: float) -> str:
     """75 -> '1 min 15 s'."""
     if seconds < 60:

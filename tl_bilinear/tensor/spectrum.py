@@ -30,7 +30,7 @@ from tl_bilinear.tensor.batching import Rows, human_bytes, sweep
 from tl_bilinear.tensor.bilinear import BilinearTensor
 from tl_bilinear.tensor.eigendecomposition import Which, participation
 from tl_bilinear.tensor.eigensolvers import Method
-from tl_bilinear.tensor.estimates import WORTH_SAYING, expected_seconds, human_seconds
+from tl_bilinear.tensor.estimates import worth_saying
 from tl_bilinear.tensor.factors import rescaled
 from tl_bilinear.tensor.moments import Metric
 
@@ -236,9 +236,8 @@ def spectrum(
         one = eigensolvers.flops(method, tensor.d_in, tensor.d_hidden, k, batch)
         if effective_rank and method != "dense":
             one += eigensolvers.flops("dense", tensor.d_in, tensor.d_hidden, k, batch)
-        seconds = expected_seconds(len(index) * one, tensor.device, tensor.dtype)
-        if seconds > WORTH_SAYING:
-            describe += f", {human_seconds(seconds)}"
+        if said := worth_saying(len(index) * one, tensor.device, tensor.dtype):
+            describe += f", {said}"
     found = sweep(
         work,
         len(index),

@@ -171,7 +171,7 @@ class LeadingEntries(DirectionEntries):
     @classmethod
     def of(cls, matrix: Tensor, directions: Tensor, k: int) -> LeadingEntries | None:
         """With as many terms as a sample of the directions asks for; None where most would be needed."""
-        sample = directions[:: max(1, len(directions) // _SAMPLE)]
+        sample = _sample(directions)
         met = sample @ matrix @ sample.T
         # The pairs of the sample say about how large the k-th largest of all is.
         rank = 1 + k * len(sample) ** 2 // len(directions) ** 2
@@ -180,9 +180,7 @@ class LeadingEntries(DirectionEntries):
         if _is_flat(matrix, needed / max(float(sample.square().sum(1).mean()), 1e-300)):
             return None
         values, vectors = _leading_first(matrix)
-        inside = sample @ vectors
-        outside = inside.square().flip(1).cumsum(1).flip(1).mean(0)
-        terms = int((values.abs() * outside > _MARGIN * needed).sum()) or 1
+        terms = int((values.abs() * _left_out(sample @ vectors) > _MARGIN * needed).sum()) or 1
         if terms > _MOST_TERMS * len(values):
             return None
         return cls(matrix, directions, values, vectors, terms)
@@ -202,6 +200,16 @@ def _leading_first(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
     leading = values.abs().argsort(descending=True)
     return values[leading], vectors[:, leading]
+
+
+def _sample(rows: Tensor) -> Tensor:
+    """At least `_SAMPLE` of many rows, evenly spaced."""
+    return rows[:: max(1, len(rows) // _SAMPLE)]
+
+
+def _left_out(rows: Tensor) -> Tensor:
+    """Entry m: the mean square of what rows leave out without their first m terms."""
+    return rows.square().mean(0).flip(0).cumsum(0).flip(0)
 
 
 def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -228,12 +236,7 @@ class _Screen:
 
     def __init__(self, entries: DirectionEntries, needed: float) -> None:
         sides = ((entries.rows, entries.row_rest), (entries.columns, entries.column_rest))
-        means = []
-        for terms, rest in sides:
-            every = slice(None, None, max(1, len(terms) // _SAMPLE))
-            # Entry m is the mean square of what a row leaves out without its first m terms.
-            outside = terms[every].square().flip(1).cumsum(1).flip(1)
-            means.append((outside + rest[every, None].square()).mean(0))
+        means = [_left_out(_sample(terms)) + rest.square().mean() for terms, rest in sides]
         m = int(((means[0] * means[1]).sqrt() > _MARGIN * needed).sum()) or 1
         largest = float(entries.row_reach[0] * entries.column_reach[0])
         dtype = (
@@ -273,11 +276,10 @@ def strongest_of_directions(
     A few more than k: those whose order against the k-th rounding leaves open.
     """
     dense = matrix.dense()[0]
-    few = len(directions) < SCREEN_FROM
     found = (
-        DirectionEntries.of_matrix(dense, directions)
-        if few
-        else LeadingEntries.of(dense, directions, k)
+        LeadingEntries.of(dense, directions, k)
+        if len(directions) >= SCREEN_FROM
+        else DirectionEntries.of_matrix(dense, directions)
     )
     if found is None:
         return _all_entries(dense, directions, k, kind)
